@@ -1,0 +1,59 @@
+"""L0: the exceptions of radixkv. Each concrete class also inherits the builtin that a caller would expect to catch."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AllocationError",
+    "ArgumentTypeError",
+    "HandleError",
+    "IntegrityError",
+    "InvalidArgumentError",
+    "LockError",
+    "PageOwnershipError",
+    "RadixKVError",
+    "StateError",
+    "TokenRangeError",
+]
+
+
+class RadixKVError(Exception):
+    """Base of every error that radixkv raises on purpose."""
+
+
+class InvalidArgumentError(RadixKVError, ValueError):
+    """An argument breaks the contract: a wrong length, a negative count, an unknown policy."""
+
+
+class ArgumentTypeError(RadixKVError, TypeError):
+    """Tokens, ids or a namespace of a type or dtype that has no defined meaning here."""
+
+
+class TokenRangeError(RadixKVError, OverflowError):
+    """A token or page id outside the range of int32."""
+
+
+class HandleError(RadixKVError, KeyError):
+    """A node handle that is stale (the node has left the tree) or belongs to another tree."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class LockError(RadixKVError, RuntimeError):
+    """unlock without lock, release_host without protect_host, or deleting what is still in use."""
+
+
+class StateError(RadixKVError, RuntimeError):
+    """The node is in the wrong state: for example locking a node that has no device pages."""
+
+
+class PageOwnershipError(RadixKVError, ValueError):
+    """A page id that the tree already owns elsewhere, or that appears twice in one call."""
+
+
+class AllocationError(RadixKVError, MemoryError):
+    """Memory for the tree's own bookkeeping could not be had; the tree is as it was before the call."""
+
+
+class IntegrityError(RadixKVError, AssertionError):
+    """check_integrity found a broken invariant; the message names it."""
