@@ -661,7 +661,8 @@ def test_a_hint_does_not_excuse_a_short_list_of_ids(kit: Kit) -> None:
 
 
 NAMES = [(None, None), ("", None), (None, ""), (b"", None), (0, None), ("0", None), (b"0", None), ("a", "b"),
-         ("ab", None), (None, "ab"), ("n", None), (1, 2), (12, None), (-1, None), (2**80, None), ("é", b"\xff")]  # fmt: skip
+         ("ab", None), (None, "ab"), ("n", None), (1, 2), (12, None), (-1, None), (2**80, None),
+         ("é", b"\xff")]  # fmt: skip
 
 
 def test_namespaces_share_nothing(kit: Kit) -> None:
@@ -769,7 +770,7 @@ def test_lock_through_peek_protects_at_least_the_hit(kit: Kit) -> None:
     assert kit.evict(4).num_tokens == 0
 
 
-# --------------------------------------------------------------------------------------------- protect_host, release_host
+# --------------------------------------------------------------------------------------- protect_host, release_host
 
 
 def test_protect_host_counts_for_one_node_only(kit: Kit) -> None:
