@@ -30,7 +30,7 @@ from .replay.workload import KINDS, WorkloadConfig, generate
 from .trace import DEFAULT_BLOCK_TOKENS, TraceRequest, TraceSummary, read_trace, summarize, write_trace
 from .types import POLICIES
 
-__all__ = ["main"]
+__all__ = ["load_tree", "main"]
 
 _TREES = {"core": ("radixkv.tree.core", "RadixTree"), "reference": ("radixkv.tree.reference", "ReferenceTree")}
 _SUFFIXES = {"k": 10**3, "M": 10**6, "G": 10**9}
@@ -185,8 +185,9 @@ def _add_plan(commands: Any) -> None:
 # ---- commands --------------------------------------------------------------------------------------------------------
 def _replay(args: argparse.Namespace) -> int:
     present.require("rich", "the command line")
-    tree_class = _load_tree(args.tree)
+    _check_outputs(args.json)
     requests = _read(args)
+    tree_class = load_tree(args.tree)
     config = _replay_config(args, summarize(requests, args.page_size, args.block_size), len(requests))
     replay = Replay(tree_class, config)
     begin = time.perf_counter()
@@ -226,6 +227,7 @@ def _plan(args: argparse.Namespace) -> int:
     rich_console = present.require("rich.console", "the command line")
     if not args.no_png:
         present.require("matplotlib", "the picture (--no-png does without)")
+    _check_outputs(args.json, None if args.no_png else args.png)
     requests = _read(args)
     with rich_console.Console(stderr=True).status("") as status:
         plan = make_plan(requests, args.block_size, progress=status.update)
@@ -247,7 +249,8 @@ def _read(args: argparse.Namespace) -> list[TraceRequest]:
     return requests
 
 
-def _load_tree(name: str) -> Callable[..., Any]:
+def load_tree(name: str) -> Callable[..., Any]:
+    """The class of a tree by its name on the command line. Raises: MissingExtraError if it is not built."""
     module, attribute = _TREES[name]
     try:
         loaded: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
@@ -329,6 +332,13 @@ def _progress(num_requests: int) -> Iterator[Callable[[Counters], None] | None]:
             )
 
         yield show
+
+
+def _check_outputs(*paths: str | None) -> None:
+    """Notice before a long run, not after it, that a result could not be written."""
+    for path in paths:
+        if path is not None and path != "-" and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+            raise InvalidArgumentError(f"{path}: not a file in a directory that exists")
 
 
 def _write_json(path: str | None, figures: dict[str, Any]) -> None:

@@ -6,6 +6,9 @@ more recent than their descendants. The first C blocks of the LRU stack are then
 tree that evicts leaves first holds, and a block hits at capacity C exactly if its stack distance is at most C:
 everything before it in the prompt is higher in the stack and hits as well.
 
+A tree evicts whole nodes, and a request needs room while it runs. Both count only where the capacity is a few prompts:
+from about five of the longest prompts on, ``radixkv replay`` agrees within a point, and below it hits less.
+
 Source: Mattson, Gecsei, Slutz, Traiger 1970 (stack distances); Bennett, Kruskal 1975 (in one pass over a tree of
 counts); Belady 1966.
 """
@@ -254,5 +257,10 @@ def make_plan(
 
 
 def choose_capacities(largest: int, count: int = 16) -> _Ints:
-    """Up to ``count`` capacities in geometric steps over the last factor of 500, the largest useful one included."""
-    return np.unique(np.geomspace(max(1, largest / 500), max(1, largest), count).round().astype(np.int64))
+    """``count`` capacities (or all, if there are fewer) in geometric steps over a factor of 500, up to the largest."""
+    largest = max(1, largest)
+    sizes = np.unique(np.geomspace(max(1, largest / 500), largest, count).round().astype(np.int64))
+    if len(sizes) < count:  # steps that fell together: fill up with the smallest sizes that are left
+        unused = np.setdiff1d(np.arange(1, min(largest, 2 * count) + 1), sizes)
+        sizes = np.sort(np.concatenate([sizes, unused[: count - len(sizes)]]))
+    return sizes

@@ -174,7 +174,7 @@ class Replay:
         result = self._timed("insert", self.tree.insert, key, page_ids, match)
         counters.duplicate_pages += len(result.duplicate_page_ids)
         self.device_slots.free(result.duplicate_page_ids)
-        if config.write_policy == "write_through" and not len(result.duplicate_page_ids):
+        if config.write_policy == "write_through":
             self._write_through(result.node, page_ids[num_hit:])
         if held != ROOT:
             self._timed("lock", self.tree.unlock, held)

@@ -11,7 +11,7 @@ share prefixes with its own earlier ones (history) and with other sessions (syst
     mixed       all four, in settable shares
 
 Only ``random.Random.random`` and arithmetic decide, one generator a session: the same arguments give the same trace,
-byte for byte, and asking for more requests only appends.
+byte for byte (where exp, log and cos agree to the last bit), and asking for more requests only appends.
 """
 
 from __future__ import annotations
@@ -220,14 +220,15 @@ def generate(config: WorkloadConfig) -> Iterator[TraceRequest]:
     arrivals = random.Random(f"{config.seed}/arrivals")
     pending: list[tuple[float, int, Iterator[_Turn], _Turn]] = []  # the next turn of each session, by time
     arrival_s = 0.0
-    started = sent = 0
+    started = sent = barren = 0
     while sent < config.requests:
         while not pending or arrival_s <= pending[0][0]:
             turns = _start(config, ids, arrivals, started)
             _schedule(pending, config, arrival_s, started, turns)
             started += 1
             arrival_s += _exponential(arrivals, 1 / config.sessions_per_s)
-            if started > 1000 + 100 * config.requests:
+            barren = 0 if pending else barren + 1
+            if barren == 5000:
                 raise InvalidArgumentError(
                     f"max_input_tokens={config.max_input_tokens} is less than the prompts of kind {config.kind} need"
                 )
