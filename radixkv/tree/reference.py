@@ -1,8 +1,8 @@
 """L1: the radix tree in plain Python: the oracle of the fast core, and the place to read what an operation means.
 
 Every operation has two halves: first all arguments are read and every condition is checked, then the tree is changed,
-and nothing in the second half can fail. Costs are not the point here (eviction looks at all nodes, stats() counts them),
-but no function recurses along the depth of the tree.
+and nothing in the second half can fail. Costs are not the point here (eviction looks at all nodes, stats() counts
+them), but no function recurses along the depth of the tree.
 
 Drawings: a node is [tokens | device pages | host pages] with one letter a page, - for "not on this tier".
 """
@@ -233,7 +233,13 @@ class ReferenceTree(BaseRadixTree):
         return InsertHostResult(len(present) * self.page_size, end.handle if end else ROOT, duplicates)
 
     def _read_insert(
-        self, tokens: Tokens, ids: Tokens, match: Any, extra_key: NamespacePart, cache_salt: NamespacePart, priority: Any
+        self,
+        tokens: Tokens,
+        ids: Tokens,
+        match: MatchResult | None,
+        extra_key: NamespacePart,
+        cache_salt: NamespacePart,
+        priority: int,
     ) -> tuple[bytes, Key, list[int], int]:
         namespace = encode_namespace(extra_key, cache_salt)
         key = self._read_key(tokens)
@@ -279,7 +285,7 @@ class ReferenceTree(BaseRadixTree):
         self._require_device(target)
         own = target.lock_ref - sum(child.lock_ref for child in target.children.values())
         if own < 1:
-            raise LockError(f"node {target.handle:#x} has no lock to undo ({target.lock_ref} locks, all of nodes below it)")
+            raise LockError(f"node {target.handle:#x} has no lock to undo: all {target.lock_ref} are of nodes below")
         change = 0
         for part in path_up(target):
             part.lock_ref -= 1
@@ -440,8 +446,8 @@ class ReferenceTree(BaseRadixTree):
             parts.insert(0, part)
             covered += len(part.tokens)
         if not ids or covered != wanted:
-            raise InvalidArgumentError(f"{len(ids)} host pages do not end at a node boundary above node {target.handle:#x} "
-                                       f"(nearest: {covered // self.page_size})")
+            raise InvalidArgumentError(f"{len(ids)} host pages above the end of node {target.handle:#x} do not end at "
+                                       f"a node boundary (the next one: {covered // self.page_size})")
         for part in parts:
             if part.host_pages is not None or part.pages is None or part.pending:
                 state = "pending" if part.pending else "on the host already" if part.pages is not None else "host-only"
@@ -489,7 +495,7 @@ class ReferenceTree(BaseRadixTree):
         if not flag:
             raise StateError(f"node {node.handle:#x} is not {name}")
         if node.is_job_part:
-            raise StateError(f"node {node.handle:#x} is only a part split off a {name} node: use the handle of that one")
+            raise StateError(f"node {node.handle:#x} is only a part split off a {name} node: use that one's handle")
 
     def _job_parts(self, node: Node) -> list[Node]:
         """The node that a job was started on, as the parts that it has become since: uppermost first."""

@@ -59,8 +59,7 @@ def _check_structure(tree: ReferenceTree) -> list[Node]:
     named = list(tree._handles.nodes())
     _require(len(named) == len(nodes) == len(tree._handles), f"{len(named)} handles are alive for {len(nodes)} nodes")
     for node in nodes:
-        found = tree._handles.find(node.handle) if node.handle else None
-        _require(found is node, f"handle {node.handle:#x} names another node")
+        _require(tree._handles.holds(node), f"handle {node.handle:#x} names another node")
     return nodes
 
 

@@ -126,6 +126,10 @@ class HandleTable:
             raise HandleError(f"node {number:#x} is stale or of another tree ({len(self)} nodes here)")
         return node
 
+    def holds(self, node: Node) -> bool:
+        index = (node.handle & 0xFFFFFFFF) - 1
+        return 0 <= index < len(self._slots) and self._slots[index] is node
+
     def retire(self, node: Node) -> None:
         index = (node.handle & 0xFFFFFFFF) - 1
         self._slots[index] = None
