@@ -77,7 +77,7 @@ def test_replay_reports_what_it_did(trace: str, tree: str, tmp_path: Path, capsy
 def test_replay_options_reach_the_run(trace: str, tree: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--device-tokens 20k --host-tokens 30k --policy slru --json - --page-size 8 --write-policy write_through"
     argv = ["replay", trace, "--tree", tree, *options.split()]
-    argv += "--bytes-per-token 4 --limit 90 --no-verify --output-tokens".split()
+    argv += ["--bytes-per-token", "4", "--limit", "90", "--no-verify", "--output-tokens"]
     assert main(argv) == 0
     report = json.loads(capsys.readouterr().out)  # JSON alone: no table
     assert report["config"] == {
