@@ -10,7 +10,7 @@ from .present import GIB, KNEES, require
 __all__ = ["plan_png"]
 
 _INK, _GRID, _BLUE, _ORANGE = "#2b2b2b", "#e3e3e3", "#1f6fb4", "#d9730d"
-_HALO = {"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
+_HALO = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.9}
 
 
 def plan_png(plan: Plan, path: str, title: str, bytes_per_token: int, device_tokens: int = 0) -> None:
@@ -45,8 +45,8 @@ def _percent(plan: Plan, hit_tokens: int) -> float:
 def _draw_curves(axes: Any, plan: Plan, gib_per_block: float, sizes: range) -> None:
     achievable = _percent(plan, plan.achievable_hit_tokens)
     axes.axhline(achievable, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.text(0.012, achievable, f"unbounded cache: {achievable:.1f} %", transform=axes.get_yaxis_transform(),
-              va="bottom", color=_INK, fontsize=9, bbox=_HALO)  # fmt: skip
+    axes.annotate(f"unbounded cache: {achievable:.1f} %", (0.012, achievable), xycoords=axes.get_yaxis_transform(),
+                  xytext=(0, 3), textcoords="offset points", color=_INK, fontsize=9, bbox=_HALO)  # fmt: skip
     bound = [_percent(plan, hits) for hits in plan.clairvoyant_hit_tokens.tolist()]
     axes.plot([size * gib_per_block for size in plan.capacities.tolist()], bound, color=_ORANGE, marker="o",
               markersize=4.5, linewidth=1.6, label="clairvoyant bound (farthest next use, with bypass)")  # fmt: skip

@@ -25,7 +25,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidArgumentError, RadixKVError
+from ..errors import IntegrityError, InvalidArgumentError, RadixKVError
 from ..pool.host import HostPagePool, copy_pages
 from ..pool.slots import SlotAllocator
 from ..trace import DEFAULT_BLOCK_TOKENS, TraceRequest, expand_prompt, expand_response
@@ -307,7 +307,7 @@ class Replay:
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     def check_integrity(self) -> None:
-        """Tree + free = capacity on both tiers, nothing locked, and each allocator is sound. Raises: IntegrityError."""
+        """Between two requests: tree + free = capacity on both tiers, nothing protected. Raises: IntegrityError."""
         self.device_slots.check_integrity()
         self.host_slots.check_integrity()
         self.tree.check_integrity(
@@ -316,6 +316,11 @@ class Replay:
             host_capacity=self.config.host_pages,
             free_host_page_ids=self.host_slots.free_ids(),
         )
+        stats = self.tree.stats()
+        if stats.protected_tokens or stats.pending_tokens:
+            raise IntegrityError(
+                f"no request runs, yet {stats.protected_tokens} tokens are protected and {stats.pending_tokens} pending"
+            )
 
     def cached_tokens(self) -> int:
         """Tokens in the tree, on either tier, each counted once."""

@@ -19,6 +19,7 @@ from radixkv.replay.content import page_bytes, page_seeds
 from radixkv.replay.replay import Counters, Replay, ReplayConfig, VerificationError
 from radixkv.replay.report import latency_summary, replay_report
 from radixkv.trace import TraceRequest, expand_prompt, read_trace, summarize
+from radixkv.tree.reference import ReferenceTree
 from radixkv.types import POLICIES
 
 from .support import BEST_TREE, TREES, make_replay, real_trace, workload
@@ -29,8 +30,7 @@ every_tree = pytest.mark.parametrize("tree", TREES)
 def checked_run(replay: Replay, requests: list[TraceRequest]) -> Counters:
     """Run with check_integrity, tree + free = capacity on both tiers, after every request."""
     assert replay.run(requests, progress=lambda _: replay.check_integrity())
-    assert replay.tree.stats().protected_tokens == 0
-    assert replay.tree.stats().pending_tokens == 0
+    assert not [info for info in replay.tree.dump() if info.lock_ref or info.host_ref]
     return replay.counters
 
 
@@ -335,6 +335,28 @@ def test_a_lost_page_is_found(tree: str, tier: str) -> None:
     getattr(replay, tier).alloc(1)
     with pytest.raises(IntegrityError):
         replay.check_integrity()
+
+
+@every_tree
+def test_a_lock_left_behind_is_found(tree: str) -> None:
+    replay = make_replay(tree, device_pages=30)
+    replay.run(twice())
+    [info] = replay.tree.dump()
+    replay.tree.lock(info.node)
+    with pytest.raises(IntegrityError, match="160 tokens are protected"):
+        replay.check_integrity()
+
+
+def test_insert_gets_the_match_as_hint() -> None:
+    hints = []
+
+    class Spy(ReferenceTree):
+        def insert(self, tokens: Any, page_ids: Any, match: Any = None, **more: Any) -> Any:
+            hints.append(match.num_tokens)
+            return super().insert(tokens, page_ids, match, **more)
+
+    make_replay(Spy).run(twice())
+    assert hints == [0, 160]
 
 
 @every_tree
