@@ -115,5 +115,3 @@ class SlotAllocator:
         wrong = np.flatnonzero(times != 1)
         if wrong.size:
             raise IntegrityError(f"page {wrong[0]} is free or in use {times[wrong[0]]} times over")
-        if int(self._in_use.sum()) != self.used:
-            raise IntegrityError(f"{int(self._in_use.sum())} pages marked in use, {self.used} counted")

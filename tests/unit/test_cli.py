@@ -229,6 +229,16 @@ def test_bad_options_of_replay(options: list[str], words: str, trace: str, capsy
     assert words in refused(["replay", trace, "--tree", "reference", *options], capsys)
 
 
+def test_pools_that_cannot_be_had(
+    trace: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError("12 GiB")
+
+    monkeypatch.setattr(Replay, "__init__", refuse)
+    assert refused(["replay", trace, "--tree", "reference"], capsys) == "radixkv: out of memory: 12 GiB\n"
+
+
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "COMMAND" in refused([], capsys)
     assert "prune" in refused(["prune"], capsys)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from radixkv.replay.plan import NEVER, belady_hits, choose_capacities, make_plan, number_accesses, stack_distances
 from radixkv.trace import TraceRequest, read_trace, summarize
 
-from .support import BEST_TREE, HAS_CORE, TREES, make_replay, real_trace, workload
+from .support import BEST_TREE, HAS_CORE, make_replay, real_trace, workload
 
 BLOCK = 4
 
@@ -178,15 +178,14 @@ def replayed_rate(tree: str, requests: list[TraceRequest], **options: Any) -> fl
     return (counters.device_hit_tokens + counters.host_hit_tokens) / counters.prompt_tokens
 
 
-@pytest.mark.parametrize("tree", TREES)
-def test_lru_agrees_with_replay_on_a_generated_workload(tree: str) -> None:
+def test_lru_agrees_with_replay_on_a_generated_workload() -> None:
     requests = workload(1500, "mixed", seed=11, sessions_per_s=5.0)
     plan = make_plan(requests, 64)
     spread = []
     for share in (0.6, 0.8, 0.95):
         size = plan.knee(share)
         planned = plan.lru_tokens_at(size) / plan.tokens
-        assert abs(planned - replayed_rate(tree, requests, device_pages=size * 64 // 16)) < 0.01
+        assert abs(planned - replayed_rate(BEST_TREE, requests, device_pages=size * 64 // 16)) < 0.01
         spread.append(planned)
     assert spread[2] - spread[0] > 0.2  # three sizes that matter
 
@@ -200,14 +199,13 @@ def test_lru_agrees_with_replay_on_the_conversation_trace() -> None:
         assert abs(planned - replayed) < 0.01, (tokens, planned, replayed, HAS_CORE)
 
 
-@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("write_policy", ["write_back", "write_through"])
-def test_two_tiers_hit_between_the_host_alone_and_both_added(tree: str, write_policy: str) -> None:
+def test_two_tiers_hit_between_the_host_alone_and_both_added(write_policy: str) -> None:
     """What ``plan --device-tokens`` says about the host: write_back is nearly exclusive, write_through inclusive."""
     requests = workload(500, "mixed", seed=11)
     plan = make_plan(requests, 64)
     host = plan.knee(0.8)
     device = host // 2
-    rate = replayed_rate(tree, requests, device_pages=device * 4, host_pages=host * 4, write_policy=write_policy)
+    rate = replayed_rate(BEST_TREE, requests, device_pages=device * 4, host_pages=host * 4, write_policy=write_policy)
     assert plan.lru_tokens_at(host) / plan.tokens - 0.01 < rate
     assert rate < plan.lru_tokens_at(host + device) / plan.tokens + 0.01

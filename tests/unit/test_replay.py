@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radixkv.cli import load_tree
-from radixkv.errors import IntegrityError, InvalidArgumentError
+from radixkv.errors import IntegrityError, InvalidArgumentError, RadixKVError
 from radixkv.pool.host import HostPagePool
 from radixkv.replay import replay as replay_module
 from radixkv.replay.content import page_bytes, page_seeds
@@ -147,6 +147,8 @@ def test_a_host_tier_helps_and_none_is_allowed(tree: str) -> None:
     rates = []
     for host_pages in (0, 2000, 20_000):
         counters = checked_run(make_replay(tree, device_pages=1000, host_pages=host_pages), requests)
+        through = make_replay(tree, device_pages=1000, host_pages=host_pages, write_policy="write_through")
+        assert (checked_run(through, requests).host_hit_tokens > 0) == (host_pages > 0)
         rates.append(counters.device_hit_tokens + counters.host_hit_tokens)
         assert (counters.host_hit_tokens > 0) == (host_pages > 0)
     assert rates[0] < rates[1] < rates[2]
@@ -335,6 +337,16 @@ def test_a_lost_page_is_found(tree: str, tier: str) -> None:
     getattr(replay, tier).alloc(1)
     with pytest.raises(IntegrityError):
         replay.check_integrity()
+
+
+@every_tree
+def test_a_device_held_by_somebody_else_is_said_with_the_numbers(tree: str) -> None:
+    replay = make_replay(tree, device_pages=12)
+    first, other, _ = pressed()
+    replay.serve(first)
+    replay.tree.lock(next(iter(replay.tree)))
+    with pytest.raises(RadixKVError, match=r"request 1: need 10 device pages, 2 free, .* 0 evictable tokens"):
+        replay.serve(other)
 
 
 @every_tree
