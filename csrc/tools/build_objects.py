@@ -1,8 +1,8 @@
 """Compile the core with a sanitizer's flags and archive it for C test programs: ``build_objects.py asan|tsan|fuzz``.
 
-The library proper is linked with --gc-sections, so that nothing of Python is left in it. Sanitizers and libFuzzer keep tables of
-all globals and branches, and those keep the Python-facing half alive. So here it stays, and its undefined Python symbols
-are satisfied by weak stubs that trap: a C program that reached one would die.
+The library proper is linked with --gc-sections, so that nothing of Python is left in it. Sanitizers and libFuzzer keep
+tables of all globals and branches, and those keep the Python-facing half alive. So here it stays, and its undefined
+Python symbols are satisfied by weak stubs that trap: a C program that reached one would die.
 
 Prints the path of the archive. Does nothing if the archive is newer than every source.
 """
@@ -48,7 +48,8 @@ def build(flavour: str) -> Path:
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
     objects = sorted(str(path) for path in folder.rglob("*.o") if path.name != "stubs.o")
     stubs = folder / "stubs.c"
-    stubs.write_text("".join(f"__attribute__((weak)) void {name}(void) {{ __builtin_trap(); }}\n" for name in _python_symbols(objects)))
+    lines = [f"__attribute__((weak)) void {name}(void) {{ __builtin_trap(); }}\n" for name in _python_symbols(objects)]
+    stubs.write_text("".join(lines))
     subprocess.run([compiler, "-w", "-fno-builtin", "-c", str(stubs), "-o", str(stubs.with_suffix(".o"))], check=True)
     archive.unlink(missing_ok=True)
     subprocess.run(["ar", "rcs", str(archive), *objects, str(stubs.with_suffix(".o"))], check=True)

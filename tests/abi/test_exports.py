@@ -44,7 +44,11 @@ def test_needs_libc_alone_and_has_a_soname() -> None:
 
 
 def test_glibc_floor() -> None:
-    versions = {tuple(map(int, version.split("."))) for words in _nm("-u") for version in re.findall(r"@GLIBC_([\d.]+)", words[-1])}
+    versions = {
+        tuple(map(int, version.split(".")))
+        for words in _nm("-u")
+        for version in re.findall(r"@GLIBC_([\d.]+)", words[-1])
+    }
     assert max(versions) <= GLIBC_FLOOR, f"needs glibc {max(versions)}"
 
 

@@ -57,7 +57,9 @@ def test_every_struct_that_crosses_the_border_begins_with_its_size() -> None:
 def test_every_function_is_explained() -> None:
     """A comment stands before each group of declarations, and each creator names its destroyer."""
     text = header.HEADER.read_text()
-    for creator, destroyer in [(f, f.replace("_create", "_destroy")) for f in header.functions() if f.endswith("_create")]:
+    for creator, destroyer in [
+        (f, f.replace("_create", "_destroy")) for f in header.functions() if f.endswith("_create")
+    ]:
         assert destroyer in header.functions()
         comment = text[: text.index(f" {creator}(")].rpartition("/*")[2]
         assert destroyer in comment

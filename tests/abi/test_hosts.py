@@ -29,7 +29,17 @@ def _said(program: Path, *arguments: Path, env: dict[str, str] | None = None) ->
 def test_c_links_through_pkg_config(tmp_path: Path) -> None:
     program = tmp_path / "host"
     flags = ["-std=c99", *STRICT, *_pkg_config("--cflags")]
-    run([tool("gcc"), *flags, EXAMPLES / "host.c", *_pkg_config("--libs"), f"-Wl,-rpath,{library().parent}", "-o", program])
+    run(
+        [
+            tool("gcc"),
+            *flags,
+            EXAMPLES / "host.c",
+            *_pkg_config("--libs"),
+            f"-Wl,-rpath,{library().parent}",
+            "-o",
+            program,
+        ]
+    )
     assert _said(program) == f"radixkv {radixkv.__version__} from C: {TREE}, 16 after, 12 events"
 
 
@@ -42,14 +52,26 @@ def test_c_loads_the_table_at_run_time(tmp_path: Path) -> None:
 def test_cpp_wraps_the_handles(tmp_path: Path) -> None:
     program = tmp_path / "host"
     flags = ["-std=c++17", *STRICT, *_pkg_config("--cflags")]
-    run([tool("g++"), *flags, EXAMPLES / "host.cpp", *_pkg_config("--libs"), f"-Wl,-rpath,{library().parent}", "-o", program])
+    run(
+        [
+            tool("g++"),
+            *flags,
+            EXAMPLES / "host.cpp",
+            *_pkg_config("--libs"),
+            f"-Wl,-rpath,{library().parent}",
+            "-o",
+            program,
+        ]
+    )
     assert _said(program) == f"radixkv {radixkv.__version__} from C++: {TREE}, {REFUSED}"
 
 
 def test_rust_links_with_std_alone(tmp_path: Path) -> None:
     program = tmp_path / "host"
     link = [f"-Clink-arg={library()}", f"-Clink-arg=-Wl,-rpath,{library().parent}"]
-    run([tool("rustc"), "--edition", "2021", "-D", "warnings", EXAMPLES / "host.rs", *link, "-o", program], cwd=tmp_path)
+    run(
+        [tool("rustc"), "--edition", "2021", "-D", "warnings", EXAMPLES / "host.rs", *link, "-o", program], cwd=tmp_path
+    )
     assert _said(program) == f"radixkv {radixkv.__version__} from Rust: {TREE}, {REFUSED}"
 
 

@@ -35,7 +35,9 @@ def measure(folder: Path) -> list[str]:
     constants = ["RKV_ABI_VERSION", "RKV_ROOT", *header.enumerators()]
     prints += [f'printf("{name} = %lld\\n", (long long){name});' for name in constants]
     source, program = folder / "layout.c", folder / "layout"
-    source.write_text("#include <radixkv/radixkv.h>\n#include <stdio.h>\nint main(void) {\n" + "\n".join(prints) + "\nreturn 0; }\n")
+    source.write_text(
+        "#include <radixkv/radixkv.h>\n#include <stdio.h>\nint main(void) {\n" + "\n".join(prints) + "\nreturn 0; }\n"
+    )
     run([tool("gcc"), "-std=c11", f"-I{INCLUDE}", source, "-o", program])
     return run([program]).stdout.splitlines()
 

@@ -49,7 +49,13 @@ def run(
     """Run to the end, output captured. Fails the test with both streams if the exit status is not 0."""
     words = [str(word) for word in command]
     done = subprocess.run(
-        words, env=os.environ | (env or {}), cwd=cwd, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+        words,
+        env=os.environ | (env or {}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
     )
     if done.returncode != 0:
         pytest.fail(
