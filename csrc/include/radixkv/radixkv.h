@@ -179,10 +179,11 @@ RKV_API rkv_status rkv_tree_peek(rkv_tree *tree, const rkv_key *key, int32_t *pa
 /* num_keys peeks under one lock; out has num_keys entries, each with its struct_size set. */
 RKV_API rkv_status rkv_tree_peek_many(rkv_tree *tree, const rkv_key *keys, size_t num_keys, rkv_match *out);
 
-/* Go on from the end of an earlier match with the tokens AFTER it. The answer is for the whole key; page_ids needs room for
- * (prior->num_tokens + prior->host_num_tokens + num_tokens) / page_size ids. RKV_ERR_HANDLE if prior's end has left the tree. */
-RKV_API rkv_status rkv_tree_match_extend(rkv_tree *tree, const rkv_match *prior, const int32_t *tokens, size_t num_tokens,
-                                         int32_t *page_ids, rkv_match *out);
+/* Go on from the end of an earlier match: more->tokens are those AFTER it, more->ns its namespace. The answer is for the whole key;
+ * page_ids needs room for (prior->num_tokens + prior->host_num_tokens + more->num_tokens) / page_size ids.
+ * RKV_ERR_HANDLE if prior's end has left the tree. */
+RKV_API rkv_status rkv_tree_match_extend(rkv_tree *tree, const rkv_match *prior, const rkv_key *more, int32_t *page_ids,
+                                         rkv_match *out);
 
 typedef struct rkv_insert {
     uint32_t struct_size;
@@ -377,7 +378,7 @@ typedef struct rkv_api {
     rkv_status (*tree_match)(rkv_tree *, const rkv_key *, int32_t *, rkv_match *);
     rkv_status (*tree_peek)(rkv_tree *, const rkv_key *, int32_t *, rkv_match *);
     rkv_status (*tree_peek_many)(rkv_tree *, const rkv_key *, size_t, rkv_match *);
-    rkv_status (*tree_match_extend)(rkv_tree *, const rkv_match *, const int32_t *, size_t, int32_t *, rkv_match *);
+    rkv_status (*tree_match_extend)(rkv_tree *, const rkv_match *, const rkv_key *, int32_t *, rkv_match *);
     rkv_status (*tree_insert)(rkv_tree *, const rkv_key *, const int32_t *, size_t, const rkv_match *, int32_t, int32_t *,
                               rkv_insert *);
     rkv_status (*tree_insert_host)(rkv_tree *, const rkv_key *, const int32_t *, size_t, const rkv_match *, int32_t,
