@@ -265,23 +265,33 @@ static void test_match_extend(void)
 {
     int32_t tokens[16], ids[16];
     rkv_match prior = match_of_b, match, inside;
-    rkv_key key;
+    rkv_key key, more;
     RKV_INIT(&match);
     tokens_from(116, tokens, 4);
-    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(NULL, &prior, tokens, 4, ids, &match));
-    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, NULL, tokens, 4, ids, &match));
-    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, NULL, 4, ids, &match));
-    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, tokens, 4, ids, NULL));
-    REFUSED_SIZES(prior, rkv_tree_match_extend(tree, &prior, tokens, 4, ids, &match));
-    REFUSED_SIZES(match, rkv_tree_match_extend(tree, &prior, tokens, 4, ids, &match));
-    REFUSED(RKV_ERR_HANDLE, rkv_tree_match_extend(tree, &foreign_match, tokens, 4, ids, &match));
-    REFUSED(RKV_ERR_HANDLE, rkv_tree_match_extend(tree, &stale_match, tokens, 4, ids, &match));
+    more = key_of(NULL, tokens, 4);
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(NULL, &prior, &more, ids, &match));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, NULL, &more, ids, &match));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, NULL, ids, &match));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, &more, ids, NULL));
+    REFUSED_SIZES(prior, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    REFUSED_SIZES(more, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    REFUSED_SIZES(match, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    REFUSED(RKV_ERR_HANDLE, rkv_tree_match_extend(tree, &foreign_match, &more, ids, &match));
+    REFUSED(RKV_ERR_HANDLE, rkv_tree_match_extend(tree, &stale_match, &more, ids, &match));
+    prior.num_tokens = -4;
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    prior = match_of_b;
+    more.ns = "other";
+    more.ns_bytes = 5;
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    more = key_of(NULL, NULL, 4);
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
     /* a peek that ends inside a node names a node whose path is longer than the hit */
     tokens_from(300, tokens, 4);
     key = key_of(NULL, tokens, 4);
     RKV_INIT(&inside);
     CHECK(rkv_tree_peek(tree, &key, NULL, &inside) == RKV_OK && inside.num_tokens == 4 && inside.device_node == both);
-    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &inside, tokens, 4, ids, &match));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &inside, &key, ids, &match));
 }
 
 static void test_insert(void)

@@ -20,6 +20,8 @@ typedef struct pool {
 
 typedef struct kept_match {
     rkv_match match;
+    const void *ns;
+    size_t ns_bytes;
     uint64_t end;               /* hash of the whole hit */
     uint64_t pages[MAX_KEY_PAGES * 2];
 } kept_match;
@@ -240,7 +242,7 @@ static void op_insert(engine *e, int host)
 {
     prompt p = take_prompt(e);
     pool *from = host ? &e->host : &e->device;
-    int32_t ids[MAX_KEY_PAGES + 1], duplicates[MAX_KEY_PAGES + 1], wrong = -1;
+    int32_t ids[MAX_KEY_PAGES + 1], duplicates[MAX_KEY_PAGES + 1], ours = -1;
     const rkv_match *hint = take(e) % 3 == 0 ? &e->matches[take(e) % NUM_MATCHES].match : NULL;
     int priority = (int)(take(e) % 4) - 1, num_ids = p.num_pages, position = -1, i;
     uint64_t d;
@@ -254,8 +256,9 @@ static void op_insert(engine *e, int host)
     allocate_all(from, ids, p.num_pages);
     if (p.num_pages > 0 && rarely(e)) { /* an id that is owned, or free, or no id at all, in place of ours */
         position = (int)(take(e) % (unsigned)p.num_pages);
-        wrong = ids[position];
+        ours = ids[position];
         ids[position] = (int32_t)(take(e) % (CAPACITY + 1)) - 1;
+        position = ids[position] == ours ? -1 : position;
     }
     if (rarely(e)) {
         num_ids = (int)(take(e) % (MAX_KEY_PAGES + 2));
@@ -266,7 +269,7 @@ static void op_insert(engine *e, int host)
     check_status(e, status);
     if (position >= 0) {
         int32_t other = ids[position];
-        ids[position] = wrong;
+        ids[position] = ours;
         if (status == RKV_OK) {
             /* it went well: the stranger was free and is the tree's now, was the tree's own at that place, or is a duplicate */
             int is_duplicate = 0;
@@ -282,10 +285,10 @@ static void op_insert(engine *e, int host)
                 from->content[other] = p.content[position];
             }
             for (d = 0; d < out.num_duplicates; d++) {
-                duplicates[d] = duplicates[d] == other ? wrong : duplicates[d];
+                duplicates[d] = duplicates[d] == other ? ours : duplicates[d];
             }
             if (!is_duplicate) {
-                give_back(from, wrong);
+                give_back(from, ours);
             }
         }
     }
@@ -342,6 +345,8 @@ static void op_match(engine *e, int peek_only)
     keep_handle(e, match.host_node);
     kept = &e->matches[e->next_match++ % NUM_MATCHES];
     kept->match = match;
+    kept->ns = p.key.ns;
+    kept->ns_bytes = p.key.ns_bytes;
     hit = (int)(match.num_tokens + match.host_num_tokens) / e->page_size;
     kept->end = hit > 0 ? p.content[hit - 1] : hash_bytes(0xcbf29ce484222325ull, p.key.ns, p.key.ns_bytes);
     memcpy(kept->pages, p.content, sizeof p.content);
@@ -360,7 +365,12 @@ static void op_extend(engine *e)
     if (kept.match.struct_size == 0 || before + p.num_pages > MAX_KEY_PAGES * 2) {
         return;
     }
-    status = rkv_tree_match_extend(e->tree, &kept.match, p.tokens, (size_t)p.num_pages * (size_t)e->page_size, page_ids, &match);
+    p.key.tokens = p.tokens;
+    if (!rarely(e)) {
+        p.key.ns = kept.ns;
+        p.key.ns_bytes = kept.ns_bytes;
+    }
+    status = rkv_tree_match_extend(e->tree, &kept.match, &p.key, page_ids, &match);
     check_status(e, status);
     if (status != RKV_OK) {
         return;

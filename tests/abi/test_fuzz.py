@@ -1,4 +1,4 @@
-"""libFuzzer on the C ABI, from the committed corpus: a bounded number of runs with a fixed seed (more with `make fuzz`)."""
+"""libFuzzer on the C ABI, from the committed corpus: a bounded number of runs, a fixed seed (more with `make fuzz`)."""
 
 from __future__ import annotations
 

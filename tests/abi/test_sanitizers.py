@@ -62,7 +62,8 @@ def test_the_address_sanitizer_sees_into_the_core(tmp_path: Path) -> None:
     source = tmp_path / "overread.c"
     source.write_text(
         "#include <radixkv/radixkv.h>\n#include <stdlib.h>\n"
-        "int main(void) { rkv_tree *t; rkv_key k; rkv_insert o; int32_t id = 0, d; int32_t *p = malloc(15 * sizeof *p);\n"
+        "int main(void) { rkv_tree *t; rkv_key k; rkv_insert o; int32_t id = 0, d;\n"
+        "int32_t *p = malloc(15 * sizeof *p);\n"
         "for (int i = 0; i < 15; i++) p[i] = i;\n"
         "RKV_INIT(&k); RKV_INIT(&o); k.tokens = p; k.num_tokens = 16;\n"
         "return rkv_tree_create(NULL, &t) || rkv_tree_insert(t, &k, &id, 1, NULL, 0, &d, &o); }\n"

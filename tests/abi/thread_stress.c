@@ -107,7 +107,9 @@ static void look_up(worker *w)
     CHECK(match[0].num_tokens == match[1].num_tokens && match[0].host_node == match[1].host_node); /* one moment, one answer */
     CHECK(rkv_tree_match(tree, keys, page_ids, match) == RKV_OK);
     CHECK(match[0].num_tokens + match[0].host_num_tokens <= (int64_t)keys[0].num_tokens);
-    check_status(rkv_tree_match_extend(tree, match, more, PAGE, page_ids, &longer));
+    keys[1].tokens = more;
+    keys[1].num_tokens = PAGE;
+    check_status(rkv_tree_match_extend(tree, match, &keys[1], page_ids, &longer));
     keep_handle(w, match[0].device_node);
     keep_handle(w, match[0].host_node);
 }

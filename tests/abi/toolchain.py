@@ -58,10 +58,8 @@ def run(
         stdin=subprocess.DEVNULL,
     )
     if done.returncode != 0:
-        pytest.fail(
-            f"{' '.join(words)}\nexited with {done.returncode}\n--- stdout\n{done.stdout[-8000:]}\n--- stderr\n{done.stderr[-8000:]}",
-            pytrace=False,
-        )
+        streams = f"--- stdout\n{done.stdout[-8000:]}\n--- stderr\n{done.stderr[-8000:]}"
+        pytest.fail(f"{' '.join(words)}\nexited with {done.returncode}\n{streams}", pytrace=False)
     return done
 
 
@@ -73,7 +71,7 @@ def compile_linked(source: Path, program: Path, *, standard: str = "c11", compil
 
 
 def compile_flavour(flavour: str, source: Path, program: Path, *flags: str) -> Path:
-    """Compile a C program with a sanitizer, statically with the core built the same way (csrc/tools/build_objects.py)."""
+    """Compile a C program with a sanitizer, linked with the core compiled alike (csrc/tools/build_objects.py)."""
     builder = _builder()
     compiler, _, program_flags = builder.FLAVOURS[flavour]
     tool(compiler)
@@ -85,7 +83,8 @@ def compile_flavour(flavour: str, source: Path, program: Path, *flags: str) -> P
 
 def _builder() -> ModuleType:
     spec = importlib.util.spec_from_file_location("build_objects", ROOT / "csrc" / "tools" / "build_objects.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
