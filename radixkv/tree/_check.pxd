@@ -58,7 +58,7 @@ cdef inline rkv_status check_state(const Tree *t, uint32_t i) noexcept nogil:
         return broken(b"it is on no tier", i)
     if n.flags & DEVICE and not p.flags & DEVICE:
         return broken(b"it is on the device and its parent is not", i)
-    if not n.flags & DEVICE and (n.lock_ref or n.pin_ref or n.flags & (LOADING | PENDING)):
+    if not n.flags & DEVICE and (n.lock_ref or n.own_locks or n.pin_ref or n.flags & (LOADING | PENDING)):
         return broken(b"it is host-only and locked, pinned, loading or pending", i)
     if n.host_ref and not n.flags & HOST:
         return broken(b"host_ref without host pages", i)
@@ -79,7 +79,7 @@ cdef inline rkv_status check_children(const Tree *t, uint32_t i) noexcept nogil:
     """Sibling links, and the sums that a node keeps over its children."""
     cdef const Node *n = &t.nodes[i]
     cdef const Node *c
-    cdef uint32_t k = n.first_child, previous = NO_INDEX, on_device = 0, gone = 0, pins = 0, host_refs = 0
+    cdef uint32_t k = n.first_child, previous = NO_INDEX, on_device = 0, gone = 0, pins = 0, host_refs = 0, locks = 0
     while k != NO_INDEX:
         c = &t.nodes[k]
         if c.parent != i or c.prev_sibling != previous or not c.flags & LIVE:
@@ -87,6 +87,7 @@ cdef inline rkv_status check_children(const Tree *t, uint32_t i) noexcept nogil:
         on_device += (c.flags & DEVICE) != 0
         gone += is_gone(c)
         pins += c.pin_ref
+        locks += c.lock_ref
         host_refs += c.sub_host_ref + (c.host_ref > 0)
         previous = k
         k = c.next_sibling
@@ -96,6 +97,8 @@ cdef inline rkv_status check_children(const Tree *t, uint32_t i) noexcept nogil:
         return RKV_OK
     pins += n.pin_slot > 0
     pins += (n.flags & (LOADING | OP_HEAD)) == (LOADING | OP_HEAD)
+    if n.lock_ref != locks + n.own_locks:
+        return broken(b"its lock_ref is not its own locks and those of its children", i)
     if n.pin_ref != pins or n.sub_host_ref != host_refs:
         return broken(b"its counts of pins or protected host copies are wrong", i)
     return RKV_OK

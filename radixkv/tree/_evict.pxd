@@ -17,7 +17,7 @@ from radixkv.tree._nodes cimport (
 from radixkv.tree._store cimport (
     NO_UNIT, pageset_release, pageset_remove, store_free, store_release,
 )
-from radixkv.tree._walk cimport claim, gain_device, gain_host
+from radixkv.tree._walk cimport claim, gain_device, gain_host_path
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -77,19 +77,19 @@ cdef inline int64_t protect_path(Tree *t, uint32_t i, int lock, int pin) noexcep
 cdef inline rkv_status lock(Tree *t, uint32_t i, int64_t *delta) noexcept nogil:
     if not t.nodes[i].flags & DEVICE:
         return fail(RKV_ERR_STATE, b"lock: node %#llx has no device pages", <unsigned long long>handle_of(t, i))
+    t.nodes[i].own_locks += 1
     delta[0] = protect_path(t, i, 1, 0) * t.page_size
     return RKV_OK
 
 
 cdef inline rkv_status unlock(Tree *t, uint32_t i, int64_t *delta) noexcept nogil:
-    cdef uint32_t k = i
+    """Only a lock of this very node: taking one of a node below would leave its owner with a lock that cannot be undone."""
     if not t.nodes[i].flags & DEVICE:
         return fail(RKV_ERR_STATE, b"unlock: node %#llx has no device pages", <unsigned long long>handle_of(t, i))
-    while not is_root(t, k):
-        if t.nodes[k].lock_ref == 0:
-            return fail(RKV_ERR_LOCK, b"unlock: node %#llx of the path of %#llx is not locked",
-                        <unsigned long long>handle_of(t, k), <unsigned long long>handle_of(t, i))
-        k = t.nodes[k].parent
+    if t.nodes[i].own_locks == 0:
+        return fail(RKV_ERR_LOCK, b"unlock: node %#llx is not locked itself (%u locks of nodes below)",
+                    <unsigned long long>handle_of(t, i), t.nodes[i].lock_ref)
+    t.nodes[i].own_locks -= 1
     delta[0] = protect_path(t, i, -1, 0) * t.page_size
     return RKV_OK
 
@@ -385,14 +385,13 @@ cdef inline rkv_status finish_backup(Tree *t, uint32_t i, const int32_t *ids, ui
         status = claim(&t.host_ids, ids, num_ids, b"finish_backup")
         if status != RKV_OK:
             return status
+        gain_host_path(t, i, ids, num_ids)
     while left > 0:
         n = &t.nodes[i]
         left -= n.num_pages
         up = n.parent
         n.op_pages_above = 0
         set_pending(t, i, False)
-        if ids != NULL:
-            gain_host(t, i, ids + left)
         if n.num_device_children == 0 and not is_protected(n):
             if ids != NULL:
                 lose_device(t, out, i)
@@ -422,11 +421,7 @@ cdef inline rkv_status set_host(Tree *t, uint32_t i, const int32_t *ids, uint64_
     status = claim(&t.host_ids, ids, num_ids, b"set_host")
     if status != RKV_OK:
         return status
-    left = num_ids
-    while left > 0:
-        left -= t.nodes[i].num_pages
-        gain_host(t, i, ids + left)
-        i = t.nodes[i].parent
+    gain_host_path(t, i, ids, num_ids)
     return RKV_OK
 
 
@@ -456,9 +451,9 @@ cdef inline rkv_status check_unused(const Tree *t, uint32_t i, uint64_t left) no
     cdef uint32_t below = 0
     while left > 0:
         n = &t.nodes[i]
-        if n.lock_ref or n.pin_ref != 1 or n.num_device_children != below:
-            return fail(RKV_ERR_LOCK, b"finish_load: node %#llx failed to load but is in use: %u locks, %u pins and loads, %u device children",
-                        <unsigned long long>handle_of(t, i), n.lock_ref, n.pin_ref - 1, n.num_device_children - below)
+        if n.lock_ref or n.num_device_children != below:
+            return fail(RKV_ERR_LOCK, b"finish_load: node %#llx failed to load but is in use: %u locks, %u device children",
+                        <unsigned long long>handle_of(t, i), n.lock_ref, n.num_device_children - below)
         left -= n.num_pages
         below = 1
         i = n.parent
@@ -485,6 +480,7 @@ cdef inline rkv_status finish_load(Tree *t, uint32_t i, bint success, rkv_freed 
     left = 0 if success else pages
     while left > 0:
         left -= t.nodes[i].num_pages
+        unpin(t, i)
         lose_device(t, out, i)
         i = t.nodes[i].parent
     return RKV_OK

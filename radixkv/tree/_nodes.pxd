@@ -51,7 +51,8 @@ cdef struct Node:
     uint32_t end_page               # pages from the root to this node's end
     uint32_t num_device_children    # pending ones too
     uint32_t num_gone_children      # of those, the ones that are as good as gone; see is_gone()
-    uint32_t lock_ref
+    uint32_t lock_ref               # locks of this node and of all below
+    uint32_t own_locks              # locks of this very node
     uint32_t pin_ref                # pins and loads in this node's subtree, itself included
     uint32_t host_ref
     uint32_t sub_host_ref           # descendants with host_ref > 0

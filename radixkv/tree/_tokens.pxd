@@ -1,4 +1,7 @@
-"""Step 1 of a request's life: whatever a caller calls tokens (or page ids) becomes a run of int32, without a copy where it can."""
+"""Step 1 of a request's life: whatever a caller calls tokens (or page ids) becomes a run of int32, without a copy where it can.
+
+The Python import below only declares the names: a module that cimports this must import them too, where inline functions look them up.
+"""
 
 cimport numpy as cnp
 from cpython.buffer cimport (
@@ -59,7 +62,7 @@ cdef inline int narrow_items(TokenView *v, const char *data, size_t n, Py_ssize_
         for i in range(n):
             out[i] = (<const int32_t *>(data + <Py_ssize_t>i * stride))[0]
             bad |= out[i] < 0
-    elif stride == 8:
+    elif stride == 8 and signed_:
         for i in range(n):
             x = (<const int64_t *>data)[i]
             out[i] = <int32_t>x
@@ -68,7 +71,7 @@ cdef inline int narrow_items(TokenView *v, const char *data, size_t n, Py_ssize_
         for i in range(n):
             x = (<const int64_t *>(data + <Py_ssize_t>i * stride))[0]
             out[i] = <int32_t>x
-            bad |= out[i] != x
+            bad |= out[i] != x or (x < 0 and not signed_)
     if bad:
         for i in range(n):
             if itemsize == 4 and out[i] < 0:
@@ -130,7 +133,11 @@ cdef inline int read_sequence(object tokens, TokenView *v) except -1:
 cdef inline int read_buffer(object tokens, TokenView *v) except -1:
     cdef const char *format_
     cdef bint signed_
-    PyObject_GetBuffer(tokens, &v.buffer, PyBUF_STRIDES | PyBUF_FORMAT)
+    cdef Py_ssize_t stride
+    try:
+        PyObject_GetBuffer(tokens, &v.buffer, PyBUF_STRIDES | PyBUF_FORMAT)
+    except (ValueError, BufferError) as error:
+        raise ArgumentTypeError(f"no readable buffer: {error}") from None
     v.has_buffer = True
     if v.buffer.ndim != 1:
         raise ArgumentTypeError(f"a one-dimensional buffer is needed, this one has {v.buffer.ndim} dimensions")
@@ -140,13 +147,14 @@ cdef inline int read_buffer(object tokens, TokenView *v) except -1:
     if format_[0] == 0 or format_[1] != 0 or format_[0] not in b"ilqILQ" or v.buffer.itemsize not in (4, 8):
         raise ArgumentTypeError(f"a buffer of 4- or 8-byte integers is needed, not format {(<bytes>v.buffer.format).decode()!r}")
     signed_ = format_[0] in b"ilq"
-    if v.buffer.itemsize == 4 and v.buffer.strides[0] == 4:
+    stride = v.buffer.strides[0] if v.buffer.strides != NULL else v.buffer.itemsize     # ctypes arrays give no strides
+    if v.buffer.itemsize == 4 and stride == 4:
         if signed_:
             v.data = <const int32_t *>v.buffer.buf
             v.n = v.buffer.shape[0]
             return 0
         return read_uint32(v, <const int32_t *>v.buffer.buf, v.buffer.shape[0])
-    return narrow_items(v, <const char *>v.buffer.buf, v.buffer.shape[0], v.buffer.strides[0], <int>v.buffer.itemsize, signed_)
+    return narrow_items(v, <const char *>v.buffer.buf, v.buffer.shape[0], stride, <int>v.buffer.itemsize, signed_)
 
 
 cdef inline int read_tokens(object tokens, TokenView *v) except -1:

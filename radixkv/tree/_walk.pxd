@@ -208,6 +208,31 @@ cdef inline rkv_status match_extend(Tree *t, const rkv_match *prior, const rkv_k
     return finish_match(t, &w, space, page_ids, out)
 
 
+# ---- going down a path -----------------------------------------------------------------------------------------------
+
+cdef inline uint32_t turn_path(Tree *t, uint32_t i, uint32_t above) noexcept nogil:
+    """Let the parent links from node i up to below ``above`` point down instead; returns the topmost of them (NO_INDEX if i is above).
+
+    A tree knows the way up. To visit a path from its top takes memory, a second look-up, or this: turn the links on the way up, and
+    turn them back on the way down.
+    """
+    cdef uint32_t below = NO_INDEX, up
+    while i != above:
+        up = t.nodes[i].parent
+        t.nodes[i].parent = below
+        below = i
+        i = up
+    return below
+
+
+cdef inline uint32_t turn_back(Tree *t, uint32_t i, uint32_t *above) noexcept nogil:
+    """Restore the parent link of node i of a turned path, and step down: returns the next node, or NO_INDEX after the last."""
+    cdef uint32_t next_ = t.nodes[i].parent
+    t.nodes[i].parent = above[0]
+    above[0] = i
+    return next_
+
+
 # ---- gaining and losing pages ----------------------------------------------------------------------------------------
 
 cdef inline void gain_device(Tree *t, uint32_t i, const int32_t *ids) noexcept nogil:
@@ -235,6 +260,21 @@ cdef inline void gain_host(Tree *t, uint32_t i, const int32_t *ids) noexcept nog
     refresh(t, i)
     if not is_root(t, n.parent):
         refresh(t, n.parent)
+
+
+cdef inline void gain_host_path(Tree *t, uint32_t i, const int32_t *ids, uint64_t num_ids) noexcept nogil:
+    """Give the last num_ids pages of the path to node i (whole nodes, claimed) host pages, ancestors first."""
+    cdef uint64_t at = 0, left = num_ids
+    cdef uint32_t above = i, next_
+    while left > 0:
+        left -= t.nodes[above].num_pages
+        above = t.nodes[above].parent
+    i = turn_path(t, i, above)
+    while i != NO_INDEX:
+        next_ = turn_back(t, i, &above)
+        gain_host(t, i, ids + at)
+        at += t.nodes[i].num_pages
+        i = next_
 
 
 cdef inline rkv_status claim_failed(int verdict, const char *what, int32_t id_) noexcept nogil:
@@ -426,24 +466,15 @@ cdef inline void update_path(Tree *t, Adding *a) noexcept nogil:
 
 
 cdef inline void adopt_path(Tree *t, const Adding *a) noexcept nogil:
-    """The host-only end of the path takes the caller's pages, ancestors first: the device stays closed under parent.
-
-    Going down needs the way: each step finds the host-only node nearest to the device part by walking up from the end once for
-    all, reversing the parent links on the way up and restoring them on the way down. No memory, no second look-up.
-    """
-    cdef uint32_t i = a.walk.node, below = NO_INDEX, up
-    while i != NO_INDEX and not t.nodes[i].flags & DEVICE:
-        up = t.nodes[i].parent
-        t.nodes[i].parent = below
-        below = i
-        i = up
-    up = i
-    while below != NO_INDEX:
-        i = below
-        below = t.nodes[i].parent
-        t.nodes[i].parent = up
+    """The host-only end of the path takes the caller's pages, ancestors first: the device stays closed under parent."""
+    cdef uint32_t above = a.walk.node, i, next_
+    while not t.nodes[above].flags & DEVICE:
+        above = t.nodes[above].parent
+    i = turn_path(t, a.walk.node, above)
+    while i != NO_INDEX:
+        next_ = turn_back(t, i, &above)
         gain_device(t, i, a.ids + t.nodes[i].end_page - t.nodes[i].num_pages)
-        up = i
+        i = next_
 
 
 cdef inline void write_duplicates(const Tree *t, const Adding *a, int32_t *duplicates) noexcept nogil:

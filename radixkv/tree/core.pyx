@@ -742,7 +742,7 @@ import numpy as np
 
 from radixkv.errors import (
     AllocationError, ArgumentTypeError, HandleError, IntegrityError, InvalidArgumentError, LockError, PageOwnershipError,
-    RadixKVError, StateError,
+    StateError, TokenRangeError,
 )
 from radixkv.key import encode_namespace
 from radixkv.tree.base import BaseRadixTree
@@ -801,6 +801,13 @@ cdef int64_t read_int64(object value, str name) except? -1:
         raise ArgumentTypeError(f"{name} is an int, not {type(value).__name__}") from None
     except OverflowError:
         raise InvalidArgumentError(f"{name} {value} does not fit 64 bits") from None
+
+
+cdef list as_list(object keys):
+    try:
+        return list(keys)
+    except TypeError:
+        raise ArgumentTypeError(f"keys is a sequence of token sequences, not {type(keys).__name__}") from None
 
 
 def page_hash_capsule(function, ctx=0, digest_bytes=8):
@@ -1038,7 +1045,7 @@ cdef class RadixTree:
 
     def peek_many(self, keys, extra_key=None, cache_salt=None):
         """Peek at many keys: int64 [len(keys), 2] of (num_tokens, host_num_tokens); see BaseRadixTree.peek_many."""
-        cdef object held = list(keys)
+        cdef list held = as_list(keys)
         cdef size_t n = len(held), k, read = 0
         cdef rkv_key *c_keys = <rkv_key *>malloc((n + 1) * sizeof(rkv_key))
         cdef rkv_match *found = <rkv_match *>malloc((n + 1) * sizeof(rkv_match))
