@@ -86,10 +86,21 @@ def run(workload: Workload, layout: Layout, touched: bool) -> FloorRun:
     pointers = (ctypes.c_void_p * n)(*(t.ctypes.data for t in workload.tokens))
     ids = np.arange(int(num_pages.max()), dtype=np.int32)
     out = FloorRun(np.zeros(n, np.int64), np.zeros(n, np.int64))
-    arrays = (num_pages, layout.first_segment, layout.segment_start, layout.segment_pages, layout.tail_start, arena, arena_ids, ids,
-              np.zeros_like(ids), *out)
+    arrays = (
+        num_pages,
+        layout.first_segment,
+        layout.segment_start,
+        layout.segment_pages,
+        layout.tail_start,
+        arena,
+        arena_ids,
+        ids,
+        np.zeros_like(ids),
+        *out,
+    )
     differing = library().floor_run(
-        ctypes.c_int64(n), ctypes.c_int64(page_size), pointers, *(ctypes.c_void_p(a.ctypes.data) for a in arrays))
+        ctypes.c_int64(n), ctypes.c_int64(page_size), pointers, *(ctypes.c_void_p(a.ctypes.data) for a in arrays)
+    )
     if differing:
         raise RuntimeError(f"floor: {differing} segments differ from what was stored; the layout is wrong")
     return out

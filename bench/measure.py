@@ -17,18 +17,20 @@ import numpy.typing as npt
 class Percentiles(NamedTuple):
     """Of one kind of operation, in microseconds."""
 
-    p50_us: float
-    p99_us: float
-    mean_us: float
+    p50_us: float | None
+    p99_us: float | None
+    mean_us: float | None
     count: int
 
 
 def percentiles(times_ns: npt.NDArray[np.int64] | Sequence[int]) -> Percentiles:
-    """p50, p99 and mean of single times in ns; NaN for none."""
+    """p50, p99 and mean of single times in ns; None for none."""
     times = np.asarray(times_ns, np.float64) / 1e3
     if not len(times):
-        return Percentiles(float("nan"), float("nan"), float("nan"), 0)
-    return Percentiles(float(np.percentile(times, 50)), float(np.percentile(times, 99)), float(times.mean()), len(times))
+        return Percentiles(None, None, None, 0)
+    return Percentiles(
+        float(np.percentile(times, 50)), float(np.percentile(times, 99)), float(times.mean()), len(times)
+    )
 
 
 def time_each(function: Callable[[], Any], count: int) -> npt.NDArray[np.int64]:
@@ -77,6 +79,7 @@ def memory() -> Memory:
 
 
 def settle() -> None:
-    """Collect garbage and give free heap pages back to the system, so that a later difference is what is really held."""
+    """Collect garbage and give free heap pages back to the system, so that a later difference is what is really
+    held."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
 """One implementation, one workload, one fresh process: times and memory, as one JSON object on stdout.
 
-``python -m bench.tree_worker '{"peer": "radixkv", "workload": "trace", "quick": false}'``. bench_tree.py starts these in
-alternation, so no tree ever runs in memory that another one has touched.
+``python -m bench.tree_worker '{"peer": "radixkv", "workload": "trace", "quick": false}'``. bench_tree.py starts
+these in alternation, so no tree ever runs in memory that another one has touched.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from .peers.base import TreePeer
 def replay(peer: type[TreePeer], workload: workloads.Workload, save: Path | None = None) -> dict[str, Any]:
     """Run a workload through a fresh tree: match with page ids, evict if there is no room, insert.
 
-    All keys and rows are built and touched first. Between the timed calls the driver does what an engine does to its page
-    table: writes the matched ids and the newly allocated ones.
+    All keys and rows are built and touched first. Between the timed calls the driver does what an engine does to its
+    page table: writes the matched ids and the newly allocated ones.
 
-    Returns: times (totals in s, percentiles in us), memory (bytes), counts. Raises: RuntimeError if an unbounded run does not
-    find exactly what it must.
+    Returns: times (totals in s, percentiles in us), memory (bytes), counts. Raises: RuntimeError if an unbounded run
+    does not find exactly what it must.
     """
     place = workloads.layout(workload)
     page_size, n = workload.page_size, len(workload.tokens)
     keys = [peer.key(tokens) for tokens in workload.tokens]
     pages = [len(tokens) // page_size for tokens in workload.tokens]
-    rows = [peer.row(np.zeros(p, np.int32), tokens, int(hit) * page_size, page_size)
-            for p, tokens, hit in zip(pages, workload.tokens, place.hit_pages, strict=True)]
+    rows = [
+        peer.row(np.zeros(p, np.int32), tokens, int(hit) * page_size, page_size)
+        for p, tokens, hit in zip(pages, workload.tokens, place.hit_pages, strict=True)
+    ]
     capacity = workload.capacity_pages or place.num_pages
     free, num_free = np.arange(capacity - 1, -1, -1, dtype=np.int32), capacity
     match_ns, insert_ns, evict_ns = np.ones(n, np.int64), np.ones(n, np.int64), []
@@ -76,7 +78,8 @@ def replay(peer: type[TreePeer], workload: workloads.Workload, save: Path | None
     if cached is None:
         cached = (capacity - num_free) * page_size
     elif cached != (capacity - num_free) * page_size:
-        raise RuntimeError(f"{peer.name}: the tree says {cached:,} cached tokens, {(capacity - num_free) * page_size:,} were given to it")
+        given = (capacity - num_free) * page_size
+        raise RuntimeError(f"{peer.name}: the tree says {cached:,} cached tokens, {given:,} were given to it")
     if save is not None:
         save_content(tree, save)
     own = tree.memory_bytes()
@@ -85,7 +88,7 @@ def replay(peer: type[TreePeer], workload: workloads.Workload, save: Path | None
         "requests": n,
         "hit_tokens": int(hits.sum()),
         "cached_tokens": cached,
-        "total_s": float(match_ns.sum() + insert_ns.sum()) / 1e9,
+        "total_s": (float(match_ns.sum() + insert_ns.sum()) + sum(evict_ns)) / 1e9,
         "match_s": float(match_ns.sum()) / 1e9,
         "insert_s": float(insert_ns.sum()) / 1e9,
         "evict_s": sum(evict_ns) / 1e9,
@@ -144,8 +147,12 @@ def fresh(path: Path, page_size: int) -> dict[str, Any]:
     for key, row in zip(keys, rows, strict=True):
         tree.tree.insert(key, row)
     after = measure.memory()
-    return {"cached_tokens": tree.cached_tokens(), "nodes": len(parent), "rss_bytes": after.resident - before.resident,
-            "own_memory_bytes": tree.memory_bytes()}
+    return {
+        "cached_tokens": tree.cached_tokens(),
+        "nodes": len(parent),
+        "rss_bytes": after.resident - before.resident,
+        "own_memory_bytes": tree.memory_bytes(),
+    }
 
 
 def run_floor(workload: workloads.Workload, touched: bool) -> dict[str, Any]:
@@ -167,7 +174,8 @@ def run_floor(workload: workloads.Workload, touched: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do one job, described by a JSON object in argv[1]: peer (or floor, floor-touched, fresh), workload, quick, content (a path)."""
+    """Do one job, described by a JSON object in argv[1]: peer (or floor, floor-touched, fresh), workload, quick,
+    content (a path)."""
     job = json.loads(sys.argv[1])
     name, content = job["peer"], Path(job["content"]) if job.get("content") else None
     if name == "fresh":

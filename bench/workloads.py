@@ -33,7 +33,8 @@ class Workload:
 
     Attributes:
         tokens: one int32 array a request.
-        page_identity: per request, a dense number (0 ..) for each whole page together with everything before it, int64: equal
+        page_identity: per request, a dense number (0 ..) for each whole page together with everything before it,
+        int64: equal
             numbers exactly when the prefixes up to there are equal. Not device page ids.
         capacity_pages: pages that fit; None = everything fits.
         known_hit_tokens: from the trace's own documentation, to check a run against; None if nothing is known.
@@ -85,7 +86,9 @@ def layout(workload: Workload) -> Layout:
         position[identity[hit:]] = np.arange(used, used + tail)
         used += tail
     join = lambda parts: np.concatenate(parts).astype(np.int64)  # noqa: E731
-    return Layout(np.array(first), join(starts), join(lengths), np.array(tails, np.int64), np.array(hits, np.int64), used)
+    return Layout(
+        np.array(first), join(starts), join(lengths), np.array(tails, np.int64), np.array(hits, np.int64), used
+    )
 
 
 def mix_tokens(values: npt.NDArray[np.uint64]) -> Tokens:
@@ -110,8 +113,10 @@ def trace_path() -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    raise WorkloadAbsent(f"trace: no file at {' or '.join(map(str, candidates))}; set RADIXKV_TRACE to conversation_trace.jsonl "
-                         "of Mooncake's FAST25 release")
+    raise WorkloadAbsent(
+        f"trace: no file at {' or '.join(map(str, candidates))}; set RADIXKV_TRACE to conversation_trace.jsonl "
+        "of Mooncake's FAST25 release"
+    )
 
 
 def trace(num_requests: int = 2_000, page_size: int = PAGE_SIZE) -> Workload:
@@ -127,17 +132,34 @@ def trace(num_requests: int = 2_000, page_size: int = PAGE_SIZE) -> Workload:
             pages = ids.astype(np.int64)[:, None] * pages_a_block + np.arange(pages_a_block)
             identity.append(pages.reshape(-1)[: length // page_size])
     known = 8_070_832 if (num_requests, page_size) == (2_000, 16) else None
-    return Workload(name="trace", seed=0, tokens=tokens, page_identity=identity, page_size=page_size, known_hit_tokens=known,
-                    notes=f"first {len(tokens):,} requests of conversation_trace.jsonl, unbounded")
+    return Workload(
+        name="trace",
+        seed=0,
+        tokens=tokens,
+        page_identity=identity,
+        page_size=page_size,
+        known_hit_tokens=known,
+        notes=f"first {len(tokens):,} requests of conversation_trace.jsonl, unbounded",
+    )
 
 
 # ---- (ii) growing conversations --------------------------------------------------------------------------------------
-def growing(num_users: int = 1_000, num_turns: int = 10, shared_tokens: int = 2_000, turn_tokens: int = 500, seed: int = 7,
-            page_size: int = PAGE_SIZE) -> Workload:
-    """Users share a system prompt; each turn is the whole conversation so far plus ``turn_tokens``; turns round-robin."""
+def growing(
+    num_users: int = 1_000,
+    num_turns: int = 10,
+    shared_tokens: int = 2_000,
+    turn_tokens: int = 500,
+    seed: int = 7,
+    page_size: int = PAGE_SIZE,
+) -> Workload:
+    """Users share a system prompt; each turn is the whole conversation so far plus ``turn_tokens``; turns
+    round-robin."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(0, VOCABULARY, shared_tokens, np.int32)
-    whole = [np.concatenate([shared, rng.integers(0, VOCABULARY, num_turns * turn_tokens, np.int32)]) for _ in range(num_users)]
+    whole = [
+        np.concatenate([shared, rng.integers(0, VOCABULARY, num_turns * turn_tokens, np.int32)])
+        for _ in range(num_users)
+    ]
     pages = len(whole[0]) // page_size
     shared_pages = shared_tokens // page_size
     tokens, identity = [], []
@@ -147,8 +169,14 @@ def growing(num_users: int = 1_000, num_turns: int = 10, shared_tokens: int = 2_
             tokens.append(whole[user][:length])
             ids = np.arange(length // page_size, dtype=np.int64)
             identity.append(np.where(ids < shared_pages, ids, ids + user * pages))
-    return Workload(name="growing", seed=seed, tokens=tokens, page_identity=identity, page_size=page_size,
-                    notes=f"{num_users:,} users x {num_turns} turns, {shared_tokens:,} shared tokens, +{turn_tokens} a turn, unbounded")
+    return Workload(
+        name="growing",
+        seed=seed,
+        tokens=tokens,
+        page_identity=identity,
+        page_size=page_size,
+        notes=f"{num_users:,} users x {num_turns} turns, {shared_tokens:,} shared tokens, +{turn_tokens} a turn",
+    )
 
 
 # ---- (iii) churn at capacity -----------------------------------------------------------------------------------------
@@ -161,7 +189,9 @@ def churn(capacity_pages: int = 32_768, passes: int = 10, seed: int = 11, page_s
     identity: list[npt.NDArray[np.int64]] = []
     used, new_pages = shared_tokens // page_size, 0
     while new_pages < passes * capacity_pages:
-        whole = [np.concatenate([shared, rng.integers(0, VOCABULARY, turns * turn_tokens, np.int32)]) for _ in range(users)]
+        whole = [
+            np.concatenate([shared, rng.integers(0, VOCABULARY, turns * turn_tokens, np.int32)]) for _ in range(users)
+        ]
         own = len(whole[0]) // page_size - shared_tokens // page_size
         firsts = [used + user * own for user in range(users)]
         used += users * own
@@ -178,12 +208,22 @@ def churn(capacity_pages: int = 32_768, passes: int = 10, seed: int = 11, page_s
                 identity.append(used + np.arange(pages))
                 used += pages
                 new_pages += pages
-    return Workload(name="churn", seed=seed, tokens=tokens, page_identity=identity, page_size=page_size,
-                    capacity_pages=capacity_pages, notes=f"capacity {capacity_pages * page_size:,} tokens, {passes}x passes through")
+    return Workload(
+        name="churn",
+        seed=seed,
+        tokens=tokens,
+        page_identity=identity,
+        page_size=page_size,
+        capacity_pages=capacity_pages,
+        notes=f"capacity {capacity_pages * page_size:,} tokens, {passes}x passes through",
+    )
 
 
 def build(name: str, quick: bool = False) -> Workload:
-    """A workload by name: trace, growing or churn; ``quick`` makes it about 10 times smaller. Raises: WorkloadAbsent, KeyError."""
+    """A workload by name: trace, growing or churn; ``quick`` makes it about 10 times smaller.
+
+    Raises: WorkloadAbsent, KeyError.
+    """
     full: dict[str, Callable[[], Workload]] = {"trace": trace, "growing": growing, "churn": churn}
     small: dict[str, Callable[[], Workload]] = {
         "trace": lambda: trace(200),
@@ -207,8 +247,10 @@ def main() -> None:
         place = layout(workload)
         hit = int(place.hit_pages.sum()) * workload.page_size
         total = sum(map(len, workload.tokens))
-        print(f"{name}: {len(workload.tokens):,} requests, {total:,} tokens, hit {hit:,} ({hit / total:.2%}) if unbounded, "
-              f"{place.num_pages * workload.page_size:,} cached, {len(place.segment_start):,} segments; {workload.notes}")
+        print(
+            f"{name}: {len(workload.tokens):,} requests, {total:,} tokens, hit {hit:,} ({hit / total:.2%}) unbounded, "
+            f"{place.num_pages * workload.page_size:,} cached, {len(place.segment_start):,} segments; {workload.notes}"
+        )
 
 
 if __name__ == "__main__":

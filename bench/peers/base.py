@@ -1,9 +1,9 @@
 """The small interface behind which every tree is timed.
 
-Only ``match``, ``insert`` and ``evict`` are ever inside a timed part. They take *native* keys and rows: whatever that
-implementation reads fastest, built beforehand by ``key`` and ``row``. A *row* is a request's page table as the engine
-keeps it: the ids of the matched prefix (written there by ``write_prefix``, outside the timed part, as an engine's own
-table update is), then freshly allocated ids.
+Only ``match``, ``find``, ``insert`` and ``evict`` are ever inside a timed part. They take *native* keys and rows:
+whatever that implementation reads fastest, built beforehand by ``key`` and ``row``. A *row* is a request's page
+table as the engine keeps it: the ids of the matched prefix (written there by ``write_prefix``, outside the timed
+part, as an engine's own table update is), then freshly allocated ids.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class TreePeer(ABC):
     @classmethod
     @abstractmethod
     def row(cls, page_ids: PageIds, tokens: Tokens, num_cached_tokens: int, page_size: int) -> Any:
-        """The native row for int32 ``page_ids`` (one a whole page of ``tokens``), with whatever else insert needs that an engine
-        would have at hand. ``num_cached_tokens``: how many tokens the tree is going to have already."""
+        """The native row for int32 ``page_ids`` (one a whole page of ``tokens``), with whatever else insert needs
+        that an engine would have at hand. ``num_cached_tokens``: how many tokens the tree is going to have already."""
 
     def write_ids(self, row: Any, first_page: int, page_ids: PageIds) -> None:  # noqa: B027  an index has no ids to write
         """Write ``page_ids`` into the row from page ``first_page`` on."""
@@ -97,6 +97,10 @@ class TreePeer(ABC):
     @abstractmethod
     def match(self, key: Any) -> Any:
         """Longest cached prefix with its page ids materialised."""
+
+    def find(self, key: Any) -> Any:
+        """The cheapest call that says how long the cached prefix is, page ids left out; ``match`` if there is none."""
+        return self.match(key)
 
     @abstractmethod
     def insert(self, key: Any, row: Any, match: Any) -> None:

@@ -2,15 +2,16 @@
 
 What its API means, as seen by calling it:
 
-* ``apply_event(worker, json)``: a "stored" event lists blocks, each with a ``tokens_hash`` (the local hash of the block's tokens: the
-  edge that find_matches follows) and a ``block_hash`` (identifies the block to the engine: the handle by which "removed" events
-  and ``parent_hash`` name it). Blocks are chained below ``parent_hash``
-* ``find_matches(list of tokens_hash)`` -> OverlapScores; ``.scores`` maps (worker, dp_rank) to leading blocks held; nothing else. No page ids,
-  no splits, no locks, no eviction order
+* ``apply_event(worker, json)``: a "stored" event lists blocks, each with a ``tokens_hash`` (the local hash of the
+  block's tokens: the edge that find_matches follows) and a ``block_hash`` (identifies the block to the engine: the
+  handle by which "removed" events and ``parent_hash`` name it). Blocks are chained below ``parent_hash``
+* ``find_matches(list of tokens_hash)`` -> OverlapScores; ``.scores`` maps (worker, dp_rank) to leading blocks held;
+  nothing else. No page ids, no splits, no locks, no eviction order
 * the tree lives on a thread of its own; every call is a message there and back, which is most of a short call's time
 
-Tree-like use: tokens are hashed by its own ``compute_block_hash_for_seq`` inside the timed match (a tree that is handed tokens must do it);
-page ids do not exist, so it does less than a tree. Events are JSON built outside the timed part and hold only the new blocks.
+Tree-like use: tokens are hashed by its own ``compute_block_hash_for_seq`` inside the timed match (a tree that is
+handed tokens must do it); page ids do not exist, so it does less than a tree. Events are JSON built outside the
+timed part and hold only the new blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from array import array
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +31,8 @@ from .base import PageIds, Tokens, TreePeer
 def stored_event(
     keys: npt.NDArray[np.uint64], parent_key: int | None = None, token_hashes: npt.NDArray[np.uint64] | None = None
 ) -> bytes:
-    """A "stored" event for a run of chained page keys (uint64) below ``parent_key``; token_hashes default to the keys."""
+    """A "stored" event for a run of chained page keys (uint64) below ``parent_key``; token_hashes default to the
+    keys."""
     hashes = keys if token_hashes is None else token_hashes
     blocks = [{"block_hash": k, "tokens_hash": h} for k, h in zip(keys.tolist(), hashes.tolist(), strict=True)]
     event = {"event_id": 1, "data": {"stored": {"parent_hash": parent_key, "blocks": blocks}}, "dp_rank": 0}
@@ -53,7 +56,7 @@ class Peer(TreePeer):
     name = "dynamo"
     POLICIES = ()
     HOLDS_PAGE_IDS = False
-    INPUT_TYPES = {
+    INPUT_TYPES: ClassVar[dict[str, Callable[[Tokens], Any]]] = {
         "list": lambda t: t.tolist(),
         "array('I')": lambda t: array("I", t.astype(np.uint32).tobytes()),
         "numpy uint32": lambda t: t.astype(np.uint32),
@@ -73,7 +76,8 @@ class Peer(TreePeer):
 
     @classmethod
     def row(cls, page_ids: PageIds, tokens: Tokens, num_cached_tokens: int, page_size: int) -> bytes | None:
-        """The event for the blocks that are not cached yet; their ``block_hash`` is a 64-bit chain over the local hashes."""
+        """The event for the blocks that are not cached yet; their ``block_hash`` is a 64-bit chain over the local
+        hashes."""
         hashes = np.array(core().compute_block_hash_for_seq(tokens.tolist(), page_size), np.uint64)
         chained = chain(hashes)
         first = num_cached_tokens // page_size

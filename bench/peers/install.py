@@ -1,8 +1,8 @@
 """Make ``build/peers/venv``: one environment in which radixkv and every peer run in one process.
 
-``python bench/peers/install.py [--only-radixkv]`` is idempotent: pinned packages are installed once, radixkv (editable, from this
-checkout) is rebuilt when its sources changed. A peer that cannot be installed is reported and left out; the benchmarks
-then print it as absent.
+``python bench/peers/install.py [--only-radixkv]`` is idempotent: pinned packages are installed once, radixkv
+(editable, from this checkout) is rebuilt when its sources changed. A peer that cannot be installed is reported and
+left out; the benchmarks then print it as absent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ PEERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sglang-rust, sglang-python": (("torch==2.13.0",), ("--no-deps", "sglang==0.5.23")),
     "dynamo": (("--no-deps", "ai-dynamo-runtime==1.6.1"),),
 }
-"""Peers -> arguments of ``pip install``, one tuple a call. --no-deps: their dependencies are for serving, nothing here imports one."""
+"""Peers -> arguments of ``pip install``, one tuple a call. --no-deps: their dependencies are for serving, nothing
+here imports one."""
 
 
 def python() -> Path:
@@ -66,7 +67,11 @@ def main() -> None:
     failed = install(with_peers=not options.only_radixkv)
     for peer, call in failed.items():
         print(f"absent: {peer} ({call} failed)", file=sys.stderr)
-    listing = "from bench import peers; p, a = peers.load_all(); [print(x.version()) for x in p.values()]; [print('absent', *x) for x in a]"
+    listing = (
+        "from bench import peers; present, absent = peers.load_all(); "
+        "print(*[peer.version() for peer in present.values()], sep='\\n'); "
+        "print(*[f'absent: {one.name}: {one.reason}' for one in absent], sep='\\n')"
+    )
     subprocess.run([str(python()), "-c", listing], cwd=ROOT, check=True)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class Peer(TreePeer):
 
     name = "radixkv"
     POLICIES = ("lru", "lfu", "fifo", "mru", "filo", "priority", "slru")
-    INPUT_TYPES = {
+    INPUT_TYPES: ClassVar[dict[str, Callable[[Tokens], Any]]] = {
         "numpy int32": lambda t: t,
         "array('q')": lambda t: array("q", t.astype(np.int64).tobytes()),
         "numpy int64": lambda t: t.astype(np.int64),
@@ -39,6 +40,7 @@ class Peer(TreePeer):
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
         self.tree = radixkv.RadixTree(page_size=page_size, policy=policy)
+        self.find = self.tree.match  # the call itself is what is measured: no frame of ours around it
 
     @classmethod
     def row(cls, page_ids: PageIds, tokens: Tokens, num_cached_tokens: int, page_size: int) -> PageIds:

@@ -1,17 +1,20 @@
-"""SGLang's Python RadixCache: the wheel's own mem_cache/radix_cache.py, unmodified, with the least that lets it import on a CPU.
+"""SGLang's Python RadixCache: the wheel's own mem_cache/radix_cache.py, unmodified, with the least that lets it
+import on a CPU.
 
-Loaded as they are, by path: radix_cache.py, base_prefix_cache.py, cache_init_params.py, evict_policy.py, component_type.py; of
-utils.py the two definitions that radix_cache.py uses (``get_eviction_strategy`` with its table and ``split_node_hash_value``),
-because the module's other imports need Triton kernels.
+Loaded as they are, by path: radix_cache.py, base_prefix_cache.py, cache_init_params.py, evict_policy.py,
+component_type.py; of utils.py the two definitions that radix_cache.py uses (``get_eviction_strategy`` with its table
+and ``split_node_hash_value``), because the module's other imports need Triton kernels.
 
-Stubs (the complete list; each module exists only in ``sys.modules`` while these files are imported):
-  sglang, sglang.srt, sglang.srt.mem_cache, ...unified_cache   empty packages, so that no package __init__ runs
-  ...mem_cache.allocator.BaseTokenToKVPoolAllocator, ...mem_cache.memory_pool.ReqToTokenPool   empty classes (annotations only)
-  ...mem_cache.events.KVCacheEventRecorder   record_store, record_remove, record_all_cleared do nothing (events are off by default)
-  ...mem_cache.events.KvEventLoraNames, LoRANameTable   empty classes
-  ...observability.metrics_collector   four names, unused because metrics are off
-  ...runtime_context   get_observability, get_parallel, unused because metrics are off
-  ...utils.common.ceil_align   real arithmetic, unused by match, insert and evict
+Stubs (the complete list; each exists in ``sys.modules`` only while these files are imported):
+
+* sglang, sglang.srt, .srt.utils, .srt.observability, .srt.mem_cache, .srt.mem_cache.unified_cache: empty packages, so
+  that no package's __init__ runs
+* mem_cache.allocator.BaseTokenToKVPoolAllocator, mem_cache.memory_pool.ReqToTokenPool: empty classes (annotations only)
+* mem_cache.events.KVCacheEventRecorder: its three record methods do nothing (events are off by default)
+* mem_cache.events.KvEventLoraNames, LoRANameTable: empty classes
+* observability.metrics_collector (four names), runtime_context (get_observability, get_parallel): unused, metrics are off
+* utils.common.ceil_align: real arithmetic, unused by match, insert and evict
+
 The allocator handed to it collects the freed segments.
 """
 
@@ -22,9 +25,10 @@ import importlib.metadata
 import importlib.util
 import sys
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -67,7 +71,8 @@ def _stub(name: str, package: bool = False, **names: Any) -> None:
 
 def _load(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -97,7 +102,8 @@ _modules: tuple[ModuleType, ModuleType, ModuleType] | None = None
 
 
 def load_radix_cache() -> tuple[ModuleType, ModuleType, ModuleType]:
-    """(radix_cache, base_prefix_cache, cache_init_params), loaded once; sys.modules is left as it was. Raises: ImportError."""
+    """(radix_cache, base_prefix_cache, cache_init_params), loaded once; sys.modules is left as it was. Raises:
+    ImportError."""
     global _modules
     if _modules is not None:
         return _modules
@@ -110,8 +116,12 @@ def load_radix_cache() -> tuple[ModuleType, ModuleType, ModuleType]:
         _stub("sglang.srt.utils", package=True)
         _stub("sglang.srt.utils.common", ceil_align=lambda value, align: -(-value // align) * align)
         _stub("sglang.srt.runtime_context", get_observability=None, get_parallel=None)
-        collector = ("STAT_LOGGER_ROLE_RADIX_CACHE", "RadixCacheMetricsCollector", "radix_cache_metric_labels",
-                     "resolve_collector_class")
+        collector = (
+            "STAT_LOGGER_ROLE_RADIX_CACHE",
+            "RadixCacheMetricsCollector",
+            "radix_cache_metric_labels",
+            "resolve_collector_class",
+        )
         _stub("sglang.srt.observability.metrics_collector", **dict.fromkeys(collector))
         _stub(f"{_PREFIX}.allocator", BaseTokenToKVPoolAllocator=empty)
         _stub(f"{_PREFIX}.memory_pool", ReqToTokenPool=empty)
@@ -152,7 +162,7 @@ class Peer(TreePeer):
 
     name = "sglang-python"
     POLICIES = ("lru", "lfu", "fifo", "mru", "filo", "priority", "slru")
-    INPUT_TYPES = {
+    INPUT_TYPES: ClassVar[dict[str, Callable[[Tokens], Any]]] = {
         "array('q')": lambda t: array("q", t.astype(np.int64).tobytes()),
         "list": lambda t: t.tolist(),
     }
@@ -182,7 +192,10 @@ class Peer(TreePeer):
         )
         self._key, self._page_size = cache.RadixKey, page_size
         self._match_params, self._insert_params, self._evict_params = (
-            base.MatchPrefixParams, base.InsertParams, base.EvictParams)
+            base.MatchPrefixParams,
+            base.InsertParams,
+            base.EvictParams,
+        )
 
     @classmethod
     def row(cls, page_ids: PageIds, tokens: Tokens, num_cached_tokens: int, page_size: int) -> Any:
@@ -212,6 +225,9 @@ class Peer(TreePeer):
     def match(self, key: Any) -> _Match:
         found = self._cache.match_prefix(self._match_params(key=self._key(key)))
         return _Match(found.device_prefix_len, self._cache.path_device_indices(found.last_device_node))
+
+    def find(self, key: Any) -> Any:
+        return self._cache.match_prefix(self._match_params(key=self._key(key)))
 
     def insert(self, key: Any, row: Any, match: _Match) -> None:
         self._cache.insert(self._insert_params(key=self._key(key), value=row))

@@ -1,16 +1,16 @@
 """SGLang's Rust tree core (the ``RustUnifiedTreeCoreBinding`` of its wheel), called without SGLang's Python above it.
 
-The extension is loaded by path, with torch imported first (it links libtorch) and without importing the ``sglang`` package,
-whose other dependencies need a GPU. What its API means, as read from the wheel's rust_tree_core/adapter.py and
+The extension is loaded by path, with torch imported first (it links libtorch) and without importing the ``sglang``
+package, whose many other dependencies are for serving. What its API means, as read from the wheel's rust_tree_core/adapter.py and
 unified_radix_cache.py, which drive it in production:
 
 * keys are any buffer of int64 (``array('q')``, numpy); values are torch int64 tensors with one *slot* a token
 * ``match_prefix`` splits at the end of the hit and stamps the path; it returns node ids and lengths, no slots.
   ``collect_full_device_indices(node, root)`` concatenates the slots of a path: that is what ``page_ids()`` is here
-* ``insert`` is the one-step form of begin_insert / end_insert; ``prev_prefix_len`` says how much of the value is the tree's own
-  already, so nothing is handed back as duplicate
-* eviction is a walk: ``evict_device_start(component, n)``, then ``evict_device_next_node`` / ``evict_device_leaf`` until
-  the budget is met, then ``evict_device_end``. Component 0 is FULL. The running tracker is the caller's.
+* ``insert`` is the one-step form of begin_insert / end_insert; ``prev_prefix_len`` says how much of the value is the
+  tree's own already, so nothing is handed back as duplicate
+* eviction is a walk: ``evict_device_start(component, n)``, then ``evict_device_next_node`` / ``evict_device_leaf``
+  until the budget is met, then ``evict_device_end``. Component 0 is FULL. The running tracker is the caller's.
 
 This is kinder to it than production: SGLang wraps every call in dataclass conversions that are left out here.
 """
@@ -20,8 +20,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from array import array
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -55,7 +56,8 @@ def load_extension() -> ModuleType:
         import torch  # noqa: F401  its libraries must be resident before the extension is opened
 
         spec = importlib.util.spec_from_file_location("mem_cache", find_extension())
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         _module = module
@@ -72,7 +74,7 @@ class Peer(TreePeer):
 
     name = "sglang-rust"
     POLICIES = ("lru", "lfu", "fifo", "mru", "filo", "priority", "slru")
-    INPUT_TYPES = {
+    INPUT_TYPES: ClassVar[dict[str, Callable[[Tokens], Any]]] = {
         "array('q')": lambda t: array("q", t.astype(np.int64).tobytes()),
         "numpy int64": lambda t: t.astype(np.int64),
     }
@@ -83,7 +85,9 @@ class Peer(TreePeer):
 
     @classmethod
     def version(cls) -> str:
-        return f"sglang {importlib.metadata.version('sglang')} Rust tree core, torch {importlib.metadata.version('torch')}"
+        return (
+            f"sglang {importlib.metadata.version('sglang')} Rust tree core, torch {importlib.metadata.version('torch')}"
+        )
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
         import torch
@@ -126,6 +130,9 @@ class Peer(TreePeer):
         tree = self._tree
         found = tree.match_prefix(self._match_params(key=key))
         return _Match(found.device_prefix_len, tree.collect_full_device_indices(found.last_device_node_id, self._root))
+
+    def find(self, key: Any) -> Any:
+        return self._tree.match_prefix(self._match_params(key=key))
 
     def insert(self, key: Any, row: Any, match: _Match) -> None:
         # A key that ends inside a page is cut by the tree, the value is not.
