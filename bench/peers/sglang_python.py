@@ -12,7 +12,8 @@ Stubs (the complete list; each exists in ``sys.modules`` only while these files 
 * mem_cache.allocator.BaseTokenToKVPoolAllocator, mem_cache.memory_pool.ReqToTokenPool: empty classes (annotations only)
 * mem_cache.events.KVCacheEventRecorder: its three record methods do nothing (events are off by default)
 * mem_cache.events.KvEventLoraNames, LoRANameTable: empty classes
-* observability.metrics_collector (four names), runtime_context (get_observability, get_parallel): unused, metrics are off
+* observability.metrics_collector (four names), runtime_context (get_observability, get_parallel): unused, metrics
+  are off
 * utils.common.ceil_align: real arithmetic, unused by match, insert and evict
 
 The allocator handed to it collects the freed segments.

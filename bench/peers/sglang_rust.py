@@ -1,8 +1,8 @@
 """SGLang's Rust tree core (the ``RustUnifiedTreeCoreBinding`` of its wheel), called without SGLang's Python above it.
 
 The extension is loaded by path, with torch imported first (it links libtorch) and without importing the ``sglang``
-package, whose many other dependencies are for serving. What its API means, as read from the wheel's rust_tree_core/adapter.py and
-unified_radix_cache.py, which drive it in production:
+package, whose many other dependencies are for serving. What its API means, as read from the wheel's
+rust_tree_core/adapter.py and unified_radix_cache.py, which drive it in production:
 
 * keys are any buffer of int64 (``array('q')``, numpy); values are torch int64 tensors with one *slot* a token
 * ``match_prefix`` splits at the end of the hit and stamps the path; it returns node ids and lengths, no slots.
