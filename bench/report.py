@@ -20,14 +20,14 @@ class Check(NamedTuple):
 
     what: str
     value: float | None
-    limit: float
+    limit: float | None
     unit: str
     note: str = ""
 
     @property
     def verdict(self) -> str:
         """pass, SHORT (the target is missed) or absent."""
-        if self.value is None:
+        if self.value is None or self.limit is None:
             return "absent"
         return "pass" if self.value <= self.limit else "SHORT"
 
