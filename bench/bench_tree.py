@@ -25,7 +25,6 @@ from .peers.base import TreePeer
 
 SEED = 5
 OURS, RIVAL = "radixkv", "sglang-rust"
-FLOORS = ("floor", "floor-touched")
 RUN_TARGETS = {"trace": 0.25, "growing": 0.15}
 """Our whole run's share of the Rust core's."""
 
@@ -55,7 +54,7 @@ def replays(names: Sequence[str], rounds: int, quick: bool) -> dict[str, Any]:
             results[workload] = {"absent": str(absent)}
             continue
         bounded = size.capacity_pages is not None
-        runners = [n for n in names if n != "dynamo"] if bounded else [*names, *FLOORS]
+        runners = [n for n in names if n != "dynamo"] if bounded else [*names, *floor.MEMORY]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in runners}
         failed: dict[str, str] = {}
         for turn in range(rounds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 from functools import cache
@@ -69,19 +70,34 @@ class FloorRun(NamedTuple):
     insert_ns: npt.NDArray[np.int64]
 
 
-def run(workload: Workload, layout: Layout, touched: bool) -> FloorRun:
+MEMORY = {
+    "floor": "fresh memory",
+    "floor-huge": "fresh memory, huge pages asked for",
+    "floor-touched": "memory written before",
+}
+"""Kinds of arena. Touched is below what an honest tree can do: page faults are part of storing new tokens."""
+
+
+def _arena(num_values: int, kind: str) -> npt.NDArray[np.int32]:
+    """An int32 arena in a mapping of its own: numpy would ask for huge pages by itself."""
+    mapping = mmap.mmap(-1, max(1, num_values) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if kind == "floor-huge":
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(mapping, np.int32)
+    if kind == "floor-touched":
+        array.fill(-1)
+    return array
+
+
+def run(workload: Workload, layout: Layout, kind: str) -> FloorRun:
     """Replay an unbounded workload as memcmp and memcpy.
 
     Args:
         layout: which pages of which request are where (``workloads.layout``).
-        touched: the arena was written before (no page faults): below what an honest tree can do; else a fresh mapping.
+        kind: the arena's memory, one of ``MEMORY``.
     """
     n, page_size = len(workload.tokens), workload.page_size
-    arena = np.empty(layout.num_pages * page_size, np.int32)
-    arena_ids = np.empty(layout.num_pages, np.int32)
-    if touched:
-        arena.fill(-1)
-        arena_ids.fill(-1)
+    arena, arena_ids = _arena(layout.num_pages * page_size, kind), _arena(layout.num_pages, kind)
     num_pages = np.array([len(t) // page_size for t in workload.tokens], np.int64)
     pointers = (ctypes.c_void_p * n)(*(t.ctypes.data for t in workload.tokens))
     ids = np.arange(int(num_pages.max()), dtype=np.int32)

@@ -155,13 +155,13 @@ def fresh(path: Path, page_size: int) -> dict[str, Any]:
     }
 
 
-def run_floor(workload: workloads.Workload, touched: bool) -> dict[str, Any]:
+def run_floor(workload: workloads.Workload, kind: str) -> dict[str, Any]:
     """The workload as memcmp and memcpy alone; the same fields as ``replay`` where they mean something."""
     place = workloads.layout(workload)
     floor.library()
-    result = floor.run(workload, place, touched)
+    result = floor.run(workload, place, kind)
     return {
-        "version": "memcmp + memcpy, " + ("touched memory" if touched else "fresh memory"),
+        "version": f"memcmp + memcpy, {floor.MEMORY[kind]}",
         "requests": len(workload.tokens),
         "hit_tokens": int(place.hit_pages.sum()) * workload.page_size,
         "cached_tokens": place.num_pages * workload.page_size,
@@ -174,15 +174,15 @@ def run_floor(workload: workloads.Workload, touched: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do one job, described by a JSON object in argv[1]: peer (or floor, floor-touched, fresh), workload, quick,
+    """Do one job, described by a JSON object in argv[1]: peer (or fresh, or a kind of floor), workload, quick,
     content (a path)."""
     job = json.loads(sys.argv[1])
     name, content = job["peer"], Path(job["content"]) if job.get("content") else None
     if name == "fresh":
         assert content is not None
         result = fresh(content, workloads.PAGE_SIZE)
-    elif name.startswith("floor"):
-        result = run_floor(workloads.build(job["workload"], job["quick"]), touched=name == "floor-touched")
+    elif name in floor.MEMORY:
+        result = run_floor(workloads.build(job["workload"], job["quick"]), name)
     else:
         peer = peers.load(name)
         if isinstance(peer, peers.Absent):
