@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def paired_ratio(results: dict[str, Any], workload: str, name: str, beside: str)
     both = [results.get(workload, {}).get(which, {}).get("runs") for which in (name, beside)]
     if not all(both):
         return None
-    return statistics.median(a["total_s"] / b["total_s"] for a, b in zip(*both, strict=True))
+    return statistics.median(float(a["total_s"] / b["total_s"]) for a, b in zip(*both, strict=True))
 
 
 def churn_memory(quick: bool) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def evict_one(
     for index in rng.permutation(leaves):
         tree.find(peer.key(tokens[index]))
     times = np.zeros(samples, np.int64)
-    clock = measure.time.perf_counter_ns
+    clock = time.perf_counter_ns
     for index in range(samples):
         start = clock()
         evicted = tree.evict(1)

@@ -20,7 +20,7 @@ class Percentiles(NamedTuple):
     p50_us: float | None
     p99_us: float | None
     mean_us: float | None
-    count: int
+    calls: int
 
 
 def percentiles(times_ns: npt.NDArray[np.int64] | Sequence[int]) -> Percentiles:

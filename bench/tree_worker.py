@@ -61,6 +61,10 @@ def replay(peer: type[TreePeer], workload: workloads.Workload, save: Path | None
             ids = tree.evicted_page_ids(evicted)
             free[num_free : num_free + len(ids)] = ids
             num_free += len(ids)
+            if new > num_free:
+                raise RuntimeError(
+                    f"{peer.name}: request {index} needs {new} pages, {num_free} are free after eviction"
+                )
         num_free -= new
         tree.write_prefix(row, match)
         tree.write_ids(row, hit // page_size, free[num_free : num_free + new])

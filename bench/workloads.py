@@ -85,9 +85,13 @@ def layout(workload: Workload) -> Layout:
         tail = len(identity) - hit
         position[identity[hit:]] = np.arange(used, used + tail)
         used += tail
-    join = lambda parts: np.concatenate(parts).astype(np.int64)  # noqa: E731
     return Layout(
-        np.array(first), join(starts), join(lengths), np.array(tails, np.int64), np.array(hits, np.int64), used
+        np.array(first, np.int64),
+        np.concatenate(starts).astype(np.int64),
+        np.concatenate(lengths).astype(np.int64),
+        np.array(tails, np.int64),
+        np.array(hits, np.int64),
+        used,
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from .base import Absent, TreePeer
 
+__all__ = ["TREE_PEERS", "Absent", "TreePeer", "load", "load_all"]
+
 TREE_PEERS: dict[str, str] = {
     "radixkv": "radixkv_tree",
     "sglang-rust": "sglang_rust",
