@@ -22,7 +22,7 @@ PARTS = ("tree", "index", "callgrind")
 
 
 def run_part(part: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run one benchmark program, its tables going to stdout; returns its JSON, or {"absent": reason}."""
+    """Run one benchmark program, its tables going to stdout; returns its JSON, or {"failed": reason}."""
     result = folder / f"{part}.json"
     if part == "callgrind":
         command = [sys.executable, str(Path(__file__).with_name("callgrind") / "run.py")]
@@ -31,7 +31,7 @@ def run_part(part: str, options: argparse.Namespace, folder: Path) -> dict[str, 
         command += ["--rounds", str(options.rounds)] if options.rounds else []
     done = subprocess.run([*command, "--json", str(result)], cwd=report.ROOT, check=False)
     if done.returncode or not result.exists():
-        return {"absent": f"exit status {done.returncode} of {' '.join(command[1:])}"}
+        return {"failed": f"exit status {done.returncode} of {' '.join(command[1:])}"}
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
@@ -72,11 +72,7 @@ def main() -> None:
     verdicts = [check.verdict for check in checks]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("pass", "SHORT", "absent"))
     print(f"{counts}; {options.json}")
-    failed = [
-        f"{part}: {result[part]['absent']}"
-        for part in parts
-        if "absent" in result[part] and "checks" not in result[part]
-    ]
+    failed = [f"{part}: {result[part]['failed']}" for part in parts if "failed" in result[part]]
     if failed:
         sys.exit("could not run: " + "; ".join(failed))
 
