@@ -1,3 +1,40 @@
 """radixkv: the KV-cache layer that LLM engines and gateways link instead of writing it themselves."""
 
+from .errors import (
+    AllocationError,
+    ArgumentTypeError,
+    HandleError,
+    IntegrityError,
+    InvalidArgumentError,
+    LockError,
+    PageOwnershipError,
+    RadixKVError,
+    StateError,
+    TokenRangeError,
+)
+from .tree.core import RadixTree
+from .tree.reference import ReferenceTree
+from .types import POLICIES, ROOT, BackupRequest, Event, NodeInfo, TreeStats
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "POLICIES",
+    "ROOT",
+    "AllocationError",
+    "ArgumentTypeError",
+    "BackupRequest",
+    "Event",
+    "HandleError",
+    "IntegrityError",
+    "InvalidArgumentError",
+    "LockError",
+    "NodeInfo",
+    "PageOwnershipError",
+    "RadixKVError",
+    "RadixTree",
+    "ReferenceTree",
+    "StateError",
+    "TokenRangeError",
+    "TreeStats",
+]

@@ -27,8 +27,10 @@ from ..types import BackupRequest, Event, NodeInfo, PageIds, TreeStats
 
 Tokens: TypeAlias = Any
 """int32/uint32/int64/uint64 numpy arrays (any strides), ``array.array``, any buffer of those item types, torch CPU tensors of
-int32/int64, lists and tuples of ints. One-dimensional. Values must fit int32 (negative ids are allowed).
-Raises ArgumentTypeError (float, bool, int8..int16, str, bytes, None, more than one dimension) or TokenRangeError."""
+int32/int64, lists and tuples of ints (of anything with ``__index__`` but bool). One-dimensional, native byte order.
+Values must fit int32 (negative ids are allowed), those of an ignored tail too.
+Raises ArgumentTypeError (float, bool, int8..int16, str, bytes, None, range and other sequences, more than one dimension,
+a tensor on a device) or TokenRangeError."""
 
 
 class MatchResult(Protocol):
@@ -121,7 +123,11 @@ class BaseRadixTree(ABC):
         max_events: bound of the event queue, in events; beyond it events are dropped and counted. A consumer that sees
             ``dropped_events`` grow must read ``dump()`` afresh.
 
-    Every method leaves the tree exactly as it was if it raises. Handles: an unknown, stale or foreign one raises HandleError.
+    Every method leaves the tree exactly as it was if it raises (no tick either). Handles: an unknown, stale or foreign one
+    raises HandleError, as does an int outside 64 bits; what is no int at all, ArgumentTypeError. ROOT: lock, unlock, unpin,
+    protect_host and release_host do nothing (0), page_keys and page_digests are empty, all else raises InvalidArgumentError.
+    Int arguments outside int64 (priority: int32) raise InvalidArgumentError, what is no int ArgumentTypeError; a ``match``
+    that is no match result ArgumentTypeError, too.
     Namespaces: see ``key.encode_namespace``. Counts are in tokens; a tail shorter than a page is ignored in every key.
     """
 
@@ -220,12 +226,18 @@ class BaseRadixTree(ABC):
 
     @abstractmethod
     def unlock(self, node: int) -> int:
-        """Undo one lock. Returns the change of evictable_tokens (>= 0). Raises: LockError if node or an ancestor is not locked;
-        StateError if host-only."""
+        """Undo one lock of this very node. Returns the change of evictable_tokens (>= 0).
+
+        *Decided*: unlocking an ancestor of what was locked is an error. It would take the lock of whoever holds the
+        descendant, whose own unlock would then fail, so that its pages could never be freed. After a split the locks are
+        the lower part's.
+        Raises: LockError if each lock of the node is one of a node below (lock_ref - sum of its children's lock_ref is 0);
+            StateError if host-only.
+        """
 
     @abstractmethod
     def protect_host(self, node: int) -> None:
-        """Keep this node's host pages (this node, not the path): host_ref + 1. ROOT: nothing. Raises: StateError without a host copy."""
+        """Keep this node's host pages (this node, not the path): host_ref + 1. Raises: StateError without a host copy."""
 
     @abstractmethod
     def release_host(self, node: int) -> None:
@@ -235,7 +247,8 @@ class BaseRadixTree(ABC):
     def pin(self, node: int, until_ns: int) -> int:
         """Protect the node, and so its path, from eviction until ``expire(now_ns)`` is called with now_ns >= until_ns.
 
-        A second pin replaces the time. A split leaves the pin on the lower part. *Decided*: ``delete`` and ``reset`` override pins.
+        A second pin replaces the time. A split leaves the pin on the lower part. *Decided*: ``delete``,
+        ``reset`` and a failed load override pins.
         Returns: change of evictable_tokens (<= 0). Raises: StateError if host-only; InvalidArgumentError for ROOT or until_ns outside int64.
         """
 
@@ -254,12 +267,14 @@ class BaseRadixTree(ABC):
 
         Candidate: on the device, not locked, pinned, loading or pending, no child on the device. With a host copy the node
         becomes host-only. Without one it is deleted together with its descendants, all host-only, whose host pages are
-        returned; but if one of those has host_ref > 0 it is no candidate. A parent that becomes a candidate joins the order.
+        returned; but if a descendant has host_ref > 0 it is no candidate (nor with backup=True: its backup could not be
+        dropped). A parent that becomes a candidate joins the order.
 
         backup=True: a candidate without host copy is marked pending instead of deleted and listed in to_backup. It is not counted in
-        num_tokens. *Decided*: it does count towards when to stop, else any call would list the whole tree. A node without host
-        copy whose device children are all pending and childless on the device in turn (or "gone") is a candidate too, so a chain
-        is listed children first. *Decided*: a node *with* a host copy waits until its pending children have really left,
+        num_tokens. *Decided*: it does count towards when to stop (freed + newly pending >= num_tokens), else any call would
+        list the whole tree. A node without host
+        copy whose device descendants are *all* pending is a candidate too, so a chain is listed children first (also one
+        that opens up because the last device node below a pending one left in this very call). *Decided*: a node *with* a host copy waits until its pending children have really left,
         because device-resident nodes are closed under parent. Pending nodes still match and can be locked.
 
         Raises: InvalidArgumentError if num_tokens < 0.
@@ -305,7 +320,8 @@ class BaseRadixTree(ABC):
     def finish_load(self, node: int, success: bool = True) -> EvictResult:
         """End a load begun with set_device(loading=True); call it with that handle, splits since then included.
 
-        success=False: the node, and what was split from it, is host-only again and its device pages are returned.
+        success=False: the node, and what was split from it, is host-only again and its device pages are returned, the lower
+        part's first; pins on it are removed.
         Raises: StateError if not loading (or only the split-off upper part); LockError on failure if a part is locked or has other children
         on the device: somebody uses pages that never arrived.
         """
@@ -333,7 +349,8 @@ class BaseRadixTree(ABC):
 
     @abstractmethod
     def reset(self) -> EvictResult:
-        """Drop everything, locked or not; returns the pages of both tiers. Every handle becomes stale. The clock and statistics restart.
+        """Drop everything, locked or not; returns the pages of both tiers. Every handle becomes stale.
+        The clock and the statistics (dropped_events, too) restart.
 
         *Decided*: an in-flight backup's device pages are among the returned ones; its finish_backup then raises HandleError and the
         host pages of that call stay with the caller. Queued events are dropped (and not counted), one "cleared" is queued.
@@ -342,7 +359,12 @@ class BaseRadixTree(ABC):
     # ---- events, hashes, inspection ----------------------------------------------------------------------------------
     @abstractmethod
     def take_events(self, max_events: int | None = None) -> list[Event]:
-        """Drain the queue, oldest first. Order within an operation: parents are stored before children, children removed before parents."""
+        """Drain the queue, oldest first. Raises: InvalidArgumentError if max_events < 0.
+
+        Order within an operation: parents are stored before children, children removed before parents (so within a node
+        stored in key order, removed in reverse). What is stored comes before what is removed; a node that leaves both tiers
+        leaves the device first. "removed" has its parent_key, too; "cleared" has key 0.
+        """
 
     @abstractmethod
     def page_keys(self, node: int) -> npt.NDArray[np.uint64]:
@@ -364,7 +386,8 @@ class BaseRadixTree(ABC):
 
     @abstractmethod
     def dump(self) -> list[NodeInfo]:
-        """Every node, parents first, siblings ordered by their tokens (as tuples), namespaces by their encoding. For people and tests."""
+        """Every node, depth first, parents first, siblings ordered by their tokens (as tuples), namespaces by their
+        encoding. For people and tests."""
 
     @abstractmethod
     def to_dot(self) -> str:
