@@ -1,4 +1,4 @@
-"""check_integrity of the reference finds planted corruption, each kind by its message; capacity, for all implementations."""
+"""check_integrity of the reference finds planted corruption, each kind by its message; capacity, for all."""
 
 from __future__ import annotations
 
