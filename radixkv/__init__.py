@@ -1,3 +1,44 @@
 """radixkv: the KV-cache layer that LLM engines and gateways link instead of writing it themselves."""
 
+from .errors import (
+    AllocationError,
+    ArgumentTypeError,
+    HandleError,
+    IntegrityError,
+    InvalidArgumentError,
+    LockError,
+    PageOwnershipError,
+    RadixKVError,
+    StateError,
+    TokenRangeError,
+)
+from .paths import get_include, get_library_path
+from .tree.core import RadixTree
+from .tree.reference import ReferenceTree
+from .types import POLICIES, ROOT, BackupRequest, Event, NodeInfo, TreeStats
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "POLICIES",
+    "ROOT",
+    "AllocationError",
+    "ArgumentTypeError",
+    "BackupRequest",
+    "Event",
+    "HandleError",
+    "IntegrityError",
+    "InvalidArgumentError",
+    "LockError",
+    "NodeInfo",
+    "PageOwnershipError",
+    "RadixKVError",
+    "RadixTree",
+    "ReferenceTree",
+    "StateError",
+    "TokenRangeError",
+    "TreeStats",
+    "__version__",
+    "get_include",
+    "get_library_path",
+]
