@@ -238,17 +238,20 @@ def test_free_pages_and_capacity(make: Callable[..., Kit]) -> None:
     kit.insert("ab", [1, 3])
     kit.insert_host("x", [2])
     for good in (
-        (), (5, [0, 2, 4]), (2, []), (2,), (None, [0, 2]), (None, None, 4, [0, 1, 3]), (5, [0, 2, 4], 4, [0, 1, 3]),
+        (), (5, [0, 2, 4]), (2, []), (2,), (None, None, 4, [0, 1, 3]), (5, [0, 2, 4], 4, [0, 1, 3]),
         (5, [100, 200, 300]), (None, None, 1, None),
     ):  # fmt: skip
         tree.check_integrity(*good)
     for bad in (
-        (5, [0, 2]), (5, [0, 2, 4, 6]), (5,), (0, []), (5, [0, 2, 3]), (5, [0, 2, 2]), (None, [1]), (None, [7, 7]),
-        (None, None, 4, [0, 1]), (None, None, 4, [0, 1, 2]), (None, None, None, [2]), (None, None, 5, [0, 1, 3, 3]),
+        (5, [0, 2]), (5, [0, 2, 4, 6]), (5,), (0, []), (5, [0, 2, 3]), (5, [0, 2, 2]),
+        (None, None, 4, [0, 1]), (None, None, 4, [0, 1, 2]), (None, None, 5, [0, 1, 3, 3]),
         (5, [0, 2, 4], 4, []),
     ):  # fmt: skip
         with pytest.raises(IntegrityError):
             tree.check_integrity(*bad)
+    for pair in ((None, [0]), (None, []), (None, None, None, [0])):
+        with pytest.raises(InvalidArgumentError):
+            tree.check_integrity(*pair)
     with pytest.raises(InvalidArgumentError):
         tree.check_integrity(-1)
     with pytest.raises(InvalidArgumentError):
