@@ -6,8 +6,8 @@ The same objects become
     ``rkv_*`` exported, so the link fails if any exported function can reach a Python symbol.
 
 Environment:
-  RKV_CFLAGS / RKV_LDFLAGS  appended to every compile / link (sanitizers, gcov)
-  RKV_LINETRACE=1           Cython line tracing, for coverage of the Python-facing code (skips the plugin)
+  RKV_CFLAGS / RKV_LDFLAGS  appended to every compile / link (gcov)
+  RKV_OBJECTS_ONLY=1        compile and stop: csrc/tools/build_objects.py links test programs from the objects
 """
 
 from __future__ import annotations
@@ -26,16 +26,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 SONAME = "libradixkv.so.1"
-LINETRACE = os.environ.get("RKV_LINETRACE") == "1"
+OBJECTS_ONLY = os.environ.get("RKV_OBJECTS_ONLY") == "1"
 
 CFLAGS = ["-std=gnu11", "-O3", "-g1", "-ffunction-sections", "-fdata-sections", "-fvisibility=hidden", "-pthread"]
-if LINETRACE:
-    CFLAGS += ["-O0"]
 CFLAGS += shlex.split(os.environ.get("RKV_CFLAGS", ""))
 LDFLAGS = ["-pthread", "-Wl,--gc-sections", *shlex.split(os.environ.get("RKV_LDFLAGS", ""))]
 MACROS: list[tuple[str, str | None]] = [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("RKV_BUILDING", None)]
-if LINETRACE:
-    MACROS += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]
 
 # -z defs proves the plugin free of Python only if generated code has no reason to raise: hence these directives.
 DIRECTIVES = {
@@ -45,7 +41,6 @@ DIRECTIVES = {
     "initializedcheck": False,
     "cdivision": True,
     "embedsignature": True,
-    "linetrace": LINETRACE,
 }
 
 MODULES = ["radixkv.tree.core", "radixkv.tree.prefix_index"]
@@ -67,8 +62,8 @@ class BuildExt(build_ext):
             extra_preargs=CFLAGS,
             depends=[str(p) for p in (ROOT / "csrc").rglob("*.h")] + sources,
         )
-        super().build_extensions()
-        if not LINETRACE:
+        if not OBJECTS_ONLY:
+            super().build_extensions()
             self.link_plugin()
 
     def build_extension(self, ext: Extension) -> None:
@@ -92,18 +87,26 @@ class BuildExt(build_ext):
         command += [*self._objects, *LDFLAGS, "-o", str(lib / SONAME), f"-Wl,-soname,{SONAME}"]
         command += ["-Wl,--version-script=csrc/src/export.map", "-Wl,-z,defs"]
         subprocess.run(command, check=True)
-        template = (ROOT / "csrc" / "src" / "radixkv.pc.in").read_text()
-        (lib / "pkgconfig" / "radixkv.pc").write_text(template.replace("@VERSION@", VERSION))
+        self._write_pkgconfig(lib, includedir="${prefix}/include")
 
     def copy_extensions_to_source(self) -> None:
         """In-place and editable builds: setuptools copies only the extensions, so bring the plugin along."""
+        if OBJECTS_ONLY:
+            return
         super().copy_extensions_to_source()
-        if not LINETRACE:
-            shutil.copytree(self._lib_dir(), ROOT / "radixkv" / "lib", dirs_exist_ok=True)
+        lib = ROOT / "radixkv" / "lib"
+        shutil.copytree(self._lib_dir(), lib, dirs_exist_ok=True)
+        self._write_pkgconfig(lib, includedir="${prefix}/../csrc/include")
 
     def get_outputs(self) -> list[str]:
         lib = self._lib_dir()
         return [*super().get_outputs(), str(lib / SONAME), str(lib / "pkgconfig" / "radixkv.pc")]
+
+    def _write_pkgconfig(self, lib: Path, includedir: str) -> None:
+        """Relative to the file itself, so that wheels can be installed anywhere."""
+        text = (ROOT / "csrc" / "src" / "radixkv.pc.in").read_text()
+        text = text.replace("@VERSION@", VERSION).replace("@INCLUDEDIR@", includedir)
+        (lib / "pkgconfig" / "radixkv.pc").write_text(text)
 
     def _lib_dir(self) -> Path:
         return Path(self.build_lib) / "radixkv" / "lib"

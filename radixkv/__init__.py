@@ -12,6 +12,7 @@ from .errors import (
     StateError,
     TokenRangeError,
 )
+from .paths import get_include, get_library_path
 from .tree.core import RadixTree
 from .tree.reference import ReferenceTree
 from .types import POLICIES, ROOT, BackupRequest, Event, NodeInfo, TreeStats
@@ -37,4 +38,7 @@ __all__ = [
     "StateError",
     "TokenRangeError",
     "TreeStats",
+    "__version__",
+    "get_include",
+    "get_library_path",
 ]

@@ -2,7 +2,10 @@
  * AVX-512, AVX2 or baseline clone, so that wheels stay baseline x86-64. */
 #include "compare.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+/* Not with a sanitizer, whose run-time is not up yet when the loader resolves a clone; nor with clang, which gives the resolver a
+ * name of its own, so that nobody who includes compare.h finds the function. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
 #define RKV_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define RKV_CLONES

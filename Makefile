@@ -1,0 +1,82 @@
+# Everything runs from a clone: each target sets up what it needs first. `make help` lists the targets.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+SOURCES := setup.py $(wildcard radixkv/*/*.pyx radixkv/*/*.pxd csrc/src/* csrc/include/radixkv/*.h)
+INSTALLED := $(VENV)/.installed
+BUILT := build/.built
+DEMO := build/demo
+
+.PHONY: help venv build demo test test-quick lint fuzz soak bench bench-quick callgrind coverage sanitize dist clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+venv: $(INSTALLED) ## create .venv with everything for development (Python >= 3.11, a C compiler)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "radixkv needs Python >= 3.11: none of python3, python3.11 ... python3.14 is. Set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install python3-venv"; exit 1; }
+	@command -v $${CC:-cc} >/dev/null || { echo "radixkv needs a C compiler: install gcc"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" "cython>=3.1,<4" "numpy>=2.0" -c constraints.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]" -c constraints.txt
+	@mkdir -p $(dir $(BUILT))
+	@touch $(BUILT) $@
+
+build: $(BUILT) ## compile the extension and the plugin in place
+
+$(BUILT): $(SOURCES) | $(INSTALLED)
+	$(PY) setup.py -q build_ext --inplace
+	@mkdir -p $(dir $@)
+	@touch $@
+
+demo: $(BUILT) ## set up, generate a workload, replay it through both tiers, plan the memory it needs
+	@mkdir -p $(DEMO)
+	$(VENV)/bin/radixkv workload --kind mixed --seed 1 --requests 2000 -o $(DEMO)/workload.jsonl
+	$(VENV)/bin/radixkv replay $(DEMO)/workload.jsonl --device-tokens 400000 --host-tokens 1600000
+	$(VENV)/bin/radixkv plan $(DEMO)/workload.jsonl --png $(DEMO)/plan.png
+
+test: lint ## set up, build, lint, type-check, run every test
+	$(PYTEST)
+
+lint: $(BUILT) ## ruff, and mypy on the public API
+	$(PY) -m ruff check .
+	$(PY) -m mypy radixkv
+
+fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then libFuzzer on the C ABI (FUZZ_RUNS=N)
+	$(PY) -m tests.oracle.fuzz --ops 1000000
+	RADIXKV_FUZZ_RUNS=$${FUZZ_RUNS:-2000000} $(PYTEST) tests/abi/test_fuzz.py
+
+sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
+	$(PYTEST) tests/abi/test_sanitizers.py
+
+soak: $(BUILT) ## hours of churn under a bounded memory (SOAK_OPS=N)
+	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
+
+bench: $(BUILT) ## every benchmark beside its peers: table and JSON
+	$(PY) -m bench
+
+bench-quick: $(BUILT) ## the benchmarks, smaller
+	$(PY) -m bench --quick
+
+callgrind: $(BUILT) ## instruction counts of the C core against the recorded ones
+	$(PY) -m bench.callgrind
+
+coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/coverage.toml
+	$(PY) tools/coverage.py
+
+dist: $(INSTALLED) ## sdist and manylinux wheel, each tested in a clean virtual environment
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[dist]" --no-build-isolation -c constraints.txt
+	$(PY) tools/dist.py
+
+clean: ## remove what was built, and keep .venv
+	rm -rf build dist *.egg-info radixkv/lib .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	find radixkv -name '*.so' -delete
