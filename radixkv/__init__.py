@@ -14,6 +14,7 @@ from .errors import (
 )
 from .paths import get_include, get_library_path
 from .tree.core import RadixTree
+from .tree.prefix_index import PrefixIndex
 from .tree.reference import ReferenceTree
 from .types import POLICIES, ROOT, BackupRequest, Event, NodeInfo, TreeStats
 
@@ -32,6 +33,7 @@ __all__ = [
     "LockError",
     "NodeInfo",
     "PageOwnershipError",
+    "PrefixIndex",
     "RadixKVError",
     "RadixTree",
     "ReferenceTree",

@@ -1,3 +1,65 @@
+/* The table: every function of radixkv.h by the name that it has there. */
 #include "radixkv/radixkv.h"
-static const rkv_api table = { .struct_size = sizeof(rkv_api), .abi_version = RKV_ABI_VERSION };
-const rkv_api *rkv_get_api(uint32_t v) { return v == RKV_ABI_VERSION ? &table : 0; }
+
+#include <stddef.h>
+
+static const rkv_api api = {
+    .struct_size = sizeof(rkv_api),
+    .abi_version = RKV_ABI_VERSION,
+    .status_string = rkv_status_string,
+    .last_error = rkv_last_error,
+    .version = rkv_version,
+    .tree_create = rkv_tree_create,
+    .tree_destroy = rkv_tree_destroy,
+    .tree_match = rkv_tree_match,
+    .tree_peek = rkv_tree_peek,
+    .tree_peek_many = rkv_tree_peek_many,
+    .tree_match_extend = rkv_tree_match_extend,
+    .tree_insert = rkv_tree_insert,
+    .tree_insert_host = rkv_tree_insert_host,
+    .tree_lock = rkv_tree_lock,
+    .tree_unlock = rkv_tree_unlock,
+    .tree_protect_host = rkv_tree_protect_host,
+    .tree_release_host = rkv_tree_release_host,
+    .tree_pin = rkv_tree_pin,
+    .tree_unpin = rkv_tree_unpin,
+    .tree_expire = rkv_tree_expire,
+    .freed_release = rkv_freed_release,
+    .tree_evict = rkv_tree_evict,
+    .tree_finish_backup = rkv_tree_finish_backup,
+    .tree_evict_host = rkv_tree_evict_host,
+    .tree_set_host = rkv_tree_set_host,
+    .tree_set_device = rkv_tree_set_device,
+    .tree_finish_load = rkv_tree_finish_load,
+    .tree_split_at = rkv_tree_split_at,
+    .tree_delete = rkv_tree_delete,
+    .tree_delete_namespace = rkv_tree_delete_namespace,
+    .tree_reset = rkv_tree_reset,
+    .tree_take_events = rkv_tree_take_events,
+    .tree_page_keys = rkv_tree_page_keys,
+    .tree_page_digests = rkv_tree_page_digests,
+    .tree_node_info = rkv_tree_node_info,
+    .tree_node_data = rkv_tree_node_data,
+    .tree_node_namespace = rkv_tree_node_namespace,
+    .tree_nodes = rkv_tree_nodes,
+    .tree_get_stats = rkv_tree_get_stats,
+    .tree_check_integrity = rkv_tree_check_integrity,
+    .index_create = rkv_index_create,
+    .index_destroy = rkv_index_destroy,
+    .index_insert = rkv_index_insert,
+    .index_remove = rkv_index_remove,
+    .index_clear_worker = rkv_index_clear_worker,
+    .index_remove_worker = rkv_index_remove_worker,
+    .index_find = rkv_index_find,
+    .index_get_word = rkv_index_get_word,
+    .index_set_word = rkv_index_set_word,
+    .index_workers = rkv_index_workers,
+    .index_get_stats = rkv_index_get_stats,
+    .index_dump = rkv_index_dump,
+    .index_check_integrity = rkv_index_check_integrity,
+};
+
+const rkv_api *rkv_get_api(uint32_t abi_version)
+{
+    return abi_version == RKV_ABI_VERSION ? &api : NULL;
+}

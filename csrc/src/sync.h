@@ -1,41 +1,59 @@
+/* Locks and relaxed atomics for the Cython modules, which have no syntax for them. Header only: each is one instruction or one
+ * libc call. pthread locks, because every race detector understands them. */
 #ifndef RKV_SYNC_H
 #define RKV_SYNC_H
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include <pthread.h>
 #include <stdint.h>
+#include <string.h>
 
-/* A reader-writer lock that lets waiting writers pass new readers: a router that peeks without pause must not starve inserts. */
 typedef pthread_rwlock_t rkv_rwlock;
+typedef pthread_mutex_t rkv_mutex;
 
-static inline int rkv_rwlock_create(rkv_rwlock *lock)
+/* Waiting writers go before new readers, so that a stream of finds cannot starve an insert. 0 or an errno. */
+static inline int rkv_rwlock_init(rkv_rwlock *lock)
 {
     pthread_rwlockattr_t attributes;
-    if (pthread_rwlockattr_init(&attributes) != 0) {
-        return -1;
-    }
+    int error = pthread_rwlockattr_init(&attributes);
+    if (error == 0) {
 #ifdef __GLIBC__
-    pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+        pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
 #endif
-    int failed = pthread_rwlock_init(lock, &attributes);
-    pthread_rwlockattr_destroy(&attributes);
-    return failed ? -1 : 0;
+        error = pthread_rwlock_init(lock, &attributes);
+        pthread_rwlockattr_destroy(&attributes);
+    }
+    return error;
 }
 
 static inline void rkv_rwlock_destroy(rkv_rwlock *lock) { pthread_rwlock_destroy(lock); }
-static inline void rkv_rwlock_read(rkv_rwlock *lock) { pthread_rwlock_rdlock(lock); }
-static inline void rkv_rwlock_write(rkv_rwlock *lock) { pthread_rwlock_wrlock(lock); }
-static inline void rkv_rwlock_release(rkv_rwlock *lock) { pthread_rwlock_unlock(lock); }
+static inline void rkv_lock_shared(rkv_rwlock *lock) { pthread_rwlock_rdlock(lock); }
+static inline int rkv_try_lock_shared(rkv_rwlock *lock) { return pthread_rwlock_tryrdlock(lock) == 0; }
+static inline void rkv_lock_exclusive(rkv_rwlock *lock) { pthread_rwlock_wrlock(lock); }
+static inline void rkv_unlock(rkv_rwlock *lock) { pthread_rwlock_unlock(lock); }
 
-/* A number that no other tree of this process has had (of this copy of the library: the address tells copies apart). */
+static inline int rkv_mutex_init(rkv_mutex *mutex) { return pthread_mutex_init(mutex, NULL); }
+static inline void rkv_mutex_destroy(rkv_mutex *mutex) { pthread_mutex_destroy(mutex); }
+static inline void rkv_mutex_lock(rkv_mutex *mutex) { pthread_mutex_lock(mutex); }
+static inline void rkv_mutex_unlock(rkv_mutex *mutex) { pthread_mutex_unlock(mutex); }
+
+static inline uint64_t rkv_load(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
+static inline void rkv_store(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
+static inline uint64_t rkv_add(uint64_t *word, uint64_t value) { return __atomic_add_fetch(word, value, __ATOMIC_RELAXED); }
+
+/* A number that no other object of this process has had (from this copy of the library: the address tells copies apart). */
 static inline uint64_t rkv_unique_id(const void *address)
 {
     static uint64_t counter;
-    uint64_t serial = __atomic_add_fetch(&counter, 1, __ATOMIC_RELAXED);
+    uint64_t serial = rkv_add(&counter, 1);
     return (serial << 48 | serial >> 16) ^ (uint64_t)(uintptr_t)address * 0x9e3779b97f4a7c15ull;
 }
 
-static inline int rkv_ctz64(uint64_t x) { return __builtin_ctzll(x); }
-static inline int rkv_log2_32(uint32_t x) { return 31 - __builtin_clz(x); }
-static inline int rkv_popcount64(uint64_t x) { return __builtin_popcountll(x); }
+/* x != 0 */
+static inline int rkv_log2(uint64_t x) { return 63 - __builtin_clzll(x); }
+static inline int rkv_lowest_bit(uint64_t x) { return __builtin_ctzll(x); }
+static inline int rkv_count_bits(uint64_t x) { return __builtin_popcountll(x); }
 static inline void rkv_prefetch(const void *p) { __builtin_prefetch(p); }
 
 #endif

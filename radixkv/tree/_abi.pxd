@@ -185,13 +185,13 @@ cdef extern from "hash.h" nogil:
 cdef extern from "sync.h" nogil:
     ctypedef struct rkv_rwlock:
         pass
-    int rwlock_create "rkv_rwlock_create"(rkv_rwlock *lock)
+    int rwlock_create "rkv_rwlock_init"(rkv_rwlock *lock)
     void rwlock_destroy "rkv_rwlock_destroy"(rkv_rwlock *lock)
-    void rwlock_read "rkv_rwlock_read"(rkv_rwlock *lock)
-    void rwlock_write "rkv_rwlock_write"(rkv_rwlock *lock)
-    void rwlock_release "rkv_rwlock_release"(rkv_rwlock *lock)
+    void rwlock_read "rkv_lock_shared"(rkv_rwlock *lock)
+    void rwlock_write "rkv_lock_exclusive"(rkv_rwlock *lock)
+    void rwlock_release "rkv_unlock"(rkv_rwlock *lock)
     uint64_t unique_id "rkv_unique_id"(const void *address)
-    int ctz64 "rkv_ctz64"(uint64_t x)
-    int log2_32 "rkv_log2_32"(uint32_t x)
-    int popcount64 "rkv_popcount64"(uint64_t x)
+    int ctz64 "rkv_lowest_bit"(uint64_t x)
+    int log2_32 "rkv_log2"(uint64_t x)
+    int popcount64 "rkv_count_bits"(uint64_t x)
     void prefetch "rkv_prefetch"(const void *p)

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from radixkv.tree._abi cimport (
     RKV_ERR_ARGUMENT, RKV_ERR_HANDLE, RKV_ERR_NO_MEMORY, RKV_ERR_OWNERSHIP, RKV_EVENT_STORED, RKV_MEDIUM_DEVICE,
-    RKV_MEDIUM_HOST, RKV_OK, child_hash, common_prefix, fail, rkv_insert, rkv_key, rkv_match, rkv_status,
+    RKV_MEDIUM_HOST, RKV_OK, child_hash, common_prefix, fail, prefetch, rkv_insert, rkv_key, rkv_match, rkv_status,
 )
 from radixkv.tree._events cimport emit, hash_node
 from radixkv.tree._nodes cimport (
@@ -16,6 +16,10 @@ from radixkv.tree._store cimport (
     ADD_NEGATIVE, ADD_NO_MEMORY, ADD_OK, NO_UNIT, PageSet, pageset_add, pageset_remove, store_alloc, store_free, touch_host,
     unit_key,
 )
+
+
+cdef enum:
+    FIRST_LOOK = 128                # tokens compared before the next node's are asked for
 
 
 cdef struct Walk:
@@ -31,27 +35,55 @@ cdef struct Walk:
 
 # ---- walking ---------------------------------------------------------------------------------------------------------
 
+cdef inline void prefetch_ids(const Tree *t, const Node *n) noexcept nogil:
+    """The first cache lines of a node's ids: they are collected after the walk, and a long run prefetches itself."""
+    prefetch(&t.store.device[n.start])
+    prefetch(&t.store.device[n.start + 16])
+
+
+cdef inline uint64_t common_tokens(const Tree *t, const Node *n, const int32_t *key, uint64_t num_tokens) noexcept nogil:
+    """common_prefix of a node's run and the key; half way, ask for the run of the first child, whose node has arrived by then."""
+    cdef const int32_t *run = unit_key(&t.store, n.start)
+    cdef uint64_t first = num_tokens if num_tokens < FIRST_LOOK else FIRST_LOOK
+    cdef uint64_t same = common_prefix(run, key, first)
+    cdef const int32_t *next_run
+    if same < first:
+        return same
+    if n.first_child != NO_INDEX:
+        next_run = unit_key(&t.store, t.nodes[n.first_child].start)
+        prefetch(next_run)
+        prefetch(next_run + 16)
+    return first + common_prefix(run + first, key + first, num_tokens - first)
+
+
 cdef inline void walk_down(Tree *t, Walk *w, const int32_t *tokens, uint64_t pages) noexcept nogil:
     """Go on from where ``w`` stands (at a node's end) for as long as the tree agrees with the key. Reads only.
 
-    1. find the child that begins with the next page   2. compare its whole run at once   3. stop inside it, or go on from its end
+    1. find the child that begins with the next page: the only one if there is one, else the table knows
+    2. compare its whole run at once   3. stop inside it, or go on from its end
     """
     cdef uint32_t child, n
     cdef const int32_t *rest
-    cdef uint64_t P = t.page_size, same
+    cdef uint64_t P = t.page_size
     cdef Node *node
     while w.pages < pages:
         rest = tokens + (w.pages - w.base) * P
-        child = find_child(t, w.node, rest, child_hash(w.node, rest, P))
+        child = t.nodes[w.node].first_child
         if child == NO_INDEX:
             return
+        if t.nodes[child].next_sibling != NO_INDEX:
+            child = find_child(t, w.node, rest, child_hash(w.node, rest, P))
+            if child == NO_INDEX:
+                return
         node = &t.nodes[child]
+        prefetch(&t.nodes[node.first_child])
+        prefetch_ids(t, node)
         n = node.num_pages
         if pages - w.pages < n:
             n = <uint32_t>(pages - w.pages)
-        if n > 1:
-            same = common_prefix(unit_key(&t.store, node.start + 1), rest + P, (n - 1) * P)
-            n = 1 + <uint32_t>(same // P)
+        n = <uint32_t>(common_tokens(t, node, rest, n * P) // P)
+        if n == 0:
+            return
         w.node = child
         w.inside = n
         w.pages += n

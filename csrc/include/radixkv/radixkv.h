@@ -362,7 +362,116 @@ typedef struct rkv_tier_check {
 RKV_API rkv_status rkv_tree_check_integrity(rkv_tree *tree, const rkv_tier_check *device, const rkv_tier_check *host,
                                             char *message, size_t max_bytes);
 
-/* @@INDEX@@ */
+/* ---------------------------------------------------------------------------------------------------------- index */
+
+/* rkv_index: who holds which prefix, for up to thousands of workers. What routers ask for every request.
+ *
+ *   Keys       A page key is 64 bits and names a page TOGETHER with everything before it (a chained hash), so a key has one place. Every
+ *              value is a key, 0 too. Workers are integers below RKV_INDEX_MAX_WORKERS.
+ *   Meaning    radixkv/tree/index_base.py is the contract: gaps, orphans, contradictions, eviction. All of it holds here.
+ *   Threads    Every rkv_index_* function may run beside every other on the same index, but for rkv_index_destroy, which must
+ *              come last. Chains are spread over 32 shards by their first key, each with a reader-writer lock of its own; orphans
+ *              have a 33rd. find and the words share one shard's lock; insert excludes one (two when it joins orphans); remove
+ *              those that its keys are in; clear_worker and remove_worker one after the other. Calls that touch one shard are
+ *              atomic; clear_worker and remove_worker are atomic a shard. An allocator is called under locks and by many
+ *              threads at once: it must be thread-safe and must not call back into the index.
+ *   Failure    A call that fails leaves every page, holder and word as it was. */
+typedef struct rkv_index rkv_index;
+
+#define RKV_INDEX_MAX_WORKERS 1048576u
+
+typedef struct rkv_index_config {
+    uint32_t struct_size;
+    uint32_t reserved;
+    uint64_t max_pages;         /* 0: no bound. Else least-recently-found leaf pages are evicted beyond it */
+    rkv_allocator allocator;    /* reallocate NULL: the default */
+} rkv_index_config;
+
+/* Create an index; config NULL is no bound. Destroy with rkv_index_destroy (NULL is allowed there). */
+RKV_API rkv_status rkv_index_create(const rkv_index_config *config, rkv_index **out);
+RKV_API void rkv_index_destroy(rkv_index *index);
+
+/* The worker holds these pages, each one the child of the one before it; the first is the child of *parent_key, or starts a prefix if that is
+ * NULL. An unknown parent keeps them as orphans until it is known. *num_added (may be NULL): pages that it did not
+ * hold before. RKV_ERR_ARGUMENT if a key is known under another parent (or is its own ancestor). num_pages 0 registers the id. */
+RKV_API rkv_status rkv_index_insert(rkv_index *index, uint32_t worker, const uint64_t *page_keys, size_t num_pages,
+                                    const uint64_t *parent_key, uint64_t *num_added);
+
+/* The worker no longer holds exactly these pages, in any order; those that it does not hold are skipped. */
+RKV_API rkv_status rkv_index_remove(rkv_index *index, uint32_t worker, const uint64_t *page_keys, size_t num_pages,
+                                    uint64_t *num_removed);
+
+/* Drop all that a worker holds / and its id too. Cost: proportional to what it held. Never needs memory. */
+RKV_API rkv_status rkv_index_clear_worker(rkv_index *index, uint32_t worker, uint64_t *num_removed);
+RKV_API rkv_status rkv_index_remove_worker(rkv_index *index, uint32_t worker, uint64_t *num_removed);
+
+/* One node of a found path: a run of pages with the same holders. */
+typedef struct rkv_index_node {
+    rkv_node node;              /* handle, for the word */
+    uint64_t word;              /* the caller's; 0 at first */
+    uint64_t first_page;        /* its pages on this path: page_keys[first_page .. first_page + num_pages) */
+    uint64_t num_pages;
+    uint64_t first_holder;      /* its holders, ascending: hit.holders[first_holder .. first_holder + num_holders) */
+    uint64_t num_holders;
+} rkv_index_node;
+
+/* The answer of a find; the buffers are the caller's. nodes NULL: no path wanted. */
+typedef struct rkv_index_hit {
+    uint32_t struct_size;
+    uint32_t reserved;
+    uint32_t *workers;          /* ascending */
+    uint32_t *pages;            /* leading pages that workers[i] holds without a gap, >= 1 */
+    size_t max_workers;
+    size_t num_workers;
+    rkv_index_node *nodes;
+    size_t max_nodes;
+    size_t num_nodes;
+    uint32_t *holders;
+    size_t max_holders;
+    size_t num_holders;
+} rkv_index_hit;
+
+/* Who holds how much of this prefix. RKV_ERR_CAPACITY: a buffer is too small, and the num_* are upper bounds of what is needed
+ * now (another thread may make it more). Without nodes the walk ends where the last worker drops out. */
+RKV_API rkv_status rkv_index_find(rkv_index *index, const uint64_t *page_keys, size_t num_pages, rkv_index_hit *hit);
+
+/* The caller's 64 bits of a node. Split: both parts get a copy, the handle stays with the LOWER part. Nodes join only if their
+ * words are equal; the lower one's handle stays. */
+RKV_API rkv_status rkv_index_get_word(rkv_index *index, rkv_node node, uint64_t *word);
+RKV_API rkv_status rkv_index_set_word(rkv_index *index, rkv_node node, uint64_t word);
+
+/* Registered ids, ascending; *num_workers is always set to the total. RKV_ERR_CAPACITY if there are more than max_workers. */
+RKV_API rkv_status rkv_index_workers(rkv_index *index, uint32_t *workers, size_t max_workers, size_t *num_workers);
+
+typedef struct rkv_index_stats {
+    uint32_t struct_size;
+    uint32_t reserved;
+    uint64_t pages;             /* known: held, or with held descendants */
+    uint64_t entries;           /* (page, holder) pairs */
+    uint64_t orphan_pages;      /* of pages: not joined to a root */
+    uint64_t workers;
+    uint64_t nodes;
+    uint64_t memory_bytes;      /* in use by the index */
+    uint64_t evicted_pages;     /* so far, because of max_pages */
+} rkv_index_stats;
+
+RKV_API rkv_status rkv_index_get_stats(rkv_index *index, rkv_index_stats *out);
+
+typedef struct rkv_index_page {
+    uint64_t key;
+    uint64_t parent_key;        /* if has_parent */
+    uint32_t has_parent;
+    uint32_t orphan;            /* not joined to a root */
+    uint64_t first_holder;
+    uint64_t num_holders;
+} rkv_index_page;
+
+/* Every known page, parents before children, as one snapshot. Both num_* are always set; RKV_ERR_CAPACITY as in find. */
+RKV_API rkv_status rkv_index_dump(rkv_index *index, rkv_index_page *pages, size_t max_pages, uint32_t *holders,
+                                  size_t max_holders, size_t *num_pages, size_t *num_holders);
+
+/* Verify every invariant from scratch, O(index), beside which only find runs. message: NULL or room for max_bytes. */
+RKV_API rkv_status rkv_index_check_integrity(rkv_index *index, char *message, size_t max_bytes);
 
 /* ---------------------------------------------------------------------------------------------------------- table */
 
@@ -410,7 +519,19 @@ typedef struct rkv_api {
     rkv_status (*tree_nodes)(rkv_tree *, rkv_node *, size_t, size_t *);
     rkv_status (*tree_get_stats)(rkv_tree *, rkv_tree_stats *);
     rkv_status (*tree_check_integrity)(rkv_tree *, const rkv_tier_check *, const rkv_tier_check *, char *, size_t);
-    /* @@INDEX_TABLE@@ */
+    rkv_status (*index_create)(const rkv_index_config *, rkv_index **);
+    void (*index_destroy)(rkv_index *);
+    rkv_status (*index_insert)(rkv_index *, uint32_t, const uint64_t *, size_t, const uint64_t *, uint64_t *);
+    rkv_status (*index_remove)(rkv_index *, uint32_t, const uint64_t *, size_t, uint64_t *);
+    rkv_status (*index_clear_worker)(rkv_index *, uint32_t, uint64_t *);
+    rkv_status (*index_remove_worker)(rkv_index *, uint32_t, uint64_t *);
+    rkv_status (*index_find)(rkv_index *, const uint64_t *, size_t, rkv_index_hit *);
+    rkv_status (*index_get_word)(rkv_index *, rkv_node, uint64_t *);
+    rkv_status (*index_set_word)(rkv_index *, rkv_node, uint64_t);
+    rkv_status (*index_workers)(rkv_index *, uint32_t *, size_t, size_t *);
+    rkv_status (*index_get_stats)(rkv_index *, rkv_index_stats *);
+    rkv_status (*index_dump)(rkv_index *, rkv_index_page *, size_t, uint32_t *, size_t, size_t *, size_t *);
+    rkv_status (*index_check_integrity)(rkv_index *, char *, size_t);
 } rkv_api;
 
 /* The table for an ABI version, or NULL if this library does not speak it. Never freed. */

@@ -1,0 +1,1 @@
+"""Instruction counts of the C library under callgrind: repeatable, so they can gate where times cannot."""
