@@ -70,8 +70,8 @@ bench-quick: $(BUILT) ## the benchmarks, smaller
 callgrind: $(BUILT) ## instruction counts of the C core against the recorded ones
 	$(PY) -m bench.callgrind
 
-coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/coverage.toml
-	$(PY) tools/coverage.py
+coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/measure_coverage.py
+	$(PY) tools/measure_coverage.py
 
 dist: $(INSTALLED) ## sdist and manylinux wheel, each tested in a clean virtual environment
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dist]" --no-build-isolation -c constraints.txt

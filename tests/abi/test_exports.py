@@ -14,7 +14,7 @@ from . import header
 from .toolchain import library, run, tool
 
 # symbols of a newer glibc keep the wheel off older systems
-GLIBC_FLOOR = (2, 34)
+GLIBC_FLOOR = (2, 17)
 
 
 def _nm(*flags: str) -> list[list[str]]:

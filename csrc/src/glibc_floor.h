@@ -1,0 +1,22 @@
+/* Included before every source (setup.py). glibc 2.34 moved the pthread functions into libc and gave each a second version; the
+ * code is the same. A binary that asks for the first version runs on every glibc since 2.17, which is what wheels promise.
+ * Older systems keep these functions in libpthread, which Python has loaded and which radixkv.pc names for others. */
+#if defined(__gnu_linux__) && !defined(__SANITIZE_THREAD__) && (defined(__x86_64__) || defined(__aarch64__))
+#ifdef __x86_64__
+#define RKV_FIRST_VERSION "GLIBC_2.2.5"
+#else
+#define RKV_FIRST_VERSION "GLIBC_2.17"
+#endif
+#define RKV_FLOOR(name) __asm__(".symver " #name "," #name "@" RKV_FIRST_VERSION)
+RKV_FLOOR(pthread_rwlock_init);
+RKV_FLOOR(pthread_rwlock_destroy);
+RKV_FLOOR(pthread_rwlock_rdlock);
+RKV_FLOOR(pthread_rwlock_tryrdlock);
+RKV_FLOOR(pthread_rwlock_wrlock);
+RKV_FLOOR(pthread_rwlock_unlock);
+RKV_FLOOR(pthread_rwlockattr_init);
+RKV_FLOOR(pthread_rwlockattr_destroy);
+RKV_FLOOR(pthread_rwlockattr_setkind_np);
+#undef RKV_FLOOR
+#undef RKV_FIRST_VERSION
+#endif
