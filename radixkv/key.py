@@ -14,8 +14,8 @@ NamespacePart: TypeAlias = str | bytes | int | None
 def encode_namespace(extra_key: NamespacePart = None, cache_salt: NamespacePart = None) -> bytes:
     """Encode (extra_key, cache_salt) injectively: two namespaces are equal exactly when their encodings are.
 
-    The default namespace (None, None) is ``b""``. Else each part is a tag (n, s, b, i), and for s, b and i the length of
-    the payload as 8 bytes little endian, then the payload (UTF-8, raw, decimal). None, "", b"" and 0 all differ.
+    The default namespace (None, None) is ``b""``. Else each part is a tag (n, s, b, i), and for s, b and i the length
+    of the payload as 8 bytes little endian, then the payload (UTF-8, raw, decimal). None, "", b"" and 0 all differ.
 
     Raises:
         ArgumentTypeError: a part is not None, str, bytes or int (bool is refused: True would collide with 1).

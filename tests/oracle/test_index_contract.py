@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from radixkv.tree.prefix_index import PrefixIndex
 
 from radixkv.errors import ArgumentTypeError, HandleError, InvalidArgumentError
 from radixkv.tree.index_base import PrefixIndexBase
-from radixkv.tree.prefix_index import PrefixIndex
 from radixkv.tree.reference_index import ReferencePrefixIndex
 
 BIG = (1 << 64) - 1
@@ -95,7 +95,7 @@ def test_every_64_bit_value_is_a_key(index: Any) -> None:
         lambda k: np.frombuffer(b"x" + np.array(k, dtype=np.uint64).tobytes(), dtype=np.uint8)[1:].view(np.uint64),
         lambda k: [np.uint64(x) for x in k],
     ],
-    ids="list tuple arrayQ arrayq uint64 int64 memoryview strided reversed unaligned numpy-scalars".split(),
+    ids=["list", "tuple", "arrayQ", "arrayq", "uint64", "int64", "memoryview", "strided", "reversed", "unaligned", "numpy-scalars"],
 )
 def test_key_types(index: Any, convert: Callable[[list[int]], Any]) -> None:
     index.insert(1, convert([5, 6, 7]))
