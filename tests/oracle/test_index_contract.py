@@ -328,6 +328,21 @@ def test_orphans_join_in_the_middle_of_a_run(index: Any) -> None:
     assert index.find(chain) == {1: 100}
 
 
+def test_orphans_of_many_workers_join(index: Any) -> None:
+    """They bring their workers and holder sets along to where their parent is."""
+    for root in range(0, 4000, 100):  # in as many places as there may be
+        for w in range(60):
+            index.insert(1000 + root + w, [root + 2, root + 3][: 1 + w % 2], parent_key=root + 1)
+        index.insert(1, [root, root + 1])
+        for w in range(60):
+            assert index.insert(1000 + root + w, [root, root + 1]) == 2
+        assert index.find([root, root + 1, root + 2, root + 3]) == {
+            1: 2,
+            **{1000 + root + w: 3 + w % 2 for w in range(60)},
+        }
+    assert index.stats().orphan_pages == 0
+
+
 def test_orphans_can_be_removed(index: Any) -> None:
     index.insert(1, [3, 4, 5], parent_key=2)
     index.insert(2, [3], parent_key=2)

@@ -145,6 +145,8 @@ CALLS: list[tuple[Any, ...]] = [
     ("insert", 5, [88, 89], 87),
     ("insert", 5, [87], 86),  # orphans that join orphans
     ("insert", 6, C),
+    *(("insert", 300 + w, [201, 202][: w % 3], 200) for w in range(30)),
+    ("insert", 2, [199, 200]),  # orphans of many workers move to a shard that knows none of these
     ("remove", 1, B[5:10]),
     ("remove", 6, [*C[::3], *B]),
     ("insert", 1, B),
