@@ -107,7 +107,7 @@ cdef inline bint place_new(Insert *op) noexcept nogil:
     op.behind = False
     op.slack = 0
     if grows(op):
-        slack = minimum(MAX_SLACK, x.num_pages)
+        slack = minimum(MAX_SLACK, 2 * x.num_pages + 6)
         room = x.capacity - x.num_pages
         if room < pages:
             room += take_behind(s, x.pos + x.capacity, pages - room + slack)

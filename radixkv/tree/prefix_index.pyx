@@ -494,9 +494,15 @@ cdef class PrefixIndex:
 
     @property
     def max_pages(self):
+        """The bound of known pages; None: no bound."""
         return self.max_pages_
 
     def insert(self, worker, page_keys, parent_key=None):
+        """Record that the worker holds a chain of pages, the first one below parent_key (None: at a root).
+
+        Args: worker 0 .. 2**20 - 1; page_keys one-dimensional, 64-bit. Returns: pages that it did not hold before.
+        Raises InvalidArgumentError on a contradiction, ArgumentTypeError, AllocationError; nothing is changed then.
+        """
         cdef Keys keys
         cdef uint32_t id = get_worker(worker)
         cdef uint64_t parent = 0, added = 0
@@ -514,6 +520,7 @@ cdef class PrefixIndex:
         return added
 
     def remove(self, worker, page_keys):
+        """Record that the worker no longer holds exactly these pages, in any order. Returns: pages that it held."""
         cdef Keys keys
         cdef uint32_t id = get_worker(worker)
         cdef uint64_t removed = 0
@@ -527,6 +534,7 @@ cdef class PrefixIndex:
         return removed
 
     def clear_worker(self, worker):
+        """Drop all that the worker holds, not its id. Returns: pages. Costs what it held."""
         cdef uint32_t id = get_worker(worker)
         cdef uint64_t removed = 0
         with nogil:
@@ -534,6 +542,7 @@ cdef class PrefixIndex:
         return removed
 
     def remove_worker(self, worker):
+        """Drop all that the worker holds, and its id. Returns: pages. Costs what it held."""
         cdef uint32_t id = get_worker(worker)
         cdef uint64_t removed = 0
         with nogil:
@@ -541,6 +550,10 @@ cdef class PrefixIndex:
         return removed
 
     def find(self, page_keys, nodes=False):
+        """Tell who holds how many leading pages without a gap: {worker: pages}, zeros left out.
+
+        nodes=True: a tuple of that and the whole known path as PathNodes, root first.
+        """
         cdef Keys keys
         cdef rkv_index_hit hit
         cdef uint32_t workers[STACK]
@@ -571,8 +584,7 @@ cdef class PrefixIndex:
                     status = index_find(<Index *>self.handle, keys.data, keys.n, &hit, True)
             out = {}
             for i in range(hit.num_workers):
-                if hit.pages[i]:
-                    PyDict_SetItem(out, hit.workers[i], hit.pages[i])
+                PyDict_SetItem(out, hit.workers[i], hit.pages[i])
             if not path:
                 return out
             return out, [
@@ -587,6 +599,7 @@ cdef class PrefixIndex:
             free(room.block)
 
     def get_word(self, node):
+        """The caller's 64 bits of a node. Raises HandleError if it is gone."""
         cdef uint64_t word = 0
         cdef rkv_node handle
         cdef rkv_status status
@@ -598,6 +611,7 @@ cdef class PrefixIndex:
         return word
 
     def set_word(self, node, word):
+        """Set the caller's 64 bits of a node. Raises HandleError if it is gone."""
         cdef uint64_t value
         cdef rkv_node handle
         cdef rkv_status status
@@ -609,6 +623,7 @@ cdef class PrefixIndex:
             raise failure(status)
 
     def workers(self):
+        """Registered worker ids, ascending."""
         cdef size_t n = 0, room = 64
         cdef uint32_t *ids = NULL
         cdef rkv_status status = RKV_ERR_CAPACITY
@@ -626,6 +641,7 @@ cdef class PrefixIndex:
             free(ids)
 
     def stats(self):
+        """Counters as IndexStats, one snapshot."""
         cdef rkv_index_stats s
         s.struct_size = sizeof(s)
         with nogil:
@@ -633,6 +649,7 @@ cdef class PrefixIndex:
         return IndexStats(s.pages, s.entries, s.orphan_pages, s.workers, s.nodes, s.memory_bytes, s.evicted_pages)
 
     def dump(self):
+        """Every known page, one snapshot: {key: (parent key or None, holders ascending)}."""
         cdef size_t num_pages = 0, num_holders = 0, room_pages, room_holders, i
         cdef rkv_index_page *pages = NULL
         cdef uint32_t *holders = NULL
@@ -662,6 +679,7 @@ cdef class PrefixIndex:
             free(holders)
 
     def check_integrity(self):
+        """Verify every invariant from scratch, O(index). Raises IntegrityError."""
         cdef rkv_status status
         with nogil:
             status = rkv_index_check_integrity(self.handle, NULL, 0)
