@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,6 +98,15 @@ def paired_ratio(results: dict[str, Any], workload: str, name: str, beside: str)
     return statistics.median(float(a["total_s"] / b["total_s"]) for a, b in zip(*both, strict=True))
 
 
+def best_ratio(results: dict[str, Any], workload: str, name: str, beside: str) -> float | None:
+    """name's shortest total time / beside's shortest: the ratio where neither was disturbed; None if one is missing."""
+    both = [results.get(workload, {}).get(which, {}).get("runs") for which in (name, beside)]
+    if not all(both):
+        return None
+    ours, theirs = (min(float(run["total_s"]) for run in runs) for runs in both)
+    return ours / theirs
+
+
 def churn_memory(quick: bool) -> dict[str, Any]:
     """Memory of radixkv's tree after churn, and of a fresh tree with the same content, both in fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -154,24 +163,35 @@ def tree_of_one(
 
 
 # ---- eviction --------------------------------------------------------------------------------------------------------
-def evict_one(
-    peer: type[TreePeer], policy: str, leaves: int, samples: int, page_size: int = workloads.PAGE_SIZE
-) -> Any:
-    """evict(1 token) in a tree of ``leaves`` one-page leaves that were last touched in random order; the leaf is
-    replaced after each (not timed), so the size stays. Returns percentiles (us)."""
+class EvictCase(NamedTuple):
+    """One tree to evict from. ``order``: how its leaves were last touched; random = the next victim is anywhere in
+    memory, sequential = victims lie one behind the other, as they were inserted."""
+
+    name: str
+    policy: str
+    leaves: int
+    order: str
+
+
+def evict_one(peer: type[TreePeer], case: EvictCase, samples: int, page_size: int = workloads.PAGE_SIZE) -> Any:
+    """evict(1 token) in a tree of one-page leaves; the leaf is replaced after each (not timed), so the size stays.
+
+    Returns: percentiles (us). Raises: RuntimeError if a call did not free exactly one page.
+    """
     rng = np.random.default_rng(SEED)
-    tree = peer(page_size, policy)
-    tokens = rng.integers(0, workloads.VOCABULARY, (leaves + samples, page_size), np.int32)
-    tokens[:, 0] = np.arange(leaves + samples)  # no two alike
+    tree = peer(page_size, case.policy)
+    tokens = rng.integers(0, workloads.VOCABULARY, (case.leaves + samples, page_size), np.int32)
+    tokens[:, 0] = np.arange(len(tokens))  # no two alike
 
     def add(index: int, page: np.ndarray[Any, Any]) -> None:
         key = peer.key(tokens[index])
         tree.insert(key, peer.row(page, tokens[index], 0, page_size), tree.match(key))
 
-    for index in range(leaves):
+    for index in range(case.leaves):
         add(index, np.array([index], np.int32))
-    for index in rng.permutation(leaves):
-        tree.find(peer.key(tokens[index]))
+    if case.order == "random":
+        for index in rng.permutation(case.leaves):
+            tree.find(peer.key(tokens[index]))
     times = np.zeros(samples, np.int64)
     clock = time.perf_counter_ns
     for index in range(samples):
@@ -180,35 +200,36 @@ def evict_one(
         times[index] = clock() - start
         page = tree.evicted_page_ids(evicted)
         if len(page) != 1:
-            raise RuntimeError(f"{peer.name} {policy}: evict(1) freed {len(page)} pages")
-        add(leaves + index, page)
+            raise RuntimeError(f"{case}: evict(1) freed {len(page)} pages")
+        add(case.leaves + index, page)
     return measure.percentiles(times)
 
 
-def evictions(present: dict[str, type[TreePeer]], rounds: int, quick: bool) -> dict[str, Any]:
-    """name -> policy -> leaves -> median percentiles (us) over alternating rounds."""
-    samples: dict[str, dict[str, dict[str, list[Any]]]] = {}
+def evict_cases(present: dict[str, type[TreePeer]], quick: bool) -> list[EvictCase]:
+    """Ours: all policies at both ends, lru also between and sequentially. Peers: lru, 1,000 and 20,000 leaves."""
     large = 20_000 if quick else 200_000
-    for _ in range(rounds):
-        for name, peer in present.items():
-            ours = name == OURS
-            for policy in peer.POLICIES if ours else peer.POLICIES[:1]:
-                for leaves in (
-                    (1_000, 20_000, large)
-                    if ours and policy == "lru" and not quick
-                    else (1_000, large if ours else 20_000)
-                ):
-                    say(f"evict: {name}, {policy}, {leaves:,} leaves")
-                    taken = evict_one(peer, policy, leaves, samples=500 if ours else 100)
-                    samples.setdefault(name, {}).setdefault(policy, {}).setdefault(str(leaves), []).append(
-                        taken._asdict()
-                    )
-    return {
-        name: {
-            policy: {leaves: medians(found) for leaves, found in sizes.items()} for policy, sizes in policies.items()
-        }
-        for name, policies in samples.items()
-    }
+    cases = []
+    for name, peer in present.items():
+        if name == OURS:
+            cases += [EvictCase(name, "lru", n, order) for order in ("random", "sequential") for n in (1_000, large)]
+            cases += [EvictCase(name, "lru", 20_000, "random")] * (not quick)
+            cases += [EvictCase(name, p, n, "random") for p in peer.POLICIES if p != "lru" for n in (1_000, large)]
+        else:
+            cases += [EvictCase(name, "lru", n, "random") for n in (1_000, 20_000)]
+    return cases
+
+
+def evictions(present: dict[str, type[TreePeer]], rounds: int, quick: bool) -> list[dict[str, Any]]:
+    """Each case with its median percentiles (us) over alternating rounds."""
+    cases = evict_cases(present, quick)
+    samples: list[list[Any]] = [[] for _ in cases]
+    for turn in range(rounds):
+        for case, found in zip(cases, samples, strict=True):
+            say(
+                f"evict, round {turn + 1} of {rounds}: {case.name}, {case.policy}, {case.leaves:,} leaves, {case.order}"
+            )
+            found.append(evict_one(present[case.name], case, 1_000 if case.name == OURS else 100)._asdict())
+    return [{**case._asdict(), **medians(found)} for case, found in zip(cases, samples, strict=True)]
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
@@ -218,9 +239,11 @@ def checks(result: dict[str, Any]) -> list[report.Check]:
     runs = result.get("replay", {})
     for workload, limit in RUN_TARGETS.items():
         ratio, above = paired_ratio(runs, workload, OURS, RIVAL), paired_ratio(runs, workload, OURS, "floor")
-        note = "" if above is None else f"{above:.2f} x the floor in fresh memory"
+        best = best_ratio(runs, workload, OURS, RIVAL)
+        note = "" if best is None else f"shortest / shortest {best:.3f}; "
+        note += "" if above is None else f"{above:.2f} x the floor in fresh memory"
         found.append(report.Check(f"{workload}: whole run / {RIVAL}", ratio, limit, "ratio", note))
-    found += call_checks(result.get("calls", {})) + evict_checks(result.get("evict", {}).get(OURS, {}))
+    found += call_checks(result.get("calls", {})) + evict_checks(result.get("evict", []))
     for workload in RUN_TARGETS:
         found += memory_checks(workload, runs.get(workload, {}).get(OURS, {}))
     found += churn_checks(result.get("churn_memory"))
@@ -242,20 +265,21 @@ def call_checks(result: dict[str, Any]) -> list[report.Check]:
     ]
 
 
-def evict_checks(result: dict[str, Any]) -> list[report.Check]:
+def evict_checks(result: list[dict[str, Any]]) -> list[report.Check]:
     """evict(1), lru: the same cost at both ends, and at most 2 us."""
-    sizes = result.get("lru", {})
-    if not sizes:
-        return [report.Check("evict(1), lru", None, 2, "us", "not run")]
-    small, large = (sizes[str(n)] for n in (min(map(int, sizes)), max(map(int, sizes))))
-    where = f"{max(map(int, sizes)):,}"
-    return [
-        report.Check(f"evict(1), lru: p50 at {where} leaves / at 1,000", large["p50_us"] / small["p50_us"], 2, "ratio"),
-        report.Check(
-            f"evict(1), lru: p50 at {where} leaves", large["p50_us"], 2, "us", f"p99 {large['p99_us']:.2f} us"
-        ),
-        report.Check("evict(1), lru: p50 at 1,000 leaves", small["p50_us"], 2, "us", f"p99 {small['p99_us']:.2f} us"),
-    ]
+    found = []
+    for order in ("random", "sequential"):
+        ends = [c for c in result if (c["name"], c["policy"], c["order"]) == (OURS, "lru", order)]
+        if not ends:
+            found.append(report.Check(f"evict(1), lru, {order}", None, 2, "us", "not run"))
+            continue
+        small, large = (pick(ends, key=lambda case: case["leaves"]) for pick in (min, max))
+        ratio = large["p50_us"] / small["p50_us"]
+        found.append(report.Check(f"evict(1), lru, {order}: p50 at {large['leaves']:,} / 1,000", ratio, 2, "ratio"))
+        for case in (small, large):
+            what = f"evict(1), lru, {order}: p50 at {case['leaves']:,}"
+            found.append(report.Check(what, case["p50_us"], 2, "us", f"p99 {case['p99_us']:.2f} us"))
+    return found
 
 
 def memory_checks(workload: str, run: dict[str, Any]) -> list[report.Check]:
@@ -321,6 +345,7 @@ def print_result(result: dict[str, Any]) -> None:
                     ],
                     number(per_token),
                     number(settled),
+                    number(run.get("preemptions"), 0),
                 )
             )
         report.table(
@@ -337,6 +362,7 @@ def print_result(result: dict[str, Any]) -> None:
                 "p99",
                 "RSS B/token",
                 "settled",
+                "preempted",
             ),
             rows,
         )
@@ -344,13 +370,12 @@ def print_result(result: dict[str, Any]) -> None:
             print(line)
     print_calls(result.get("calls"))
     rows = [
-        (name, policy, f"{int(leaves):,}", number(p["p50_us"]), number(p["p99_us"]))
-        for name, policies in result.get("evict", {}).items()
-        for policy, sizes in policies.items()
-        for leaves, p in sizes.items()
+        (c["name"], c["policy"], f"{c['leaves']:,}", c["order"], number(c["p50_us"]), number(c["p99_us"]))
+        for c in result.get("evict", [])
     ]
     if rows:
-        report.table("evict(1 token) in a tree of one-page leaves", ("", "policy", "leaves", "p50 us", "p99 us"), rows)
+        columns = ("", "policy", "leaves", "touched", "p50 us", "p99 us")
+        report.table("evict(1 token) in a tree of one-page leaves", columns, rows)
 
 
 def print_calls(found: dict[str, Any] | None) -> None:

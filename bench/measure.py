@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -83,3 +84,8 @@ def settle() -> None:
     held."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def preemptions() -> int:
+    """How often this process was taken off its core so far (involuntary context switches, all threads)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

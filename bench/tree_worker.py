@@ -45,7 +45,7 @@ def replay(peer: type[TreePeer], workload: workloads.Workload, save: Path | None
     clock = time.perf_counter_ns
     measure.settle()
     gc.freeze()
-    before = measure.memory()
+    before, preempted = measure.memory(), measure.preemptions()
     for index in range(n):
         key, row = keys[index], rows[index]
         start = clock()
@@ -72,7 +72,7 @@ def replay(peer: type[TreePeer], workload: workloads.Workload, save: Path | None
         tree.insert(key, row, match)
         insert_ns[index] = clock() - start
     match = evicted = None
-    after = measure.memory()
+    after, preempted = measure.memory(), measure.preemptions() - preempted
     measure.settle()
     settled = measure.memory()
     expected = int(place.hit_pages.sum()) * page_size
@@ -99,6 +99,7 @@ def replay(peer: type[TreePeer], workload: workloads.Workload, save: Path | None
         "match": measure.percentiles(match_ns)._asdict(),
         "insert": measure.percentiles(insert_ns)._asdict(),
         "evict": measure.percentiles(evict_ns)._asdict(),
+        "preemptions": preempted,
         "rss_bytes": after.resident - before.resident,
         "rss_settled_bytes": settled.resident - before.resident,
         "own_memory_bytes": own,

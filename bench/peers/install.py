@@ -69,8 +69,8 @@ def main() -> None:
         print(f"absent: {peer} ({call} failed)", file=sys.stderr)
     listing = (
         "from bench import peers; present, absent = peers.load_all(); "
-        "print(*[peer.version() for peer in present.values()], sep='\\n'); "
-        "print(*[f'absent: {one.name}: {one.reason}' for one in absent], sep='\\n')"
+        "[print(peer.version()) for peer in present.values()]; "
+        "[print(f'absent: {one.name}: {one.reason}') for one in absent]"
     )
     subprocess.run([str(python()), "-c", listing], cwd=ROOT, check=True)
 

@@ -33,7 +33,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .base import PageIds, Tokens, TreePeer, slots
+from .base import PageIds, Tokens, TreePeer, single_threaded_torch, slots
 
 _PREFIX = "sglang.srt.mem_cache"
 
@@ -177,9 +177,7 @@ class Peer(TreePeer):
         return f"sglang {importlib.metadata.version('sglang')} RadixCache, Python {sys.version.split()[0]}"
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
-        import torch
-
-        self._torch = torch
+        self._torch = single_threaded_torch()
         cache, base, params = load_radix_cache()
         self._allocator = _Allocator()
         self._cache = cache.RadixCache(

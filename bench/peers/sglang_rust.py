@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .base import PageIds, Tokens, TreePeer, slots
+from .base import PageIds, Tokens, TreePeer, single_threaded_torch, slots
 
 FULL = 0
 """The component type of ordinary attention KV."""
@@ -53,8 +53,7 @@ def load_extension() -> ModuleType:
     """Load the extension once, torch first. Raises: ImportError, OSError."""
     global _module
     if _module is None:
-        import torch  # noqa: F401  its libraries must be resident before the extension is opened
-
+        single_threaded_torch()  # its libraries must be resident before the extension is opened
         spec = importlib.util.spec_from_file_location("mem_cache", find_extension())
         assert spec is not None
         assert spec.loader is not None
@@ -90,9 +89,7 @@ class Peer(TreePeer):
         )
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
-        import torch
-
-        self._torch = torch
+        self._torch = single_threaded_torch()
         module = load_extension()
         init = module.TreeCoreInitParamsBinding(eviction_policy=policy, page_size=page_size, device="cpu")
         self._tree = module.RustUnifiedTreeCoreBinding(init, [FULL])

@@ -610,7 +610,7 @@ cdef inline bint space_table_reserve(Tree *t) noexcept nogil:
     memset(table, 0, capacity * 4)
     mask = capacity - 1
     for k in range(t.space_end):
-        if t.spaces[k].root != NO_INDEX:
+        if t.spaces[k].root != NO_INDEX and t.spaces[k].name_bytes > 0:  # the default namespace is not in the table
             place = t.spaces[k].hash_ & mask
             while table[place] != 0:
                 place = (place + 1) & mask

@@ -411,5 +411,6 @@ class BaseRadixTree(ABC):
         """Verify every invariant from scratch, O(tree): structure, counters, lock and pin counts, candidate order, page id uniqueness.
 
         With a capacity (in pages) and the free page ids of that tier: also that tree and free ids are disjoint and that
-        tree + free = capacity (pass what is in flight as free). Raises: IntegrityError naming the first broken invariant.
+        tree + free = capacity (pass what is in flight as free). Raises: IntegrityError naming the first broken invariant;
+        InvalidArgumentError for free ids without a capacity.
         """

@@ -1514,6 +1514,8 @@ cdef int fill_tier(rkv_tier_check *tier, TokenView *view, object capacity, objec
             raise InvalidArgumentError("free page ids without the tier's capacity")
         return 0
     tier.capacity_pages = read_int64(capacity, "capacity")
+    if tier.capacity_pages < 0:  # to the C function this means "do not check", which must be said with None here
+        raise InvalidArgumentError(f"capacity is {tier.capacity_pages} pages")
     read_tokens(() if free_page_ids is None else free_page_ids, view)
     tier.free_page_ids = view.data
     tier.num_free_pages = view.n

@@ -742,7 +742,9 @@ class ReferenceTree(BaseRadixTree):
         free = {}
         for tier, count, ids in (("device", capacity, free_page_ids), ("host", host_capacity, free_host_page_ids)):
             limit = None if count is None else read_int(count, f"{tier} capacity", 0)
-            free[tier] = limit, [] if ids is None else self._read_ids(ids)
+            if limit is None and ids is not None:
+                raise InvalidArgumentError(f"free {tier} page ids without a capacity")
+            free[tier] = limit, [] if ids is None else read_tokens(ids, "free page ids").tolist()
         check_tree(self, *free["device"], *free["host"])
 
     def _all_nodes(self) -> list[Node]:

@@ -152,7 +152,7 @@ def _check_tier(tier: str, ids: list[int], owned: set[int], capacity: int | None
     distinct = set(ids)
     _require(len(distinct) == len(ids), f"{len(ids) - len(distinct)} {tier} page ids are owned twice")
     _require(distinct == owned, f"the nodes own {len(distinct)} {tier} page ids, the books say {len(owned)}")
-    _require(not ids or min(ids) >= 0, f"a {tier} page id is negative")
+    _require(min([*ids, *free], default=0) >= 0, f"a {tier} page id is negative")
     _require(len(set(free)) == len(free), f"{len(free) - len(set(free))} free {tier} page ids are free twice")
     both = distinct.intersection(free)
     _require(not both, f"{len(both)} {tier} page ids are in the tree and free, the first is {min(both, default=0)}")

@@ -700,6 +700,23 @@ def test_an_emptied_namespace_is_freed(kit: Kit) -> None:
 # ------------------------------------------------------------------------------------------------------ lock and unlock
 
 
+def test_namespaces_that_come_and_go(kit: Kit) -> None:
+    """The default one too: what is left of a namespace may not be found under the name of a later one."""
+    kit.insert("a", [0])
+    kit.insert("a", [1], extra_key="stays")
+    kit.tree.delete_namespace()
+    for name in range(100):
+        kit.insert("a", [2], extra_key=name)
+        if name % 7 == 3:
+            kit.insert("a", [0])
+        assert kit.peek("a", extra_key=name).page_ids().tolist() == [2]
+        kit.tree.delete_namespace(name)
+        assert kit.peek("a", extra_key=name).num_tokens == 0
+        if name % 7 == 5:
+            kit.tree.delete_namespace()
+    assert kit.match("a", extra_key="stays").page_ids().tolist() == [1]
+
+
 def test_lock_protects_the_path_and_says_how_much(kit: Kit) -> None:
     kit.insert("ab", [1, 2])
     kit.insert("abcd", [1, 2, 3, 4])
