@@ -167,10 +167,13 @@ cdef inline uint64_t clear_shard(Index *index, Shard *s, uint32_t id, bint forge
 
 
 cdef inline void index_clear(Index *index, uint32_t worker, bint forget_id, uint64_t *removed) noexcept nogil:
-    cdef uint32_t i
+    """The orphans first, which are in the last shard: an insert of another worker may move them to a shard that has its turn later,
+    and nothing moves the other way."""
+    cdef uint32_t i = NUM_SHARDS
     cdef bint known
     removed[0] = 0
-    for i in range(NUM_SHARDS):
+    while i > 0:
+        i -= 1
         rkv_lock_shared(&index.shards[i].lock)
         known = worker_of(&index.shards[i], worker) != NULL
         rkv_unlock(&index.shards[i].lock)

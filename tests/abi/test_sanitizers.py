@@ -25,7 +25,13 @@ def _run_sanitized(program: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("source", "arguments"),
-    [("bad_input.c", []), ("alloc_failure.c", ["3"]), ("thread_stress.c", ["4", "3000", "2"])],
+    [
+        ("bad_input.c", []),
+        ("bad_index.c", []),
+        ("alloc_failure.c", ["3"]),
+        ("thread_stress.c", ["4", "3000", "2"]),
+        ("index_stress.c", ["4", "3000", "2"]),
+    ],
 )
 def test_address_and_undefined_behaviour(tmp_path: Path, source: str, arguments: list[str]) -> None:
     program = compile_flavour("asan", HERE / source, tmp_path / "program")
@@ -38,9 +44,12 @@ def test_address_and_undefined_behaviour_at_random(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
-def test_data_races(tmp_path: Path, seed: str) -> None:
-    program = compile_flavour("tsan", HERE / "thread_stress.c", tmp_path / "program")
-    assert "no page lost" in _run_sanitized(program, "4", "4000", seed)
+@pytest.mark.parametrize(
+    ("source", "said"), [("thread_stress.c", "no page lost"), ("index_stress.c", "every find was right")]
+)
+def test_data_races(tmp_path: Path, source: str, said: str, seed: str) -> None:
+    program = compile_flavour("tsan", HERE / source, tmp_path / "program")
+    assert said in _run_sanitized(program, "4", "4000", seed)
 
 
 def test_the_thread_sanitizer_would_find_a_race(tmp_path: Path) -> None:
@@ -79,7 +88,14 @@ def _valgrind(program: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "arguments"), [("bad_input.c", []), ("alloc_failure.c", ["1"]), ("thread_stress.c", ["3", "500", "3"])]
+    ("source", "arguments"),
+    [
+        ("bad_input.c", []),
+        ("bad_index.c", []),
+        ("alloc_failure.c", ["1"]),
+        ("thread_stress.c", ["3", "500", "3"]),
+        ("index_stress.c", ["3", "500", "3"]),
+    ],
 )
 def test_valgrind(tmp_path: Path, source: str, arguments: list[str]) -> None:
     assert _valgrind(compile_linked(HERE / source, tmp_path / "program"), *arguments)
