@@ -2,8 +2,8 @@
 
     python tools/dist.py        needs the `dist` extra
 
-The wheel is built from the sdist, so that the sdist is known to be complete. auditwheel gives it the oldest platform tag
-that its symbols allow; for other Pythons see .github/workflows/publish.yml.
+The wheel is built from the sdist, so that the sdist is known to be complete. auditwheel gives it the oldest platform
+tag that its symbols allow; for other Pythons see .github/workflows/publish.yml.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from radixkv.tree.prefix_index import PrefixIndex
 
 from radixkv.errors import HandleError, RadixKVError
+from radixkv.tree.prefix_index import PrefixIndex
 from radixkv.tree.reference_index import ReferencePrefixIndex
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from radixkv.tree.prefix_index import PrefixIndex
 
 from radixkv.errors import InvalidArgumentError
+from radixkv.tree.prefix_index import PrefixIndex
 from radixkv.tree.reference_index import ReferencePrefixIndex
 
 THREADS = 6
