@@ -54,6 +54,18 @@ static inline uint64_t rkv_unique_id(const void *address)
 static inline int rkv_log2(uint64_t x) { return 63 - __builtin_clzll(x); }
 static inline int rkv_lowest_bit(uint64_t x) { return __builtin_ctzll(x); }
 static inline int rkv_count_bits(uint64_t x) { return __builtin_popcountll(x); }
-static inline void rkv_prefetch(const void *p) { __builtin_prefetch(p); }
+
+/* Ask for a cache line; any address will do. As volatile assembly, because gcc takes a function that does nothing but __builtin_prefetch for
+ * one without effect, and drops the calls to it. */
+static inline void rkv_prefetch(const void *p)
+{
+#if defined(__x86_64__)
+    __asm__ volatile("prefetcht0 %0" : : "m"(*(const char *)p));
+#elif defined(__aarch64__)
+    __asm__ volatile("prfm pldl1keep, %0" : : "Q"(*(const char *)p));
+#else
+    __builtin_prefetch(p);
+#endif
+}
 
 #endif

@@ -182,6 +182,15 @@ cdef extern from "hash.h" nogil:
     uint64_t load_be64 "rkv_leaf_load_be64"(const uint8_t *bytes)
 
 
+cdef extern from "order.h" nogil:
+    ctypedef struct Entry "rkv_order_entry":
+        uint64_t minor
+        uint32_t major
+        uint32_t node
+    bint before "rkv_order_before"(const Entry *a, const Entry *b)
+    uint32_t first_of_four "rkv_order_first_of_four"(const Entry *siblings)
+
+
 cdef extern from "sync.h" nogil:
     ctypedef struct rkv_rwlock:
         pass

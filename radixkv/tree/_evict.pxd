@@ -4,13 +4,13 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from radixkv.tree._abi cimport (
     RKV_ERR_ARGUMENT, RKV_ERR_LOCK, RKV_ERR_NO_MEMORY, RKV_ERR_STATE, RKV_EVENT_CLEARED, RKV_EVENT_REMOVED,
-    RKV_MEDIUM_DEVICE, RKV_MEDIUM_HOST, RKV_OK, fail, prefetch, rkv_allocator, rkv_backup, rkv_event, rkv_freed, rkv_status,
+    RKV_MEDIUM_DEVICE, RKV_MEDIUM_HOST, RKV_OK, Entry, before, fail, prefetch, rkv_allocator, rkv_backup, rkv_event, rkv_freed, rkv_status,
 )
 from radixkv.tree._events cimport emit, push_event
 from radixkv.tree._memory cimport drop, grow, reallocate
 from radixkv.tree._nodes cimport (
     DEVICE, HARD, HEAP_ROOT, HOST, HOST_LEAF, LIVE, LOADING, NO_INDEX, NUM_ORDERS, OP_HEAD, ORDER_MASK, ORDER_SHIFT, PENDING,
-    ROOT_NODE, SOFT, Entry, Namespace, Node, Order, Pin, Slot, Tree, before, child_changed, drop_root_if_empty, handle_of, is_gone, is_protected,
+    ROOT_NODE, SOFT, Namespace, Node, Order, Pin, Slot, Tree, child_changed, drop_root_if_empty, handle_of, is_gone, is_protected,
     is_root, node_give, order_remove, pin_place, pin_remove, refresh, refresh_if_ordered, set_pending, table_remove,
     unlink_child,
 )
@@ -271,7 +271,7 @@ cdef inline uint32_t first_in_order(const Tree *t, bint backup) noexcept nogil:
     cdef const Order *soft = &t.orders[SOFT]
     cdef bint has_hard = hard.end > HEAP_ROOT
     if backup and soft.end > HEAP_ROOT and not (
-            has_hard and before(t, &hard.entries[HEAP_ROOT], &soft.entries[HEAP_ROOT])):
+            has_hard and before(&hard.entries[HEAP_ROOT], &soft.entries[HEAP_ROOT])):
         return soft.entries[HEAP_ROOT].node
     return hard.entries[HEAP_ROOT].node if has_hard else NO_INDEX
 

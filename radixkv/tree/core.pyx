@@ -22,7 +22,7 @@ from radixkv.tree._evict cimport (
 from radixkv.tree._events cimport ensure_hashed, page_key
 from radixkv.tree._memory cimport drop, reallocate, resident
 from radixkv.tree._nodes cimport (
-    DEVICE, HEAP_ROOT, HOST, LIVE, LOADING, NO_INDEX, NUM_ORDERS, PENDING, ROOT_NODE, Entry, Namespace, Node, Order, Pin, Slot,
+    DEVICE, HEAP_ROOT, HOST, LIVE, LOADING, NO_INDEX, NUM_ORDERS, PENDING, ROOT_NODE, Namespace, Node, Order, Pin, Slot,
     Tree, find_root, handle_of, hash_name, index_of, nodes_reserve, split, tree_memory,
 )
 from radixkv.tree._store cimport MAX_UNITS, NO_UNIT, pageset_release, store_init, store_release, unit_digest, unit_key
