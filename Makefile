@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := build/.built
 DEMO := build/demo
 
-.PHONY: help venv build demo test test-quick lint fuzz soak bench bench-quick callgrind coverage sanitize dist clean
+.PHONY: help venv build demo test lint fuzz soak bench bench-quick callgrind coverage sanitize dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'

@@ -102,10 +102,12 @@ def cython_lines(path: Path) -> dict[int, tuple[str, int]]:
     """Line of generated C -> (Cython source, line), from the comments that Cython writes before each statement."""
     mapping = {}
     place: tuple[str, int] | None = None
+    package = path.relative_to(COPY / "build" / "cython").parent
     for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
         marker = MARKER.match(text)
         if marker:
-            place = (marker[1], int(marker[2]))
+            beside = package / marker[1]  # what a relative cimport brings is named without its package
+            place = (str(beside) if (COPY / beside).is_file() else marker[1], int(marker[2]))
         elif BOUNDARY.search(text):
             place = None
         elif place is not None:
