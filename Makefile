@@ -44,8 +44,9 @@ demo: $(BUILT) ## set up, generate a workload, replay it through both tiers, pla
 	$(VENV)/bin/radixkv replay $(DEMO)/workload.jsonl --device-tokens 400000 --host-tokens 1600000
 	$(VENV)/bin/radixkv plan $(DEMO)/workload.jsonl --png $(DEMO)/plan.png
 
-test: lint ## set up, build, lint, type-check, run every test
+test: lint ## set up, build, lint, type-check, run every test, gate the instruction counts
 	$(PYTEST)
+	$(PY) -m bench.callgrind --check
 
 lint: $(BUILT) ## ruff, and mypy on the public API
 	$(PY) -m ruff check .
@@ -62,13 +63,13 @@ soak: $(BUILT) ## hours of churn under a bounded memory (SOAK_OPS=N)
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 
 bench: $(BUILT) ## every benchmark beside its peers: table and JSON
-	$(PY) -m bench
+	$(PY) -m bench --install
 
 bench-quick: $(BUILT) ## the benchmarks, smaller
-	$(PY) -m bench --quick
+	$(PY) -m bench --install --quick
 
 callgrind: $(BUILT) ## instruction counts of the C core against the recorded ones
-	$(PY) -m bench.callgrind
+	$(PY) -m bench.callgrind --check
 
 coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/measure_coverage.py
 	$(PY) tools/measure_coverage.py
