@@ -54,7 +54,7 @@ lint: $(BUILT) ## ruff, and mypy on the public API
 
 fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then libFuzzer on the C ABI (FUZZ_RUNS=N)
 	$(PY) -m tests.oracle.fuzz --ops 1000000
-	RADIXKV_FUZZ_RUNS=$${FUZZ_RUNS:-2000000} $(PYTEST) tests/abi/test_fuzz.py
+	RADIXKV_FUZZ_RUNS=$${FUZZ_RUNS:-500000} $(PYTEST) tests/abi/test_fuzz.py
 
 sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 	$(PYTEST) tests/abi/test_sanitizers.py
