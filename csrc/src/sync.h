@@ -8,6 +8,9 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
 
 typedef pthread_rwlock_t rkv_rwlock;
 typedef pthread_mutex_t rkv_mutex;
@@ -31,6 +34,7 @@ static inline void rkv_rwlock_destroy(rkv_rwlock *lock) { pthread_rwlock_destroy
 static inline void rkv_lock_shared(rkv_rwlock *lock) { pthread_rwlock_rdlock(lock); }
 static inline int rkv_try_lock_shared(rkv_rwlock *lock) { return pthread_rwlock_tryrdlock(lock) == 0; }
 static inline void rkv_lock_exclusive(rkv_rwlock *lock) { pthread_rwlock_wrlock(lock); }
+static inline int rkv_try_lock_exclusive(rkv_rwlock *lock) { return pthread_rwlock_trywrlock(lock) == 0; }
 static inline void rkv_unlock(rkv_rwlock *lock) { pthread_rwlock_unlock(lock); }
 
 static inline int rkv_mutex_init(rkv_mutex *mutex) { return pthread_mutex_init(mutex, NULL); }
@@ -48,6 +52,19 @@ static inline uint64_t rkv_unique_id(const void *address)
     static uint64_t counter;
     uint64_t serial = rkv_add(&counter, 1);
     return (serial << 48 | serial >> 16) ^ (uint64_t)(uintptr_t)address * 0x9e3779b97f4a7c15ull;
+}
+
+/* A number that nobody outside this process knows: the system's random bytes for it. */
+static inline uint64_t rkv_process_secret(void)
+{
+    uint64_t secret = 0;
+#ifdef AT_RANDOM
+    const void *bytes = (const void *)(uintptr_t)getauxval(AT_RANDOM);
+    if (bytes != NULL) {
+        memcpy(&secret, bytes, sizeof secret);
+    }
+#endif
+    return secret;
 }
 
 /* x != 0 */

@@ -110,7 +110,7 @@ cdef inline rkv_status check_pages(const Tree *t, Audit *a, uint32_t i) noexcept
     cdef uint64_t k
     if not mark_units(t, a, n.start, n.num_pages):
         return broken(b"its pages overlap others in the store", i)
-    if n.key_hash != child_hash(n.parent, unit_key(&t.store, n.start), t.page_size) or \
+    if n.key_hash != child_hash(t.hash_seed, n.parent, unit_key(&t.store, n.start), t.page_size) or \
             find_child(t, n.parent, unit_key(&t.store, n.start), n.key_hash) != i:
         return broken(b"the child table does not find it", i)
     for k in range(n.start, <uint64_t>n.start + n.num_pages):

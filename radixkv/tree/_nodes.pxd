@@ -73,6 +73,7 @@ cdef struct Order:
     Entry *entries                  # from HEAP_ROOT on
     uint64_t capacity
     uint32_t end                    # one past the last entry; HEAP_ROOT when empty
+    uint32_t touched                # highest end so far: what is resident
 
 
 cdef struct Slot:                   # of the child table
@@ -98,6 +99,7 @@ cdef struct Tree:
     rkv_allocator allocator
     uint64_t id_
     uint32_t salt                   # first generation of every slot
+    uint64_t hash_seed              # keys the child table and the namespaces
     uint32_t page_size
     int32_t policy
     bint events_on
@@ -317,6 +319,8 @@ cdef inline void refresh(Tree *t, uint32_t i) noexcept nogil:
     o = &t.orders[wanted - 1]
     if now != wanted:
         o.end += 1
+        if o.end > o.touched:
+            o.touched = o.end
         sift_up(t, o, o.end - 1, entry_of(t, i))
     else:
         order_place(t, o, t.heap_pos[i], entry_of(t, i))
@@ -550,7 +554,7 @@ cdef inline uint32_t split(Tree *t, uint32_t i, uint32_t pages) noexcept nogil:
     n.num_pages -= pages
     n.parent = u
     n.prev_sibling = n.next_sibling = NO_INDEX
-    n.key_hash = child_hash(u, unit_key(&t.store, n.start), t.page_size)
+    n.key_hash = child_hash(t.hash_seed, u, unit_key(&t.store, n.start), t.page_size)
     if n.flags & OP_HEAD:
         n.op_pages_above += pages
     table_insert(t, i)
@@ -560,16 +564,16 @@ cdef inline uint32_t split(Tree *t, uint32_t i, uint32_t pages) noexcept nogil:
 
 # ---- namespaces ------------------------------------------------------------------------------------------------------
 
-cdef inline uint64_t hash_name(const uint8_t *name, uint64_t n) noexcept nogil:
-    cdef uint64_t h = <uint64_t>0x2545f4914f6cdd1d ^ n, word, i = 0
+cdef inline uint64_t hash_name(const Tree *t, const uint8_t *name, uint64_t n) noexcept nogil:
+    cdef uint64_t h = mix(t.hash_seed ^ n), word, i = 0
     while i + 8 <= n:
         memcpy(&word, name + i, 8)
-        h = mix(h ^ word)
+        h = mix(h ^ word) + t.hash_seed
         i += 8
     if i < n:
         word = 0
         memcpy(&word, name + i, n - i)
-        h = mix(h ^ word)
+        h = mix(h ^ word) + t.hash_seed
     return mix(h)
 
 
@@ -735,9 +739,9 @@ cdef inline uint64_t tree_memory(const Tree *t) noexcept nogil:
     total += pageset_memory(&t.device_ids) + pageset_memory(&t.host_ids)
     total += resident(<uint64_t>t.node_end * sizeof(Node)) + resident(<uint64_t>t.node_end * 4)
     for k in range(NUM_ORDERS):
-        total += resident(<uint64_t>t.orders[k].end * sizeof(Entry))
+        total += resident(<uint64_t>t.orders[k].touched * sizeof(Entry))
     total += resident(t.table_capacity * sizeof(Slot)) + t.space_table_capacity * 4 + t.name_memory
-    total += t.space_capacity * sizeof(Namespace) + t.num_pins * sizeof(Pin) + t.path_capacity * 4
+    total += t.space_capacity * sizeof(Namespace) + t.pin_capacity * sizeof(Pin) + t.path_capacity * 4
     total += resident(t.event_capacity * sizeof(rkv_event))
     total += resident(t.event_token_capacity * 4 * t.page_size)
     return total

@@ -11,7 +11,10 @@
  *   Status     Functions return RKV_OK (0) or a negative rkv_status. A call that fails leaves the object as it was, and its
  *              outputs undefined. rkv_last_error() then says in words, with the numbers, what was wrong.
  *   Structs    Structs that cross this border begin with struct_size. The caller sets it to sizeof(struct) before the
- *              call, for inputs and outputs alike (RKV_INIT does). Structs and the table grow only at their end.
+ *              call, for inputs and outputs alike (RKV_INIT does). Structs and the table grow only at their end, and a library takes
+ *              the shorter structs of every host built against an earlier header of its ABI version. The few that are elements of an
+ *              array or part of another struct (rkv_allocator, rkv_backup, rkv_event, rkv_index_node, rkv_index_page) have no
+ *              struct_size and never change within a version.
  *   Ownership  Inputs are copied, never kept. Outputs go to buffers of the caller, but for rkv_freed, which the library
  *              grows and rkv_freed_release frees. The tree never calls the engine's allocator: what leaves the tree is
  *              returned, and belongs to the caller from then on.
@@ -82,7 +85,8 @@ RKV_API const char *rkv_version(void);
 /* --------------------------------------------------------------------------------------------------------- memory */
 
 /* One function for all of a tree's memory: like realloc(ptr, new_bytes), with old_bytes passed in.
- * ptr NULL: allocate. new_bytes 0: free, returns NULL. Failure: returns NULL and ptr stays valid. Results are aligned to 16 bytes.
+ * Called from any thread that uses the tree, and from several at once: it must be thread-safe, and outlive the tree and every rkv_freed
+ * that the tree has filled. ptr NULL: allocate. new_bytes 0: free, returns NULL. Failure: returns NULL and ptr stays valid. Results are aligned to 16 bytes.
  * NULL in a config: the default, malloc for small blocks and mmap/mremap for large ones (so growth copies nothing and
  * untouched memory costs nothing). */
 typedef void *(*rkv_realloc_fn)(void *ctx, void *ptr, size_t old_bytes, size_t new_bytes);
@@ -227,7 +231,8 @@ typedef struct rkv_backup {
 } rkv_backup;
 
 /* Pages that left the tree. RKV_INIT it once, reuse it for any number of calls (each call replaces the content), then
- * rkv_freed_release. The arrays belong to the library; do not free or resize them. */
+ * rkv_freed_release. The arrays belong to the library; do not free or resize them. They come from the allocator of the first tree that
+ * fills the struct, whichever trees fill it later: release it before that allocator goes. */
 typedef struct rkv_freed {
     uint32_t struct_size;
     uint32_t reserved;
