@@ -43,7 +43,7 @@ int main(void)
     rkv_index_config config;
     rkv_index_stats stats;
     rkv_index_hit hit;
-    rkv_index *other = NULL;
+    rkv_index *other = NULL, *refused;
     rkv_node node = 0, stale;
     uint64_t word;
     size_t count, num_holders;
@@ -67,7 +67,9 @@ int main(void)
 
     REFUSED(RKV_ERR_ARGUMENT, rkv_index_create(&config, NULL));
     config.struct_size -= 1;
-    REFUSED(RKV_ERR_ARGUMENT, rkv_index_create(&config, &other));
+    refused = other;
+    REFUSED(RKV_ERR_ARGUMENT, rkv_index_create(&config, &refused));
+    CHECK(refused == NULL);
     REFUSED(RKV_ERR_ARGUMENT, rkv_index_insert(NULL, 1, prompt, 3, NULL, NULL));
     REFUSED(RKV_ERR_ARGUMENT, rkv_index_insert(idx, 1, NULL, 3, NULL, NULL));
     REFUSED(RKV_ERR_ARGUMENT, rkv_index_insert(idx, RKV_INDEX_MAX_WORKERS, prompt, 3, NULL, NULL));
@@ -100,6 +102,12 @@ int main(void)
     REFUSED(RKV_ERR_CAPACITY, rkv_index_find(idx, prompt, 4, &hit));
     CHECK(hit.num_workers >= 2);
     hit.max_workers = 4;
+    hit.holders = NULL; /* but room for some */
+    REFUSED(RKV_ERR_ARGUMENT, rkv_index_find(idx, prompt, 4, &hit));
+    hit.nodes = NULL; /* no path, so no holders either: nothing is wrong */
+    CHECK(rkv_index_find(idx, prompt, 4, &hit) == RKV_OK && hit.num_holders == 0);
+    hit.nodes = nodes;
+    hit.holders = holders;
     hit.max_nodes = 1;
     REFUSED(RKV_ERR_CAPACITY, rkv_index_find(idx, prompt, 4, &hit));
     CHECK(hit.num_nodes >= 2);

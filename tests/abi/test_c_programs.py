@@ -22,6 +22,11 @@ def test_every_misuse_of_the_index_is_refused(tmp_path: Path) -> None:
     assert int(refused[1]) > 40
 
 
+def test_every_lock_that_the_system_refuses_is_noticed(tmp_path: Path) -> None:
+    said = run([compile_linked(HERE / "lock_failure.c", tmp_path / "lock_failure")]).stdout
+    assert re.fullmatch(r"\d+ locks refused, none left behind\n", said)
+
+
 def test_every_failing_allocation_changes_nothing_and_leaks_nothing(tmp_path: Path) -> None:
     said = run([compile_linked(HERE / "alloc_failure.c", tmp_path / "alloc_failure")]).stdout
     failures = re.match(r"(\d+) allocation failures in (\d+) kinds of operation", said)

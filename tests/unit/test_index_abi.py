@@ -87,3 +87,17 @@ def test_find_says_how_much_room_it_needs(lib: c.CDLL, index: Any) -> None:
     n, ids = c.c_size_t(), (c.c_uint32 * 3)()
     assert lib.rkv_index_workers(index, ids, c.c_size_t(2), c.byref(n)) == CAPACITY
     assert n.value == 3
+
+
+def test_a_handle_dies_with_its_index() -> None:
+    """The next index is often at the same address; its nodes must not answer to the handles of the one before."""
+    stale: list[int] = []
+    for _ in range(50):
+        index = radixkv.PrefixIndex()
+        index.insert(1, [1, 2, 3])
+        for handle in stale:
+            with pytest.raises(radixkv.HandleError):
+                index.set_word(handle, 77)
+        stale.append(index.find([1], nodes=True)[1][0].node)
+        del index
+    assert len(set(stale)) == len(stale)

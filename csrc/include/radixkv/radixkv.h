@@ -380,6 +380,9 @@ RKV_API rkv_status rkv_tree_check_integrity(rkv_tree *tree, const rkv_tier_check
  *              those that its keys are in; clear_worker and remove_worker one after the other. Calls that touch one shard are
  *              atomic; clear_worker and remove_worker are atomic a shard. An allocator is called under locks and by many
  *              threads at once: it must be thread-safe and must not call back into the index.
+ *   Handles    As the tree's, but for orphans, which have none until they are found. A handle of another index, one that is destroyed
+ *              included, is refused save for a chance of about 2^-26 (a random start of 26-bit generations; none comes twice).
+ *   Growth     rkv_index_config, _hit and _stats may grow at their end. rkv_index_node and rkv_index_page never do: they come in arrays.
  *   Failure    A call that fails leaves every page, holder and word as it was. */
 typedef struct rkv_index rkv_index;
 
@@ -392,7 +395,8 @@ typedef struct rkv_index_config {
     rkv_allocator allocator;    /* reallocate NULL: the default */
 } rkv_index_config;
 
-/* Create an index; config NULL is no bound. Destroy with rkv_index_destroy (NULL is allowed there). */
+/* Create an index; config NULL is no bound. Destroy with rkv_index_destroy (NULL is allowed there). *out is NULL on failure:
+ * RKV_ERR_ARGUMENT, or RKV_ERR_NO_MEMORY (of the allocator, or of the system for a lock). */
 RKV_API rkv_status rkv_index_create(const rkv_index_config *config, rkv_index **out);
 RKV_API void rkv_index_destroy(rkv_index *index);
 
@@ -420,7 +424,8 @@ typedef struct rkv_index_node {
     uint64_t num_holders;
 } rkv_index_node;
 
-/* The answer of a find; the buffers are the caller's. nodes NULL: no path wanted. */
+/* The answer of a find; the buffers are the caller's. nodes NULL: no path wanted, and holders is not looked at. A buffer that is NULL with
+ * room for some is RKV_ERR_ARGUMENT. */
 typedef struct rkv_index_hit {
     uint32_t struct_size;
     uint32_t reserved;
