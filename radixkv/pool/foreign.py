@@ -119,7 +119,8 @@ def view_of_tensors(
     arrays = tuple(array for group in groups for array in group)
     candidates = (_HALF_DIMS if apart else MHA_DIMS) if kind == "mha" else MLA_DIMS
     known = {"K": 2, "P": page_size, "H": 1 if kind == "mla" else num_heads, "L": num_layers}
-    split = [_layers(group, dims or _guess(group, candidates, known)) for group in groups]
+    alone = not isinstance(tensors, (Mapping, Sequence))
+    split = [_layers(group, dims or _guess(group, candidates, known, alone)) for group in groups]
     halves, letters = [layers for layers, _ in split], split[0][1]
     found = len(halves[0])
     if any(len(layers) != found for layers in halves) or num_layers not in (None, found):
@@ -136,13 +137,16 @@ def _as_list(tensors: Any) -> list[Array]:
 
 
 # ---- letters ---------------------------------------------------------------------------------------------------------
-def _guess(group: list[Array], candidates: tuple[str, ...], known: dict[str, int | None]) -> str:
-    """The only letters that a tensor's shape can be read with. Raises: UnsupportedLayoutError for none or several."""
+def _guess(group: list[Array], candidates: tuple[str, ...], known: dict[str, int | None], alone: bool) -> str:
+    """The only letters that a tensor's shape can be read with; with L only if it came alone, not in a list.
+
+    Raises: UnsupportedLayoutError for none or several.
+    """
     if not group:
         raise UnsupportedLayoutError("no tensors: a pool of no layers")
     first, num_layers = describe(group[0]), known["L"]
     one_each = candidates if num_layers in (None, len(group)) else ()
-    all_in_one = tuple(f"L {letters}" for letters in candidates) if len(group) == 1 else ()
+    all_in_one = tuple(f"L {letters}" for letters in candidates) if alone else ()
     fitting = [letters for letters in (*one_each, *all_in_one) if _fits(first, letters, known)]
     # MLA with pages of one slot: [N, 1, D] and [S, 1, D] are the same
     if len(fitting) == 1 or (fitting and candidates is MLA_DIMS and known["P"] == 1 and first.shape[1] == 1):
