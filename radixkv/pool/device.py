@@ -75,6 +75,7 @@ class DevicePool:
         self.start_layer = start_layer or 0
         self.end_layer = self.start_layer + self.layer_num - 1
         self.layer_transfer_counter: LayerCounter | None = None
+        self._recognized: EnginePool | None = None
 
     @property
     def store_dtype(self) -> Any:
@@ -91,8 +92,10 @@ class DevicePool:
         return self.recognized().view
 
     def recognized(self) -> EnginePool:
-        """The pool as any engine's pool is read."""
-        return view_of_engine_pool(self)
+        """The pool as any engine's pool is read; the same each time."""
+        if self._recognized is None:
+            self._recognized = view_of_engine_pool(self)
+        return self._recognized
 
     def register_layer_transfer_counter(self, layer_transfer_counter: LayerCounter) -> None:
         """Let get_key_buffer and its like wait until a layer has been loaded."""

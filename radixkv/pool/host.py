@@ -5,7 +5,7 @@ of an engine, in one of the four layouts, on an arena that may be page-locked, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .arrays import Library, describe
 from .foreign import EnginePool, view_of_engine_pool
 from .layout import LAYOUTS, Kind, KVGeometry, KVView, Layout, view_of_layout
 from .memory import DEFAULT_HEADROOM_BYTES, require_host_memory
-from .pinning import Registrar, cuda_registrar
+from .pinning import Registrar, cuda_registrar, numa_node_of
 from .states import HostSlots, MemoryStateInt
 
 __all__ = ["HostKVCache", "HostPagePool", "HostPoolConfig", "MHATokenToKVPoolHost", "MLATokenToKVPoolHost"]
@@ -77,7 +77,7 @@ class HostPoolConfig:
     """Where a host pool's memory comes from.
 
     Args:
-        arena: huge pages, population, NUMA node.
+        arena: huge pages, population, NUMA node (by default that of the device pool's GPU).
         headroom_bytes: left free for the machine, 10 GiB by default; the pool is refused if it would take more.
         registrar: page-locks the memory; by default CUDA's, if the device pool is on a GPU, else none.
         pin_chunk_bytes: at most 64 GiB; smaller chunks only serve tests and drivers that cannot lock so much at once.
@@ -135,6 +135,8 @@ class HostKVCache(HostSlots):
             self.arena.close()
             raise
         self._kv: PageBytes | None = self._shaped(self.arena.data)
+        bases = [self.arena.address + half * num_bytes // geometry.halves for half in range(geometry.halves)]
+        self._view = view_of_layout(layout, geometry, num_slots, bases)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
     def _shaped(self, data: PageBytes) -> PageBytes:
@@ -187,9 +189,9 @@ class HostKVCache(HostSlots):
 
     def view(self) -> KVView:
         """Where each byte lies. Valid until ``close``."""
-        half_bytes = self.kv_buffer[0].nbytes
-        bases = [self.arena.address + half * half_bytes for half in range(self.geometry.halves)]
-        return view_of_layout(self.layout, self.geometry, self.size, bases)
+        if self._kv is None:
+            raise StateError("the host pool is closed")
+        return self._view
 
     def get_size_per_token(self) -> int:
         """Bytes of one token, all layers and halves."""
@@ -338,8 +340,12 @@ class _HostPoolOfDevice(HostKVCache):
         self.end_layer = self.start_layer + found.geometry.num_layers - 1
         device_slots = int(getattr(device_pool, "size", found.view.num_slots))
         registrar = config.registrar
-        if pin_memory and registrar is None and found.view.device != "cpu":
-            registrar = cuda_registrar()
+        if found.view.device != "cpu":
+            if pin_memory and registrar is None:
+                registrar = cuda_registrar()
+            if config.arena.numa_node is None:
+                node = numa_node_of(found.view.device, root=config.root)
+                config = replace(config, arena=replace(config.arena, numa_node=node))
         super().__init__(
             found.geometry,
             host_slots(found.geometry, device_slots, host_to_device_ratio, int(host_size * 1e9)),

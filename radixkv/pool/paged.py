@@ -162,21 +162,27 @@ class PagedTokenToKVPoolAllocator:
         ))  # fmt: skip
         _check_lengths(before, after, last, extend_num_tokens)
         self._check_last(before, after, last)
-        filled = -(-before // size)  # pages that have slots already; rounded up
-        new_pages = -(-after // size) - filled
+        pages_before, pages_after = -(-before // size), -(-after // size)  # rounded up
+        new_pages = pages_after - pages_before
         pages = self._take(int(new_pages.sum()))
         if pages is None:
             return None
-        # Token j of the call is token ``position`` of its request.
+        # What a page takes is a run of consecutive slots. Runs of request i: part 1 if it has one, then its new pages.
         grown = after - before
-        request = np.repeat(np.arange(before.size), grown)
-        position = np.arange(extend_num_tokens) - (np.cumsum(grown) - grown)[request] + before[request]
-        # Parts 2 and 3: the page by its number in the request; part 1 lies before the first new page.
-        number = position // size - filled[request]
-        fresh = number >= 0
-        slots = last[request] + 1 + position - before[request]
-        first_page = np.cumsum(new_pages) - new_pages
-        slots[fresh] = pages[(first_page[request] + number)[fresh]] * size + (position % size)[fresh]
+        part = (before % size != 0) & (grown > 0)
+        runs = part + new_pages
+        ends = np.cumsum(runs)
+        first = (ends - runs)[part]
+        fresh = np.ones(int(runs.sum()), np.bool_)
+        fresh[first] = False
+        starts, lengths = np.empty(fresh.size, np.int64), np.full(fresh.size, size)
+        starts[fresh] = pages * size
+        grows = new_pages > 0
+        lengths[ends[grows] - 1] = (after - (pages_after - 1) * size)[grows]
+        starts[first] = last[part] + 1
+        lengths[first] = np.minimum(grown, size - before % size)[part]
+        at = np.cumsum(lengths) - lengths
+        slots = np.repeat(starts - at, lengths) + np.arange(extend_num_tokens)
         return to_library(slots, last_loc)
 
     def alloc_decode(self, seq_lens: Any, last_loc: Any) -> Array | None:
@@ -242,12 +248,10 @@ class PagedTokenToKVPoolAllocator:
         slots = _ints(free_index, "free_index")
         if not slots.size:
             return
-        pages = self._pages_in_use(slots)
-        order = np.arange(slots.size, dtype=np.int32)
-        self._slot_order[slots] = order  # of a slot given twice, only the later mark is left
-        twice = self._slot_order[slots] != order
-        if twice.any():
-            raise PageOwnershipError(f"slot {slots[twice][0]} is given twice in one call")
+        pages = self._whole_pages(slots)
+        if pages is None:
+            pages = self._pages_in_use(slots)
+            self._check_once(slots)
         if self._group is None:
             self._release(pages)
             return
@@ -258,6 +262,32 @@ class PagedTokenToKVPoolAllocator:
             raise PageOwnershipError(f"slot {slots[again][0]} is given twice in one free group")
         self._grouped[slots] = True
         self._group.append(slots.copy())
+
+    def _whole_pages(self, slots: Ints) -> Ints | None:
+        """The pages of slots that are whole pages in use, each once; None if they are not, whatever is wrong with them.
+
+        The usual case, in which looking at pages will do.
+        """
+        size = self.page_size
+        if size == 1 or slots.size % size:
+            return None
+        starts = slots[::size]
+        if (slots.reshape(-1, size) != starts[:, None] + np.arange(size)).any() or (starts % size != 0).any():
+            return None
+        pages: Ints = starts // size
+        if pages.min() < self.reserved_pages or pages.max() >= self._in_use.size or not self._in_use[pages].all():
+            return None
+        order = np.arange(pages.size, dtype=np.int32)
+        self._page_order[pages] = order
+        return pages if (self._page_order[pages] == order).all() else None
+
+    def _check_once(self, slots: Ints) -> None:
+        """Raises: PageOwnershipError if a slot is given twice."""
+        order = np.arange(slots.size, dtype=np.int32)
+        self._slot_order[slots] = order  # of a slot given twice, only the later mark is left
+        twice = self._slot_order[slots] != order
+        if twice.any():
+            raise PageOwnershipError(f"slot {slots[twice][0]} is given twice in one call")
 
     def free_group_begin(self) -> None:
         """Hold back what is freed until ``free_group_end``, which then frees it in one step. Raises: StateError if
@@ -308,8 +338,10 @@ class PagedTokenToKVPoolAllocator:
         self._group, self._grouped = None, None
 
     def backup_state(self) -> AllocatorState:
-        """Save what is free, so that allocations after this can be undone as a whole. O(pages). Raises: StateError in
-        a group."""
+        """Save what is free, so that allocations after this can be undone as a whole. O(pages).
+
+        Raises: StateError in an open free group.
+        """
         self._outside_of_a_group("backup_state")
         return AllocatorState(id(self), self._epoch, self._ready, self.release_pages, self._in_use.copy())
 

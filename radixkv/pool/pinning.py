@@ -1,14 +1,16 @@
-"""L1: page-locking of host memory for a GPU, through whatever CUDA runtime is at hand."""
+"""L1: page-locking of host memory for a GPU, through whatever CUDA runtime is at hand, and which memory is near it."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import DeviceUnavailableError, PageLockError
+from .memory import read_text
 
-__all__ = ["CudaRegistrar", "Registrar", "cuda_registrar"]
+__all__ = ["CudaRegistrar", "Registrar", "cuda_registrar", "numa_node_of"]
 
 # cudaHostRegisterPortable | cudaHostRegisterMapped: for all contexts, and readable from kernels
 _PORTABLE_MAPPED = 3
@@ -122,3 +124,21 @@ def _through_library() -> CudaRegistrar | str:
         library.cudaHostUnregister.argtypes = [ctypes.c_void_p]
         return CudaRegistrar(library, name)
     return "no libcudart is found"
+
+
+def numa_node_of(device: str, root: Path = Path("/")) -> int | None:
+    """The NUMA node that a GPU is attached to: its PCI address from the driver, the node from /sys.
+
+    Args: device: "cuda:N".
+    Returns: None if the driver or the kernel does not tell; locality is then left to the kernel.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    name = ctypes.create_string_buffer(32)
+    number = int(device.partition(":")[2])
+    if driver.cuInit(0) or driver.cuDeviceGetPCIBusId(name, len(name), number):
+        return None
+    text = (read_text(root / "sys/bus/pci/devices" / name.value.decode().lower() / "numa_node") or "-1").strip()
+    return int(text) if text.isdigit() else None

@@ -20,7 +20,7 @@ from radixkv.errors import DeviceUnavailableError, HostMemoryError, InvalidArgum
 from radixkv.pool import pinning
 from radixkv.pool.arena import Arena, ArenaConfig, Kernel, online_nodes
 from radixkv.pool.memory import host_memory, require_host_memory
-from radixkv.pool.pinning import CudaRegistrar, cuda_registrar
+from radixkv.pool.pinning import CudaRegistrar, cuda_registrar, numa_node_of
 
 MIB = 1024**2
 GB = 10**9
@@ -536,3 +536,32 @@ def test_libcudart_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_arena_takes_no_numpy_dtype_but_bytes() -> None:
     with small(1) as arena:
         assert arena.data.dtype == np.uint8
+
+
+@pytest.mark.parametrize(("text", "node"), [("1\n", 1), ("-1\n", None), (None, None)])
+def test_the_node_of_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, node: int | None
+) -> None:
+    codes = {"init": 0, "id": 0}
+
+    def bus_id(name: Any, _length: int, number: int) -> int:
+        name.value = f"0000:{16 * number:02X}AB".encode()
+        return codes["id"]
+
+    driver = SimpleNamespace(cuInit=lambda _flags: codes["init"], cuDeviceGetPCIBusId=bus_id)
+    monkeypatch.setattr(pinning.ctypes, "CDLL", lambda _name: driver)
+    if text is not None:
+        machine(tmp_path, {"sys/bus/pci/devices/0000:30ab/numa_node": text.strip()})
+    assert numa_node_of("cuda:3", tmp_path) == node
+    for name in codes:
+        codes[name] = 100
+        assert numa_node_of("cuda:3", tmp_path) is None
+        codes[name] = 0
+
+
+def test_no_driver_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_name: str) -> Any:
+        raise OSError("libcuda.so.1: no such file")
+
+    monkeypatch.setattr(pinning.ctypes, "CDLL", missing)
+    assert numa_node_of("cuda:0") is None

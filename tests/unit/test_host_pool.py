@@ -274,8 +274,11 @@ def test_a_pool_on_a_gpu_asks_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     registrar = FakeRegistrar()
     monkeypatch.setattr(host, "cuda_registrar", lambda: registrar)
+    asked = []
+    monkeypatch.setattr(host, "numa_node_of", lambda device, root: asked.append(device) or 0)
     pool = MLATokenToKVPoolHost(device, 1.0, 0, P, "layer_first", config=PLAIN)
     assert (pool.pinned, pool.size) == (True, S - P)
+    assert (asked, pool.arena.config.numa_node) == (["cuda:0"], 0)
 
     def missing() -> Any:
         raise DeviceUnavailableError("page-locking needs CUDA")

@@ -82,7 +82,9 @@ def test_a_page_is_freed_whole_by_any_of_its_slots() -> None:
 
 
 @pytest.mark.parametrize(("slots", "match"), [
-    ([4, 4], "slot 4 is given twice"), ([0], "slot 0 is not of this pool: slots 4 .. 35"), ([3], "slot 3 is not"),
+    ([4, 4], "slot 4 is given twice"), ([4, 5, 6, 7, 4, 5, 6, 7], "slot 4 is given twice"),
+    ([0], "slot 0 is not of this pool: slots 4 .. 35"), ([3], "slot 3 is not"),
+    ([0, 1, 2, 3], "slot 0 is not"), ([36, 37, 38, 39], "slot 36 is not"), ([12, 13, 14, 15], "slot 12 is of page 3"),
     ([36], "slot 36 is not"), ([-1], "slot -1 is not"), ([4, 12], "slot 12 is of page 3, which is not in use"),
 ])  # fmt: skip
 def test_wrong_frees_are_refused_whole(slots: list[int], match: str) -> None:
@@ -380,7 +382,7 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
         slots = self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))
-        self.pool.free(data.draw(st.permutations(slots)))
+        self.pool.free(data.draw(st.permutations(slots)) if data.draw(st.booleans()) else slots)
         if self.held is not None:
             self.held.append(slots)
 
