@@ -1,7 +1,7 @@
 """L6: ``radixkv doctor``: what this machine offers, and what radixkv will use of it, with the reason.
 
-Each probe is on its own: one that fails is a line of the table, with its error, and takes no other with it. What is used
-follows from the findings alone (``decide``), so that every combination can be tried without the machine.
+Each probe is on its own: one that fails is a line of the table, with its error, and takes no other with it. What is
+used follows from the findings alone (``decide``), so that every combination can be tried without the machine.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ __all__ = ["Arena", "ArenaConfig", "ArenaReport", "HugePages", "Kernel", "online
 
 HugePages: TypeAlias = Literal["auto", "hugetlb", "transparent", "none"]
 
-GIB = 1024**3
+MIB, GIB = 1024**2, 1024**3
 MAX_PIN_CHUNK_BYTES = 64 * GIB
 """cudaHostRegister of more in one call fails on some drivers."""
 
@@ -44,8 +44,8 @@ _MAP_HUGETLB = 0x40000
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _MPOL_PREFERRED = 1
 _MBIND = {"x86_64": 237, "aarch64": 235}
-_POPULATE_BYTES = 64 * 1024**2  # of one system call: small enough to share out evenly
-_TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_POPULATE_BYTES = 64 * MIB  # of one system call: small enough to share out evenly
+_TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +166,7 @@ class Arena:
 
     def _try(self, kind: str) -> mmap.mmap:
         """Map, bind and populate pages of one kind. Raises: OSError, and nothing is kept."""
-        page_bytes = mmap.PAGESIZE if kind == "plain" else self._huge_page_bytes()
-        if kind == "transparent":
-            self._check_transparent()
+        page_bytes = self._page_bytes(kind)
         mapped_bytes = -(-self.num_bytes // page_bytes) * page_bytes
         mapping = self._kernel.map(mapped_bytes, _MAP_HUGETLB if kind == "hugetlb" else 0)
         try:
@@ -184,16 +182,22 @@ class Arena:
         self.report = ArenaReport(mapped_bytes, kind, populated_by, threads, node, notes)
         return mapping
 
-    def _huge_page_bytes(self) -> int:
-        for line in (self._kernel.read(Path("/proc/meminfo")) or "").splitlines():
-            if line.startswith("Hugepagesize:"):
-                return int(line.split()[1]) * 1024
-        raise OSError(errno.EOPNOTSUPP, "this kernel has no huge pages")
-
-    def _check_transparent(self) -> None:
-        setting = self._kernel.read(_TRANSPARENT)
-        if setting is None or "[never]" in setting:
-            raise OSError(errno.EOPNOTSUPP, "transparent huge pages are off")
+    def _page_bytes(self, kind: str) -> int:
+        """The size of one page of a kind. Raises: OSError if there are none, or one would be mostly waste."""
+        if kind == "plain":
+            return mmap.PAGESIZE
+        if kind == "transparent":
+            setting = self._kernel.read(_TRANSPARENT / "enabled")
+            if setting is None or "[never]" in setting:
+                raise OSError(errno.EOPNOTSUPP, "transparent huge pages are off")
+            return int(self._kernel.read(_TRANSPARENT / "hpage_pmd_size") or 2 * MIB)
+        lines = (self._kernel.read(Path("/proc/meminfo")) or "").splitlines()
+        sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("Hugepagesize:")]
+        if not sizes:
+            raise OSError(errno.EOPNOTSUPP, "this kernel has no huge pages")
+        if self.config.huge_pages == "auto" and self.num_bytes < sizes[0]:
+            raise OSError(errno.EFBIG, f"{self.num_bytes:,} bytes would waste a page of {sizes[0]:,}")
+        return sizes[0]
 
     def _bind(self, address: int, num_bytes: int) -> int | None:
         """Prefer the configured node. A failure costs locality only, and is noted."""
@@ -275,7 +279,7 @@ class Arena:
             raise InvalidArgumentError(
                 f"chunks of {chunk_bytes} bytes are not {mmap.PAGESIZE} .. {MAX_PIN_CHUNK_BYTES}"
             )
-        unit = 2 * 1024**2 if chunk_bytes >= 2 * 1024**2 else mmap.PAGESIZE
+        unit = 2 * MIB if chunk_bytes >= 2 * MIB else mmap.PAGESIZE
         step = chunk_bytes // unit * unit
         total = self.report.mapped_bytes
         chunks = [(self.address + at, min(step, total - at)) for at in range(0, total, step)]

@@ -1,22 +1,26 @@
 """L1: reads an engine's own device pool: which tensors hold its KV, and the view that describes them. Copies nothing.
 
-The dimensions of a tensor are written as letters, outermost first: L layers, K halves (of size 2: K, then V), N
-pages, P slots a page, S slots, H heads, D elements of one head of one token; (K D): K's D elements, then V's, in one
-dimension. Strides come from the tensor, so a permuted tensor is written in the order of its *shape*.
+The dimensions of a tensor are written as letters, outermost first: L layers, K halves (of size 2: K, then V), N pages,
+P slots a page, S slots, H heads, D elements of one head of one token; (K D): K's D elements, then V's, in one
+dimension; (K H): K's heads, then V's. Strides come from the tensor, so a permuted tensor is written in the order of its
+*shape*: the two orders of heads and slots that engines call NHD and HND need no letters of their own.
 
     engine                                       dims of one layer
-    SGLang MHATokenToKVPool                      S H D      k_buffer, v_buffer apart; a list, or one tensor L S H D
-    SGLang MLATokenToKVPool                      S H D      kv_buffer, H = 1
-    vLLM FlashAttention, NHD and HND order       K N P H D  the order is in the strides
-    vLLM FlashInfer, NHD and HND order           N K P H D
-    heads outside of slots, contiguous           K N H P D, N K H P D
-    vLLM CPU, K and V in one row                 N H P (K D)
+    SGLang MHATokenToKVPool                      S H D        k_buffer, v_buffer apart; a list, or one tensor L S H D
+    SGLang MLATokenToKVPool                      S H D        kv_buffer, H = 1
+    vLLM FlashAttention, earlier                 K N P H D
+    vLLM FlashInfer, Triton, FlashAttention      N K P H D
+    vLLM CPU, earlier                            K N H P D
+    vLLM CPU, and from 0.29 on other backends    N H P (K D)  K and V in one row
+    heads outside of slots, contiguous           N K H P D
     vLLM MLA                                     N P D
     K and V apart, by pages                      N P H D, N H P D
+    only with ``dims``                           L anywhere; N (K H) P D
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,13 +184,15 @@ def _layers(group: list[Array], dims: str) -> tuple[list[Buffer], str]:
 
 def _letters(dims: str) -> list[str]:
     """One entry a dimension: "N H (K D)" has three."""
-    return [word.replace("*", "(K D)") for word in dims.replace("(K D)", "*").split()]
+    return re.findall(r"\([^)]*\)|\S+", dims)
 
 
 def _fits(buffer: Buffer, dims: str, known: dict[str, int | None]) -> bool:
     """Whether a tensor's shape can be read with these letters."""
-    if len(_letters(dims)) != len(buffer.shape) or ("(K D)" in dims and buffer.shape[-1] % 2):
+    if len(_letters(dims)) != len(buffer.shape):
         return False
+    if "(K D)" in dims and (buffer.shape[-1] % 2 or known["P"] is None or known["H"] is None):
+        return False  # a tensor of K alone has as many dimensions: only sizes can tell
     sizes = dict(zip(_letters(dims), buffer.shape, strict=True))
     return all(size is None or sizes.get(letter, size) == size for letter, size in known.items())
 
@@ -194,7 +200,7 @@ def _fits(buffer: Buffer, dims: str, known: dict[str, int | None]) -> bool:
 def _dims_of(buffer: Buffer, dims: str) -> dict[str, _Dim]:
     """Size and stride of each letter. Raises: InvalidArgumentError if the letters are wrong for this tensor."""
     order = _letters(dims)
-    flat = " ".join(order).replace("(K D)", "K D").split()
+    flat = dims.replace("(K D)", "K D").replace("(K H)", "K H").split()
     if len(set(flat)) != len(flat) or not set(flat) <= set("LKNPSHD") or "D" not in flat:
         raise InvalidArgumentError(f"dims {dims!r}: letters are L, K, N, P, S, H, D, once each, and D is needed")
     if ("S" in flat) == ("N" in flat) or ("N" in flat) != ("P" in flat):
@@ -203,12 +209,12 @@ def _dims_of(buffer: Buffer, dims: str) -> dict[str, _Dim]:
         raise UnsupportedLayoutError(f"{_shown(buffer)} has not the dimensions {dims!r}")
     found: dict[str, _Dim] = {}
     for letter, size, stride in zip(order, buffer.shape, buffer.strides, strict=True):
-        if letter != "(K D)":
+        if len(letter) == 1:
             found[letter] = _Dim(size, stride)
         elif size % 2:
-            raise UnsupportedLayoutError(f"{_shown(buffer)}: {size} elements are not K and V of one width")
+            raise UnsupportedLayoutError(f"{_shown(buffer)}: {size} in {letter} are not K and V of one size")
         else:
-            found["K"], found["D"] = _Dim(2, size // 2 * stride), _Dim(size // 2, stride)
+            found["K"], found[letter[3]] = _Dim(2, size // 2 * stride), _Dim(size // 2, stride)
     if "K" in found and found["K"].size != 2:
         raise UnsupportedLayoutError(f"{_shown(buffer)}: dimension K of {dims!r} has {found['K'].size} halves, not 2")
     return found
@@ -286,7 +292,7 @@ def _pool(
         page_stride=page_stride,
         token_stride=slots.stride,
         head_stride=first.heads.stride,
-        num_slots=num_slots,
+        num_slots=num_slots // size * size,  # a rest that is no page is nobody's
         device=first.device,
     )
     return EnginePool(geometry=geometry, view=view, dims=dims, arrays=arrays)

@@ -124,10 +124,15 @@ class HostKVCache(HostSlots):
         self.geometry, self.layout = geometry, layout
         self.layer_num, self.head_num = geometry.num_layers, geometry.num_heads
         num_bytes = num_slots * geometry.token_bytes
-        require_host_memory(
-            num_bytes, config.headroom_bytes, config.root, config.arena.huge_pages in ("auto", "hugetlb")
+        arena = config.arena
+        memory = require_host_memory(
+            num_bytes, config.headroom_bytes, config.root, arena.huge_pages in ("auto", "hugetlb")
         )
-        self.arena = Arena(num_bytes, config.arena, kernel)
+        if (
+            num_bytes + config.headroom_bytes > memory.available_bytes
+        ):  # it fits into reserved huge pages, and only there
+            arena = replace(arena, huge_pages="hugetlb")
+        self.arena = Arena(num_bytes, arena, kernel)
         try:
             if registrar is not None:
                 self.arena.pin(registrar, config.pin_chunk_bytes)

@@ -39,6 +39,7 @@ class FakeKernel(Kernel):
         self.maps: list[mmap.mmap] = []
         self.advice: dict[int, int] = {}  # errno by advice
         self.fail_hugetlb_populate = False
+        self.meminfo = "MemTotal: 1 kB\nHugepagesize:    2048 kB\n"
         self.bind_errno = 0
         self.threads: set[int] = set()
         self.lock = threading.Lock()
@@ -70,9 +71,9 @@ class FakeKernel(Kernel):
     def read(self, path: Path) -> str | None:
         name = str(path)
         if name == "/proc/meminfo":
-            return "MemTotal: 1 kB\nHugepagesize:    2048 kB\n"
+            return self.meminfo
         if "transparent" in name:
-            return self.transparent
+            return self.transparent if name.endswith("enabled") else str(4 * MIB)
         return self.nodes if "node" in name else super().read(path)
 
     def of(self, name: str) -> list[tuple[Any, ...]]:
@@ -110,12 +111,12 @@ def test_then_transparent_ones_then_plain_ones_with_the_reasons() -> None:
         assert kernel.of("madvise")[0] == (arena.address, 4 * MIB, HUGE_ADVICE)
     for off in ("always madvise [never]", None):
         kernel = FakeKernel(hugetlb=False, transparent=off)
-        with Arena(5, kernel=kernel) as arena:
-            assert (arena.report.pages, arena.report.mapped_bytes) == ("plain", mmap.PAGESIZE)
+        with Arena(2 * MIB, kernel=kernel) as arena:
+            assert (arena.report.pages, arena.report.mapped_bytes) == ("plain", 2 * MIB)
             assert arena.report.notes[1] == "transparent: transparent huge pages are off"
     kernel = FakeKernel(hugetlb=False)
     kernel.advice[HUGE_ADVICE] = errno.EINVAL
-    with Arena(5, kernel=kernel) as arena:
+    with Arena(3 * MIB, kernel=kernel) as arena:
         assert arena.report.pages == "plain"
         assert kernel.maps[0].closed
 
@@ -137,9 +138,25 @@ def test_what_was_asked_for_and_is_not_to_be_had_raises() -> None:
     kernel = FakeKernel()
     kernel.advice[POPULATE] = errno.ENOMEM
     with pytest.raises(HostMemoryError, match="plain: Cannot allocate memory"):
-        Arena(5, kernel=kernel)
+        Arena(3 * MIB, kernel=kernel)
     assert len(kernel.maps) == 3
     assert all(mapping.closed for mapping in kernel.maps)
+
+
+def test_a_small_arena_does_not_take_a_reserved_huge_page_unless_told() -> None:
+    with Arena(2 * MIB - 1, kernel=FakeKernel()) as arena:
+        assert arena.report.pages == "transparent"
+        assert arena.report.notes == ["hugetlb: 2,097,151 bytes would waste a page of 2,097,152"]
+    with Arena(5, ArenaConfig(huge_pages="hugetlb"), FakeKernel()) as arena:
+        assert arena.report.mapped_bytes == 2 * MIB
+
+
+def test_a_kernel_without_huge_pages() -> None:
+    kernel = FakeKernel(transparent=None)
+    kernel.meminfo = "MemTotal: 1 kB\n"
+    with Arena(3 * MIB, kernel=kernel) as arena:
+        assert arena.report.notes[0] == "hugetlb: this kernel has no huge pages"
+        assert arena.report.pages == "plain"
 
 
 def test_no_huge_pages_if_none_are_wanted() -> None:
@@ -209,7 +226,7 @@ def test_the_node_is_preferred_before_population_where_there_is_more_than_one() 
 def test_memory_that_cannot_be_bound_is_used_all_the_same() -> None:
     kernel = FakeKernel(nodes="0-1")
     kernel.bind_errno = errno.EPERM
-    with Arena(5, ArenaConfig(numa_node=1), kernel) as arena:
+    with Arena(3 * MIB, ArenaConfig(numa_node=1), kernel) as arena:
         assert arena.report.numa_node is None
         assert arena.report.notes == ["NUMA node 1: Operation not permitted"]
 

@@ -140,12 +140,21 @@ def test_contiguous_heads_outside_of_slots() -> None:
     check(pool, lambda half, layer, slot, head: kv[layer][half, slot // P, head, slot % P])
 
 
-def test_vllm_cpu_with_k_and_v_in_one_row() -> None:
-    kv = [filled((N, H, P, 2 * D), torch.bfloat16, i) for i in range(L)]
+@pytest.mark.parametrize("permuted", [False, True])
+def test_vllm_with_k_and_v_in_one_row(permuted: bool) -> None:
+    kv = [filled((N, P, H, 2 * D) if permuted else (N, H, P, 2 * D), torch.bfloat16, i) for i in range(L)]
+    kv = [t.permute(0, 2, 1, 3) if permuted else t for t in kv]
     pool = view_of_tensors(kv, page_size=P, num_heads=H)
     assert pool.dims == "N H P (K D)"
     assert pool.geometry.head_bytes == D * 2
     check(pool, lambda half, layer, slot, head: kv[layer][slot // P, head, slot % P, half * D : (half + 1) * D])
+
+
+def test_k_heads_and_v_heads_in_one_dimension_are_read_if_told() -> None:
+    kv = [filled((N, 2 * H, P, 9), torch.uint8, i) for i in range(L)]
+    pool = view_of_tensors(kv, dims="N (K H) P D")
+    assert pool.geometry.head_bytes == 9
+    check(pool, lambda half, layer, slot, head: kv[layer][slot // P, half * H + head, slot % P])
 
 
 @pytest.mark.parametrize("heads_outside", [False, True])
@@ -172,6 +181,11 @@ def test_pages_of_evenly_spaced_slots_may_be_read_in_pages_of_another_size() -> 
     pool = view_of_tensors(kv, page_size=2, num_heads=H, dims="K N P H D")
     assert pool.geometry.page_size == 2
     check(pool, lambda half, layer, slot, head: kv[layer][half, slot // P, slot % P, head])
+
+
+def test_slots_that_are_no_whole_page_are_left_out() -> None:
+    k, v = torch.zeros(11, H, D), torch.zeros(11, H, D)
+    assert view_of_tensors([k], [v], page_size=P).view.num_slots == 8
 
 
 def test_numpy_arrays_and_array_interfaces_of_a_device() -> None:
@@ -204,6 +218,7 @@ def test_refusals_name_the_shapes_and_strides() -> None:
     refused("share memory", [torch.zeros(1, N, P, H, D).expand(2, N, P, H, D)], page_size=P, num_heads=H)
     overlapping = as_strided(np.zeros(4096, np.uint8), (2, N, P, H, D), (512, 64, 8, 4, 1))
     refused("share memory", [overlapping], page_size=P, num_heads=H)
+    refused("is none of", [torch.zeros(N, P, H, D)], page_size=P)  # could be K alone
     refused("layers differ", [torch.zeros(2, N, P, H, D), torch.zeros(2, N, P, H, D + 1)], page_size=P)
     refused("K and V, differ", [torch.zeros(S, H, D)], [torch.zeros(S, H, D + 2)], page_size=P)
     refused("1 and 2 layers", [torch.zeros(S, H, D)], [torch.zeros(S, H, D), torch.zeros(S, H, D)], page_size=P)
@@ -216,10 +231,11 @@ def test_refusals_name_the_shapes_and_strides() -> None:
 
 def test_wrong_letters_are_the_callers_mistake() -> None:
     tensor = torch.zeros(2, N, P, H, D)
-    for dims in ("K N P H", "K N H D X", "K N N H D", "K P H D S L", "K N S H D", "K L H P D"):
+    for dims in ("K N P H", "K N H D X", "K N N H D", "K P H D S L", "K N S H D", "K L H P D",
+                 "N H P (K P)", "N (H K) P D"):
         refused("dims", [tensor], dims=dims, error=RadixKVError)
     refused("3 halves", [torch.zeros(3, N, P, H, D)], dims="K N P H D")
-    refused("not K and V of one width", [torch.zeros(N, H, P, 7)], dims="N H P (K D)")
+    refused("not K and V of one size", [torch.zeros(N, H, P, 7)], dims="N H P (K D)")
     refused("K and V together", [torch.zeros(N, P, H, D)], dims="N P H D", error=InvalidArgumentError)
     refused("no values apart", [tensor], [tensor], kind="mla", error=InvalidArgumentError)
     refused("all layers", [tensor, tensor], dims="L N P H D", error=InvalidArgumentError)
@@ -343,6 +359,58 @@ def test_device_names(name: Any, parsed: str) -> None:
 ])  # fmt: skip
 def test_dtype_names(dtype: Any, name: str) -> None:
     assert arrays.canonical_dtype(dtype) == name
+
+
+# ---- CuPy, played by numpy -------------------------------------------------------------------------------------------
+class CupyLike(np.ndarray):
+    """numpy memory with CuPy's attributes."""
+
+    device = SimpleNamespace(id=1)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self.__array_interface__
+
+    def get(self) -> Any:
+        return np.array(self)
+
+
+class CupyModule(SimpleNamespace):
+    chosen: list[int] = []  # noqa: RUF012
+
+    class cuda:
+        runtime = SimpleNamespace(getDeviceCount=lambda: 2)
+
+        class Device:
+            def __init__(self, number: int) -> None:
+                CupyModule.chosen.append(number)
+
+            def __enter__(self) -> None: ...
+
+            def __exit__(self, *_: object) -> None: ...
+
+    @staticmethod
+    def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+        return np.zeros(shape, dtype).view(CupyLike)
+
+    @staticmethod
+    def asarray(array: Any) -> Any:
+        return np.asarray(array).view(CupyLike)
+
+
+def test_a_pool_of_cupy_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", CupyModule())
+    monkeypatch.setitem(sys.modules, "torch", None)
+    pool = MHATokenToKVPool(S, P, "bf16", H, D, L, "cuda:1")
+    assert (pool.library, pool.view().device, set(CupyModule.chosen)) == ("cupy", "cuda:1", {1})
+    assert pool.view().bases[0, 2] == pool.k_buffer[2].ctypes.data
+    loc = np.array([5, 7])
+    rows = np.arange(2 * H * D, dtype=np.uint16).reshape(2, H, D)
+    pool.set_kv_buffer(1, loc, rows, rows + 1)
+    saved = pool.get_cpu_copy(loc)
+    assert (type(saved[0][1]), saved[1][1].tolist()) == (np.ndarray, (rows + 1).tolist())
+    pool.load_cpu_copy(saved, loc + 4)
+    assert np.array_equal(pool.get_key_buffer(1)[loc + 4], rows)
 
 
 # ---- machines that lack something ------------------------------------------------------------------------------------

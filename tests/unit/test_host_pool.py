@@ -27,7 +27,7 @@ from radixkv.errors import (
     UnsupportedLayoutError,
 )
 from radixkv.pool import host
-from radixkv.pool.arena import ArenaConfig
+from radixkv.pool.arena import ArenaConfig, Kernel
 from radixkv.pool.device import MHATokenToKVPool, MLATokenToKVPool
 from radixkv.pool.host import HostKVCache, HostPoolConfig, MHATokenToKVPoolHost, MLATokenToKVPoolHost, host_slots
 from radixkv.pool.layout import LAYOUTS, KVGeometry, Layout
@@ -211,6 +211,23 @@ def test_a_pool_that_would_take_the_headroom_is_refused_before_anything_is_mappe
 
 def test_a_pool_that_just_fits_is_made(tmp_path: Path) -> None:
     assert pool_of(MHA, config=small_machine(tmp_path, 3)).available_size() == S
+
+
+def test_a_pool_that_fits_into_reserved_huge_pages_only_takes_nothing_else(tmp_path: Path) -> None:
+    config = small_machine(tmp_path, 1)
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 1 kB\nHugePages_Free: 1\nHugepagesize: 2048 kB\n")
+    with pytest.raises(HostMemoryError, match="headroom_bytes"):
+        pool_of(MHA, config=config)  # told to take plain pages
+    asked = []
+
+    class NoHugePages(Kernel):
+        def map(self, num_bytes: int, flags: int) -> Any:
+            asked.append(flags)
+            raise OSError(12, "Cannot allocate memory")
+
+    with pytest.raises(HostMemoryError, match="hugetlb: Cannot allocate memory"):
+        pool_of(MHA, config=HostPoolConfig(headroom_bytes=1000, root=tmp_path), kernel=NoHugePages())
+    assert asked == [0x40000]
 
 
 @pytest.mark.parametrize(("num_slots", "layout", "match"), [
