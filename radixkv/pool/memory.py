@@ -69,12 +69,13 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
 def require_host_memory(
     num_bytes: int, headroom_bytes: int = DEFAULT_HEADROOM_BYTES, root: Path = Path("/"), huge_pages: bool = True
 ) -> HostMemory:
-    """Check that a pool of ``num_bytes`` leaves ``headroom_bytes`` free; reserved huge pages need no headroom.
+    """Check that a pool of ``num_bytes`` leaves ``headroom_bytes`` free, or fits into reserved huge pages.
 
+    These need no headroom, and memory limits of cgroups do not count them. Then the pool must not take other pages.
     Returns: what was measured. Raises: HostMemoryError with the numbers.
     """
     memory = host_memory(root)
-    if huge_pages and num_bytes <= memory.hugetlb_free_bytes and memory.available_bytes == memory.mem_available_bytes:
+    if huge_pages and num_bytes <= memory.hugetlb_free_bytes:
         return memory
     if num_bytes + headroom_bytes > memory.available_bytes:
         usable = max(0, memory.available_bytes - headroom_bytes)

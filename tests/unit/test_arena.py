@@ -403,6 +403,7 @@ def test_version_2_limits_count_less_what_is_used_without_cache(tmp_path: Path, 
     root = machine(tmp_path, {
         "proc/meminfo": MEMINFO, "proc/self/cgroup": f"0::{path}",
         f"{V2}/memory.max": "max", f"{V2}/memory.current": 0,
+        "sys/fs/memory.max": 1, "sys/fs/memory.current": 0,  # above the mount: not a cgroup
         f"{V2}/pod/memory.max": 40 * GB, f"{V2}/pod/memory.current": 30 * GB,
         f"{V2}/pod/memory.stat": f"anon 1\ninactive_file {5 * GB}\nactive_file 9",
         f"{V2}/pod/box/memory.max": 50 * GB, f"{V2}/pod/box/memory.current": 1 * GB,
@@ -457,7 +458,9 @@ def test_the_headroom_is_kept_and_the_message_has_the_numbers(tmp_path: Path) ->
 
 def test_reserved_huge_pages_need_no_headroom(tmp_path: Path) -> None:
     text = "MemAvailable:  1000 kB\nHugePages_Free:  1024\nHugepagesize:  2048 kB"
-    root = machine(tmp_path, {"proc/meminfo": text})
+    root = machine(tmp_path, {
+        "proc/meminfo": text, "proc/self/cgroup": "0::/", f"{V2}/memory.max": 1000, f"{V2}/memory.current": 0,
+    })  # fmt: skip
     assert host_memory(root).hugetlb_free_bytes == 2 * 1024**3
     require_host_memory(2 * 1024**3, 10 * GB, root)
     for num_bytes, huge_pages in ((2 * 1024**3 + 1, True), (1024**3, False)):

@@ -95,6 +95,13 @@ def test_sglang_mla(page_size: int) -> None:
     check(pool, lambda _half, layer, slot, _head: kv[layer][slot, 0], "mla", 1)
 
 
+def test_the_stride_of_a_single_head_means_nothing() -> None:
+    k = torch.zeros(S, 1, D).as_strided((S, 1, D), (D, 999, 1))
+    v = torch.zeros(S, 1, D)
+    pool = view_of_tensors([k], [v], page_size=P)
+    assert (pool.geometry.num_heads, pool.view.head_stride) == (1, D * 4)
+
+
 def test_mla_with_no_dimension_of_heads() -> None:
     kv = [filled((S, D), torch.float16, i) for i in range(L)]
     check(view_of_tensors(kv, kind="mla", page_size=P), lambda _h, layer, slot, _: kv[layer][slot], "mla", 1)
@@ -218,7 +225,9 @@ def test_refusals_name_the_shapes_and_strides() -> None:
     refused("share memory", [torch.zeros(1, N, P, H, D).expand(2, N, P, H, D)], page_size=P, num_heads=H)
     overlapping = as_strided(np.zeros(4096, np.uint8), (2, N, P, H, D), (512, 64, 8, 4, 1))
     refused("share memory", [overlapping], page_size=P, num_heads=H)
-    refused("is none of", [torch.zeros(N, P, H, D)], page_size=P)  # could be K alone
+    overlapping = as_strided(np.zeros(4096, np.uint8), (2, N, P, H, D), (512, 40, 12, 6, 1))
+    refused("share memory", [overlapping], page_size=P, num_heads=H)  # of pages
+    refused("is none of", [torch.zeros(N, P, H, D)])  # could be K alone
     refused("layers differ", [torch.zeros(2, N, P, H, D), torch.zeros(2, N, P, H, D + 1)], page_size=P)
     refused("K and V, differ", [torch.zeros(S, H, D)], [torch.zeros(S, H, D + 2)], page_size=P)
     refused("1 and 2 layers", [torch.zeros(S, H, D)], [torch.zeros(S, H, D), torch.zeros(S, H, D)], page_size=P)

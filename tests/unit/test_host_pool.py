@@ -309,9 +309,17 @@ def test_a_pool_that_cannot_be_locked_is_not_made_and_leaves_nothing_locked() ->
     registrar = FakeRegistrar(fail=True)
     config = HostPoolConfig(arena=PLAIN.arena, headroom_bytes=0, pin_chunk_bytes=4096)
     geometry = KVGeometry(kind="mla", num_layers=2, num_heads=1, head_bytes=1000, page_size=P)
+    maps = []
+
+    class Recorder(Kernel):
+        def map(self, num_bytes: int, flags: int) -> Any:
+            maps.append(super().map(num_bytes, flags))
+            return maps[-1]
+
     with pytest.raises(PageLockError, match="1 before it unlocked"):
-        pool_of(geometry, registrar=registrar, config=config)
+        pool_of(geometry, registrar=registrar, config=config, kernel=Recorder())
     assert not registrar.locked
+    assert [mapping.closed for mapping in maps] == [True]
 
 
 def test_close() -> None:

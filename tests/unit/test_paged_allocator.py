@@ -101,6 +101,14 @@ def test_wrong_frees_are_refused_whole(slots: list[int], match: str) -> None:
     pool.check_integrity()
 
 
+def test_negative_slots_are_not_those_of_the_last_page() -> None:
+    pool = paged()
+    pool.alloc(32)
+    with pytest.raises(PageOwnershipError, match="slot -4 is not of this pool"):
+        pool.free([-4, -3, -2, -1])
+    assert pool.available_size() == 0
+
+
 def test_wrong_arguments() -> None:
     for need in (-4, 3, 5):
         with pytest.raises(InvalidArgumentError, match=f"{need} tokens"):
