@@ -20,6 +20,10 @@ EXPECTED = {
     "StateError": RuntimeError,
     "PageOwnershipError": ValueError,
     "AllocationError": MemoryError,
+    "DeviceUnavailableError": RuntimeError,
+    "HostMemoryError": MemoryError,
+    "PageLockError": RuntimeError,
+    "UnsupportedLayoutError": ValueError,
     "IntegrityError": AssertionError,
 }
 CONCRETE = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)
