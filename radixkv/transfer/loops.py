@@ -1,8 +1,8 @@
 """A copy as a nest of loops over contiguous runs: what the CPU path walks and the copy engine enumerates.
 
 A plan is halves x layers x pages x tokens x heads, D bytes each. Two steps make it short:
-1. merge: a loop whose steps are the run's own length on both sides only makes the run longer. page_first_direct to itself: a
-   page's L * P * H * D bytes are one run; layer_first to page_first: H * D; anything with page_head on one side: D.
+1. merge: a loop whose steps are the run's own length on both sides only makes the run longer. page_first_direct to
+   itself: a page's L * P * H * D bytes are one run; layer_first to page_first: H * D; page_head on one side: D.
 2. order: the loops that are left go by falling destination stride, so that writes move forward through memory.
 Consecutive page ids on both sides are merged by whoever walks (``expand`` here, copy.c there): they depend on the ids.
 """
@@ -41,12 +41,12 @@ class _Loop(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loops:
-    """Addresses of run (i, j, ..): src_base + src[0][i] + src[1][j] + .. modulo 2**64, and so for dst; run_bytes from there.
+    """Run (i, j, ..) is run_bytes from src_base + src[0][i] + src[1][j] + .. modulo 2**64, and so for dst.
 
     Attributes:
         src, dst: uint64 offset tables, outermost loop first; the k-th of both have one length.
         run_bytes: contiguous on both sides.
-        steps_per_layer: 0, or: the first loop goes through the layers in order, with so many entries for each (its halves).
+        steps_per_layer: 0, or: the first loop goes through the layers in order, with so many entries (halves) for each.
     """
 
     src_base: int

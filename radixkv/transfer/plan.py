@@ -1,6 +1,6 @@
 """What a copy is: pages of one view to pages of another, checked once, before anything moves.
 
-Every path (CPU, kernels, copy engine) takes a ``CopyPlan``, so every path refuses the same mistakes with the same words.
+Every path (CPU, kernels, copy engine) takes a ``CopyPlan``, so every path refuses the same mistakes in the same words.
 
     src pages:  [ 7 ][ 2 ][ 3 ]          page i of src_pages, of each layer in ``layers`` and of each half,
                   |    |    |            goes to page i of dst_pages
