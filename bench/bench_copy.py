@@ -1,8 +1,8 @@
 """The CPU path beside memcpy, by contiguous run: each pair of layouts that has runs of that length.
 
-``python -m bench.bench_copy [--quick] [--rounds 15] [--threads 1,2] [--json FILE]``. The machine may be shared: each copy runs
-between two memcpys of the same bytes by the same number of threads in blocks of all bytes / threads, and the figure is
-the median over rounds of copy / mean of both, in bytes a second.
+``python -m bench.bench_copy [--quick] [--rounds 15] [--threads 1,2] [--json FILE]``. The machine may be shared: each
+copy runs between two memcpys of the same bytes by the same number of threads in blocks of all bytes / threads, and the
+figure is the median over rounds of copy / mean of both, in bytes a second.
 """
 
 from __future__ import annotations
@@ -40,49 +40,43 @@ TARGETS = {"64 KiB": 0.8, "1 MiB": 0.8, "16 KiB": 0.7, "1 KiB": 0.6, "128 B": 0.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One kind of copy. Its pages are scattered at random on both sides unless ``consecutive``."""
+    """One kind of copy. Its pages are scattered at random on both sides."""
 
     run: str
     what: str
     src: Layout
     dst: Layout
     kind: str = "mla"
-    layers: int = 1
+    layers: int
     heads: int = 1
     head_bytes: int
     page_size: int
-    consecutive: bool = False
+
+
+FLAT: dict[str, Any] = {"src": "layer_first", "dst": "layer_first"}
+
+
+def _pair(run: str, layout: Layout, **shape: Any) -> tuple[Case, Case]:
+    """Backup to a host layout and load back from it."""
+    return (
+        Case(run=run, what=f"backup to {layout}", src="layer_first", dst=layout, **shape),
+        Case(run=run, what=f"load back from {layout}", src=layout, dst="layer_first", **shape),
+    )
 
 
 CASES = (
-    Case(run="1 MiB", what="layer_first, 1 MiB pages", src="layer_first", dst="layer_first", head_bytes=65536, page_size=16),
-    Case(run="64 KiB", what="layer_first, 64 KiB pages", src="layer_first", dst="layer_first", layers=4, head_bytes=4096,
-         page_size=16),
-    Case(run="64 KiB", what="backup to page_first_direct", src="layer_first", dst="page_first_direct", layers=16,
-         head_bytes=1024, page_size=64),
-    Case(run="16 KiB", what="backup to page_first_direct", src="layer_first", dst="page_first_direct", layers=32,
-         head_bytes=1024, page_size=16),
-    Case(run="16 KiB", what="load back from page_first_direct", src="page_first_direct", dst="layer_first", layers=32,
-         head_bytes=1024, page_size=16),
-    Case(run="4 KiB", what="backup to page_first", src="layer_first", dst="page_first", layers=32, head_bytes=4096,
-         page_size=16),
-    Case(run="1 KiB", what="backup to page_first", src="layer_first", dst="page_first", layers=32, head_bytes=1024,
-         page_size=16),
-    Case(run="1 KiB", what="load back from page_first", src="page_first", dst="layer_first", layers=32, head_bytes=1024,
-         page_size=16),
-    Case(run="1 KiB", what="single tokens", src="layer_first", dst="layer_first", layers=4, head_bytes=1024, page_size=1),
-    Case(run="128 B", what="backup to page_head, 8 heads", src="layer_first", dst="page_head", kind="mha", layers=32,
-         heads=8, head_bytes=128, page_size=16),
-    Case(run="128 B", what="load back from page_head", src="page_head", dst="layer_first", kind="mha", layers=32,
-         heads=8, head_bytes=128, page_size=16),
-    Case(run="128 B", what="backup to page_first", src="layer_first", dst="page_first", layers=32, head_bytes=128,
-         page_size=16),
-    Case(run="128 B", what="load back from page_first", src="page_first", dst="layer_first", layers=32, head_bytes=128,
-         page_size=16),
-    Case(run="128 B", what="single tokens", src="layer_first", dst="layer_first", layers=4, head_bytes=128, page_size=1),
-    Case(run="16 B", what="backup to page_first", src="layer_first", dst="page_first", layers=32, head_bytes=16,
-         page_size=16),
-)  # fmt: skip
+    Case(run="1 MiB", what="pages of one layer", **FLAT, layers=1, head_bytes=65536, page_size=16),
+    Case(run="64 KiB", what="pages of 4 layers", **FLAT, layers=4, head_bytes=4096, page_size=16),
+    *_pair("64 KiB", "page_first_direct", layers=16, head_bytes=1024, page_size=64),
+    *_pair("16 KiB", "page_first_direct", layers=32, head_bytes=1024, page_size=16),
+    *_pair("4 KiB", "page_first", layers=32, head_bytes=4096, page_size=16),
+    *_pair("1 KiB", "page_first", layers=32, head_bytes=1024, page_size=16),
+    Case(run="1 KiB", what="single tokens", **FLAT, layers=4, head_bytes=1024, page_size=1),
+    *_pair("128 B", "page_head", kind="mha", layers=32, heads=8, head_bytes=128, page_size=16),
+    *_pair("128 B", "page_first", layers=32, head_bytes=128, page_size=16),
+    Case(run="128 B", what="single tokens", **FLAT, layers=4, head_bytes=128, page_size=1),
+    *_pair("16 B", "page_first", layers=32, head_bytes=16, page_size=16),
+)
 
 
 def arena(num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -123,7 +117,7 @@ def prepare(case: Case, src: Any, dst: Any, threads: int, share: int) -> tuple[C
              for layout, a in ((case.src, src), (case.dst, dst))]  # fmt: skip
     rng = np.random.default_rng(SEED)
     count = num_pages // share
-    ids = [np.arange(count) if case.consecutive else rng.permutation(num_pages)[:count] for _ in range(2)]
+    ids = [rng.permutation(num_pages)[:count] for _ in range(2)]
     transfer = cpu.CpuTransfer(g, num_threads=threads)
     plan = transfer.plan(views[0], views[1], ids[0], ids[1])
     return lambda: transfer.copy(plan), plan.total_bytes

@@ -73,18 +73,23 @@ class Runs(NamedTuple):
     num_bytes: Table
 
 
-def loops_of(plan: CopyPlan, outer_layers: bool = False) -> Loops:
+def loops_of(plan: CopyPlan, outer_layers: bool = False, sort_pages: bool = False) -> Loops:
     """Merge and order the loops of a plan.
 
     Args:
         outer_layers: finish layer after layer, for a reader that waits for them; else by destination address alone.
+        sort_pages: go through pages by rising destination, so that more of them follow each other; else in their order.
     """
     g = plan.geometry
+    src_pages, dst_pages = plan.src_pages, plan.dst_pages
+    if sort_pages and (np.diff(dst_pages) < 0).any():
+        order = np.argsort(dst_pages)
+        src_pages, dst_pages = src_pages[order], dst_pages[order]
     src_base, dst_base, by_layer = _base_loops(plan, outer_layers)
     inner = [
         _strided(g.num_heads, plan.src.head_stride, plan.dst.head_stride),
         _strided(g.page_size, plan.src.token_stride, plan.dst.token_stride),
-        _Loop(_times(plan.src_pages, plan.src.page_stride), _times(plan.dst_pages, plan.dst.page_stride)),
+        _Loop(_times(src_pages, plan.src.page_stride), _times(dst_pages, plan.dst.page_stride)),
     ]
     first = by_layer[:1] if outer_layers else []
     rest = [loop for loop in [*inner, *by_layer[len(first) :]] if len(loop.src) != 1]

@@ -15,12 +15,14 @@ EXPECTED = {
     "InvalidArgumentError": ValueError,
     "ArgumentTypeError": TypeError,
     "TokenRangeError": OverflowError,
+    "DeviceUnavailableError": RuntimeError,
     "HandleError": KeyError,
     "LockError": RuntimeError,
     "StateError": RuntimeError,
     "PageOwnershipError": ValueError,
     "AllocationError": MemoryError,
     "IntegrityError": AssertionError,
+    "TransferError": RuntimeError,
 }
 CONCRETE = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)
             if issubclass(cls, RadixKVError) and cls is not RadixKVError]  # fmt: skip
