@@ -3,7 +3,7 @@
  * A job is cut into chunks of about CHUNK_BYTES. A thread that takes a chunk walks its runs in batches:
  *
  *     walk -> [ run run run ... run | ahead ]      1. fill the batch: addresses only, neighbours merged
- *                 ^ copied            ^ prefetched  2. copy all but the last ``ahead`` runs, prefetching that far in front
+ *                 ^ copied            ^ prefetched  2. copy all but the last ``ahead`` runs, prefetching so far on
  *     keep the last ``ahead`` as the first of the next batch
  *
  * so that the reads of a short run are on their way long before its turn, across the ends of all loops. */
@@ -39,7 +39,7 @@ static inline void prefetch_run(const struct run *run)
 {
     const char *end = run->src + (run->bytes < PREFETCH_BYTES ? run->bytes : PREFETCH_BYTES);
     for (const char *p = run->src; p < end; p += 64) {
-        __builtin_prefetch(p, 0, 2); /* into L2: misses into L1 are too few at a time, half the speed of 128-byte runs */
+        __builtin_prefetch(p, 0, 2); /* into L2: into L1 too few are under way at a time, half the speed at 128 bytes */
     }
 }
 
@@ -115,7 +115,7 @@ const char *rkv_leaf_copy_lanes(void)
     return name;
 }
 
-/* ---- walking ---------------------------------------------------------------------------------------------------------- */
+/* ---- walking ---- */
 
 struct work {
     const rkv_copy_job *job;
@@ -159,7 +159,8 @@ static void start_at(struct walker *w, const struct work *work, uint64_t first, 
     locate(w);
 }
 
-/* Go to the next run: the innermost loop takes a step, a loop that ends starts over and hands the step to the one around it. */
+/* Go to the next run: the innermost loop takes a step, a loop that ends starts over and hands the step to the one
+ * around it. */
 static inline void advance(struct walker *w)
 {
     const rkv_copy_job *job = w->job;
@@ -183,14 +184,15 @@ static inline void advance(struct walker *w)
 static size_t fill(struct walker *w, struct run *runs, size_t num)
 {
     const uint64_t run_bytes = w->job->run_bytes;
-    size_t fresh = num; /* merge with runs of this call only: those before it may have been prefetched, and are counted */
+    size_t fresh = num; /* runs before it are prefetched, and no longer grow */
     while (w->left) {
         uint64_t offset = w->piece * PIECE_BYTES, bytes = run_bytes - offset;
         bytes = bytes < PIECE_BYTES || w->pieces_per_run == 1 ? bytes : PIECE_BYTES;
         const char *src = (const char *)(uintptr_t)(w->src + offset);
         char *dst = (char *)(uintptr_t)(w->dst + offset);
-        if (num > fresh && src == runs[num - 1].src + runs[num - 1].bytes && dst == runs[num - 1].dst + runs[num - 1].bytes) {
-            runs[num - 1].bytes += bytes;
+        struct run *last = num > fresh ? &runs[num - 1] : NULL;
+        if (last && src == last->src + last->bytes && dst == last->dst + last->bytes) {
+            last->bytes += bytes;
         } else if (num == BATCH) {
             break;
         } else {
@@ -293,7 +295,7 @@ int rkv_leaf_copy(const rkv_copy_job *job)
     return 0;
 }
 
-/* ---- progress --------------------------------------------------------------------------------------------------------- */
+/* ---- progress ---- */
 
 int rkv_leaf_progress_init(rkv_copy_progress *progress)
 {

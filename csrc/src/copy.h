@@ -4,9 +4,10 @@
  *     base + loops[0].src[i] + loops[1].src[j] + ..   modulo 2**64,   and so for dst; run_bytes are contiguous there.
  * Runs that follow each other on both sides are merged while walking.
  *
- * Threads: any number of threads may copy at once; each works on its own job, and the helpers of the one pool join whichever
- * job has work left. The pool starts at the first job that wants helpers, grows to the largest number wanted, and stays until
- * rkv_leaf_copy_shutdown. A child of fork has no helpers and starts its own. Memory of source and destination must not overlap. */
+ * Threads: any number of threads may copy at once; each works on its own job, and the helpers of the one pool join
+ * whichever job has work left. The pool starts at the first job that wants helpers, grows to the largest number wanted,
+ * and stays until rkv_leaf_copy_shutdown. A child of fork has no helpers and starts its own.
+ * Source and destination must not overlap. */
 #ifndef RKV_COPY_H
 #define RKV_COPY_H
 #include <pthread.h>
@@ -35,13 +36,14 @@ typedef struct rkv_copy_job {
     rkv_copy_loop loops[RKV_COPY_MAX_LOOPS]; /* outermost first */
     uint32_t num_loops;
     uint32_t num_threads;       /* 1 .. RKV_COPY_MAX_THREADS, the calling thread is one of them */
-    uint32_t steps_per_layer;   /* entries of loops[0] a layer; 0: walk in any order, progress jumps to num_layers at the end */
+    uint32_t steps_per_layer;   /* entries of loops[0] a layer; 0: any order, progress jumps at the end */
     uint32_t num_layers;
     int store;                  /* RKV_COPY_AUTO, _CACHED or _STREAM */
     rkv_copy_progress *progress; /* or NULL */
 } rkv_copy_job;
 
-/* Run a job to its end. 0, or ENOMEM with nothing copied. Fewer helpers than wanted (no threads to be had) is no error. */
+/* Run a job to its end. 0, or ENOMEM with nothing copied. Fewer helpers than wanted (no threads to be had) is no error.
+ * */
 int rkv_leaf_copy(const rkv_copy_job *job);
 
 /* Stop and join the helpers. Not while a copy runs. The next copy starts new ones. */

@@ -3,9 +3,10 @@
  *     caller A: job A on its own stack -+            +- helper 1: takes chunks of job A
  *     caller B: job B                  -+-> jobs ->  +- helper 2: takes chunks of job B, then of A
  *
- * A caller puts its job in the list, works on it itself, takes it out, and waits for the helpers that are still inside: so
- * nothing depends on a helper ever waking up, and the job may live on the stack. Chunks are handed out by an atomic counter.
- * fork: the child has the calling thread alone, so it forgets helpers and jobs (those of other threads, which are not there). */
+ * A caller puts its job in the list, works on it itself, takes it out, and waits for the helpers that are still inside:
+ * so nothing depends on a helper ever waking up, and the job may live on the stack. Chunks are handed out by an atomic
+ * counter. fork: the child has the calling thread alone, so it forgets helpers and jobs (those of other threads, which
+ * are not there). */
 #include "copy_pool.h"
 #include "copy.h"
 
@@ -14,7 +15,7 @@
 
 struct job {
     struct job *next;
-    void (*work)(void *context, uint64_t chunk);
+    rkv_pool_work work;
     void *context;
     uint64_t num_chunks, next_chunk; /* next_chunk: atomic */
     uint32_t wanted, inside;         /* helpers that may join, and that are at work; under the mutex */
@@ -70,7 +71,7 @@ static void *help(void *unused)
     return NULL;
 }
 
-/* ---- fork --------------------------------------------------------------------------------------------------------------- */
+/* ---- fork ---- */
 static void before_fork(void) { pthread_mutex_lock(&pool.mutex); }
 static void after_fork_in_parent(void) { pthread_mutex_unlock(&pool.mutex); }
 
@@ -86,7 +87,7 @@ static void after_fork_in_child(void)
 
 static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
 
-/* ---- jobs --------------------------------------------------------------------------------------------------------------- */
+/* ---- jobs ---- */
 
 /* Start helpers until there are ``wanted``, or no more threads to be had. Under the mutex. */
 static void grow(uint32_t wanted)
@@ -109,7 +110,7 @@ static void unlink_job(struct job *job)
     *link = job->next;
 }
 
-void rkv_leaf_pool_run(void (*work)(void *context, uint64_t chunk), void *context, uint64_t num_chunks, uint32_t num_threads)
+void rkv_leaf_pool_run(rkv_pool_work work, void *context, uint64_t num_chunks, uint32_t num_threads)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct job job = {.work = work, .context = context, .num_chunks = num_chunks};

@@ -32,8 +32,8 @@ class ProgressLike(Protocol):
 class Transfer(ABC):
     """Copies pages between views of one geometry.
 
-    Every method checks its arguments before anything moves, and raises what ``plan_copy`` raises; pages are int32 or int64 page
-    ids in order: the i-th source page goes to the i-th destination page.
+    Every method checks its arguments before anything moves, and raises what ``plan_copy`` raises; pages are int32 or
+    int64 page ids in order: the i-th source page goes to the i-th destination page.
     """
 
     def __init__(self, geometry: KVGeometry) -> None:

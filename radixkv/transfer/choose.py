@@ -1,7 +1,7 @@
 """Kernel or copy engine: measured once a device, kept on disk.
 
-A copy engine costs no SM but a fixed time a run; a kernel moves short runs well and takes SMs from the model. Which is faster
-depends on the direction, the bytes of a run and the number of runs, so a table over those is measured and looked up:
+A copy engine costs no SM but a fixed time a run; a kernel moves short runs well and takes SMs from the model. Which is
+faster depends on the direction, the bytes of a run and the number of runs, so a table over those is measured and looked up:
 
     choose(direction, run_bytes, num_runs)
         1. an override (argument, else $RADIXKV_TRANSFER) decides
@@ -65,8 +65,8 @@ class Chooser:
     """Picks a path for each copy on one device. Not thread-safe while it tunes.
 
     Args:
-        device: what the measurements are valid for: GPU model, driver version, and anything else that changes them (PCIe
-            generation, SMs given to kernels).
+        device: what the measurements are valid for: GPU model, driver version, and anything else that changes them
+            (PCIe generation, SMs given to kernels).
         folder: None: ``cache_folder()``. A measurement in it that is of this device and version is used.
         override: always this path; None: $RADIXKV_TRANSFER if it is set and not "auto", else the table.
     Attributes:
@@ -167,7 +167,7 @@ def _override(argument: str | None) -> PathName | None:
 
 
 def _nearest(direction: Direction, run_bytes: int, num_runs: int) -> _Point:
-    """The point of the table that stands for a copy: nearest in powers of two, then fewer runs until it is in the table."""
+    """The point that stands for a copy: nearest in powers of two, then fewer runs until it is in the table."""
     size = RUN_BYTES[max(0, min(len(RUN_BYTES) - 1, _log2(run_bytes) - _log2(RUN_BYTES[0])))]
     count = min(NUM_RUNS, key=lambda n: (abs(_log2(n) - _log2(num_runs)), n))
     while size * count > MAX_BYTES:

@@ -1,6 +1,7 @@
 """The CPU path: host memory to host memory, with threads and streaming stores. The copying is in csrc/src/copy.c.
 
-Used where there is no GPU, by engines that run on the CPU, and for moves between host pools. Addresses may have any alignment.
+Used where there is no GPU, by engines that run on the CPU, and for moves between host pools. Addresses may have any
+alignment.
 """
 
 cimport numpy as cnp
@@ -101,9 +102,9 @@ class CpuTransfer(Transfer):
 
     Args:
         geometry: of every view it is given.
-        num_threads: at most this many work on one copy, the caller included; None: the cores this process may use, at most 16.
-        store: "auto" uses streaming stores for copies of 2 MiB and more in runs of 64 bytes and more, so that they do not flush
-            the caches; "cached" and "stream" decide for all.
+        num_threads: at most this many work on a copy, the caller included; None: the cores this process may use, <= 16.
+        store: "auto" uses streaming stores for copies of 2 MiB and more in runs of 64 bytes and more, so that they do
+            not flush the caches; "cached" and "stream" decide for all.
     Thread: any number of threads may use one object at once; the GIL is released while copying.
     """
 
@@ -122,13 +123,14 @@ class CpuTransfer(Transfer):
         """Run one checked copy, on this thread and the helpers.
 
         Args:
-            progress: a Progress of len(plan.layers), told of each layer as it completes; the copy then goes layer by layer.
+            progress: a Progress of len(plan.layers), told of each layer as it completes; the copy then goes by layers.
         Raises: InvalidArgumentError if a view is not on the cpu; AllocationError, with nothing copied.
         """
         plan.require_device("cpu")
         if progress is not None and progress.num_layers != len(plan.layers):
             raise InvalidArgumentError(f"progress over {progress.num_layers} layers for a copy of {len(plan.layers)}")
-        run_loops(loops_of(plan, outer_layers=progress is not None), len(plan.layers), self.num_threads, self.store, progress)
+        loops = loops_of(plan, outer_layers=progress is not None)
+        run_loops(loops, len(plan.layers), self.num_threads, self.store, progress)
 
     def load_back(self, host, device, host_pages, device_pages, progress=None):
         """Copy all layers of pages from the host to the device, layer by layer if somebody follows ``progress``."""

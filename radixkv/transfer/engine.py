@@ -2,8 +2,9 @@
 
     CopyPlan -> Runs, merged over consecutive pages -> batches of at most MAX_BATCH -> one driver call each
 
-One call takes a whole batch where the driver has cuMemcpyBatchAsync (CUDA 12.8), else one cudaMemcpyAsync a run. No SM works on
-it. Source order is the stream's: "any" order lets the engine read before the kernel that writes the source has finished.
+One call takes a whole batch where the driver has cuMemcpyBatchAsync (CUDA 12.8), else one cudaMemcpyAsync a run. No SM
+works on it. Source order is the stream's: "any" order lets the engine read before the kernel that writes the source has
+finished.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ class Runtime(Protocol):
         """Put one copy on a stream. Raises: TransferError."""
 
     def copy_batch(self, runs: Runs, stream: int) -> bool:
-        """Put a batch on a stream, in one call. Returns: False, with nothing done, if this driver or stream has none."""
+        """Put a batch on a stream, in one call. Returns: False, with nothing done, if there is no such call."""
         ...
 
 
 def batches_of(plan: CopyPlan, max_batch: int = MAX_BATCH) -> Iterator[Runs]:
-    """Cut the runs of a plan into batches: uint64 arrays of 1 .. max_batch runs, together every byte of the plan once."""
+    """Cut a plan into batches: uint64 arrays of 1 .. max_batch runs, together every byte of the plan once."""
     if not plan.num_pages:
         return
     runs = expand(loops_of(plan, sort_pages=True))
@@ -60,7 +61,8 @@ def batches_of(plan: CopyPlan, max_batch: int = MAX_BATCH) -> Iterator[Runs]:
 
 
 class CopyEngine:
-    """Copies through the copy engines of one GPU. Host memory should be page-locked: else the driver copies through its own.
+    """Copies through the copy engines of one GPU. Host memory should be page-locked: else the driver copies through its
+    own.
 
     Args:
         device: number of the GPU.
@@ -155,7 +157,7 @@ class CudaRuntime:
                 raise TransferError(f"copy of {num_bytes} bytes on cuda:{self.device}: {error}") from error
 
     def copy_batch(self, runs: Runs, stream: int) -> bool:
-        """Put a batch on a stream, in one call. Returns: False, with nothing done, if driver or GPU have no such call."""
+        """Put a batch on a stream, in one call. Returns: False, with nothing done, if there is no such call."""
         if self._batch is None:
             return False
         src, dst, sizes = (np.ascontiguousarray(part) for part in runs)
@@ -176,7 +178,7 @@ class CudaRuntime:
 
 
 def _find_batch(driver: Any) -> tuple[Any, str]:
-    """The batched copy of a driver and its name; (None, "") if it has none (older than CUDA 12.8) or cannot be loaded."""
+    """The batched copy of a driver and its name; (None, "") if it is older than CUDA 12.8 or cannot be loaded."""
     if driver is None:
         try:
             driver = ctypes.CDLL("libcuda.so.1")

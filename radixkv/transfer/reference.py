@@ -1,7 +1,7 @@
 """The oracle of every copy: slow, in host memory, written to be read. Tests hold all paths to it.
 
-Two ways to say where a byte is, which must agree: the offset formulas of the four layouts (``offset_of``, ``copy_layouts``), and
-the bases and strides of a KVView (``address_of``, ``copy_views``).
+Two ways to say where a byte is, which must agree: the offset formulas of the four layouts (``offset_of``,
+``copy_layouts``), and the bases and strides of a KVView (``address_of``, ``copy_views``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Host pools for the tests of every transfer path: known bytes in the source, poison in the destination, guards around both."""
+"""Host pools for the tests of every transfer path: known bytes in the source, poison in the destination, guards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HostPool:
     def make(
         cls, geometry: KVGeometry, layout: Layout, num_pages: int, seed: int | None = None, shift: int = 0
     ) -> HostPool:
-        """A pool of random bytes (of ``seed``) or of poison (None), its blocks ``shift`` bytes off a 64-byte boundary."""
+        """A pool of random bytes (of ``seed``) or of poison (None), blocks ``shift`` bytes off a 64-byte boundary."""
         g = geometry
         block_bytes = num_pages * g.page_size * g.num_layers * g.row_bytes
         step = -(-(block_bytes + 2 * GUARD) // 64) * 64 + shift
