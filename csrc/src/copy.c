@@ -88,31 +88,52 @@ static void cached_runs(const struct run *runs, size_t num, size_t known, size_t
 
 typedef void (*copier)(const struct run *runs, size_t num, size_t known, size_t ahead);
 
-static copier streamer(const char **name)
-{
+static int always(void) { return 1; }
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) {
-        *name = "avx512";
-        return avx512_stream;
-    }
-    if (__builtin_cpu_supports("avx2")) {
-        *name = "avx2";
-        return avx2_stream;
-    }
-    *name = "sse2";
-    return sse2_stream;
-#else
-    *name = "memcpy";
-    return cached_runs;
+static int has_avx512(void) { return __builtin_cpu_supports("avx512f") != 0; }
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") != 0; }
 #endif
+
+/* Widest first. */
+static const struct lanes {
+    const char *name;
+    copier stream;
+    int (*present)(void);
+} all_lanes[] = {
+#if defined(__x86_64__)
+    {"avx512", avx512_stream, has_avx512},
+    {"avx2", avx2_stream, has_avx2},
+    {"sse2", sse2_stream, always},
+#endif
+    {"memcpy", cached_runs, always},
+};
+
+static const struct lanes *chosen_lanes; /* atomic; NULL: not looked for yet */
+
+static const struct lanes *lanes(void)
+{
+    const struct lanes *found = __atomic_load_n(&chosen_lanes, __ATOMIC_RELAXED);
+    if (!found) {
+        found = all_lanes;
+        while (!found->present()) {
+            found++;
+        }
+        __atomic_store_n(&chosen_lanes, found, __ATOMIC_RELAXED);
+    }
+    return found;
 }
 
-const char *rkv_leaf_copy_lanes(void)
+const char *rkv_leaf_copy_lanes(void) { return lanes()->name; }
+
+int rkv_leaf_copy_use_lanes(const char *name)
 {
-    const char *name;
-    streamer(&name);
-    return name;
+    for (size_t i = 0; i < sizeof all_lanes / sizeof all_lanes[0]; i++) {
+        if (strcmp(all_lanes[i].name, name) == 0 && all_lanes[i].present()) {
+            __atomic_store_n(&chosen_lanes, &all_lanes[i], __ATOMIC_RELAXED);
+            return 1;
+        }
+    }
+    return 0;
 }
 
 /* ---- walking ---- */
@@ -261,14 +282,13 @@ int rkv_leaf_copy(const rkv_copy_job *job)
 {
     struct work work = {.job = job};
     uint64_t num_runs = 1, layers = job->steps_per_layer ? job->num_layers : 1;
-    const char *name;
     for (uint32_t k = 0; k < job->num_loops; k++) {
         num_runs *= job->loops[k].count;
     }
     if (num_runs && job->run_bytes) {
         uint64_t total = num_runs * job->run_bytes;
         int stream = job->store == RKV_COPY_STREAM || (job->store == RKV_COPY_AUTO && total >= STREAM_BYTES);
-        work.copy = stream && job->run_bytes >= STREAM_RUN ? streamer(&name) : cached_runs;
+        work.copy = stream && job->run_bytes >= STREAM_RUN ? lanes()->stream : cached_runs;
         work.pieces_per_run = (job->run_bytes + PIECE_BYTES - 1) / PIECE_BYTES;
         work.num_steps = num_runs * work.pieces_per_run;
         work.steps_per_layer = work.num_steps / layers;

@@ -52,8 +52,11 @@ void rkv_leaf_copy_shutdown(void);
 /* Helpers that are alive in this process. */
 uint32_t rkv_leaf_copy_helpers(void);
 
-/* "avx512", "avx2", "sse2" or "memcpy": what streams on this machine. */
+/* "avx512", "avx2", "sse2" or "memcpy": what copies with streaming stores; at first the widest of this machine. */
 const char *rkv_leaf_copy_lanes(void);
+
+/* Take others from now on, for tests and comparisons. 0 if this machine has no such lanes, and nothing changes. */
+int rkv_leaf_copy_use_lanes(const char *name);
 
 /* 0 or an errno. Destroy after the last waiter has left. */
 int rkv_leaf_progress_init(rkv_copy_progress *progress);

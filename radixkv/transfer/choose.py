@@ -1,7 +1,7 @@
 """Kernel or copy engine: measured once a device, kept on disk.
 
 A copy engine costs no SM but a fixed time a run; a kernel moves short runs well and takes SMs from the model. Which is
-faster depends on the direction, the bytes of a run and the number of runs, so a table over those is measured and looked up:
+faster depends on the direction, the bytes of a run and the number of runs, so a table of those is measured and read:
 
     choose(direction, run_bytes, num_runs)
         1. an override (argument, else $RADIXKV_TRANSFER) decides

@@ -34,6 +34,7 @@ cdef extern from "copy.h" nogil:
     void rkv_leaf_copy_shutdown()
     uint32_t rkv_leaf_copy_helpers()
     const char *rkv_leaf_copy_lanes()
+    int rkv_leaf_copy_use_lanes(const char *name)
     int rkv_leaf_progress_init(rkv_copy_progress *progress)
     void rkv_leaf_progress_destroy(rkv_copy_progress *progress)
     int rkv_leaf_progress_wait(rkv_copy_progress *progress, uint64_t layer, uint64_t timeout_ns)
@@ -176,5 +177,14 @@ def shutdown():
 
 
 def lanes():
-    """What streams on this machine: "avx512", "avx2", "sse2", or "memcpy" where there are no streaming stores."""
+    """What copies with streaming stores: "avx512", "avx2", "sse2", or "memcpy" where there are no such stores."""
     return rkv_leaf_copy_lanes().decode()
+
+
+def use_lanes(name):
+    """Take others than the widest, in the whole process: for tests and comparisons.
+
+    Raises: InvalidArgumentError if this machine does not have them.
+    """
+    if not rkv_leaf_copy_use_lanes(name.encode()):
+        raise InvalidArgumentError(f"no lanes {name!r} on this machine")
