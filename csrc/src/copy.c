@@ -7,6 +7,9 @@
  *     keep the last ``ahead`` as the first of the next batch
  *
  * so that the reads of a short run are on their way long before its turn, across the ends of all loops. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include "copy.h"
 #include "copy_pool.h"
 

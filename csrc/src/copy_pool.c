@@ -7,6 +7,9 @@
  * so nothing depends on a helper ever waking up, and the job may live on the stack. Chunks are handed out by an atomic
  * counter. fork: the child has the calling thread alone, so it forgets helpers and jobs (those of other threads, which
  * are not there). */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
 #include "copy_pool.h"
 #include "copy.h"
 
