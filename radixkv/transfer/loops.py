@@ -24,7 +24,7 @@ _Steps = npt.NDArray[np.signedinteger]
 
 
 class _Loop(NamedTuple):
-    """One loop: what step i adds to the address on each side; the distance of two steps in dst, to order by."""
+    """One loop: what step i adds to the address on each side; the distance of the first two in dst, to order by."""
 
     src: Table
     dst: Table
@@ -138,7 +138,7 @@ def _base_loops(plan: CopyPlan, outer_layers: bool) -> tuple[int, int, list[_Loo
     src, dst = src - src[0, 0], dst - dst[0, 0]
     if outer_layers:
         return src_base, dst_base, [_table(src.T.ravel(), dst.T.ravel())]
-    if all(np.array_equal(side, side[:, :1] + side[:1, :]) for side in (src, dst)):
+    if all((side == side[:, :1] + side[:1, :]).all() for side in (src, dst)):
         halves, layers = _table(src[:, 0].copy(), dst[:, 0].copy()), _table(src[0].copy(), dst[0].copy())
         return src_base, dst_base, [halves, layers]
     return src_base, dst_base, [_table(src.ravel(), dst.ravel())]
@@ -146,8 +146,7 @@ def _base_loops(plan: CopyPlan, outer_layers: bool) -> tuple[int, int, list[_Loo
 
 def _table(src: Table, dst: Table) -> _Loop:
     """A loop over any addresses."""
-    apart = np.abs(np.diff(dst).astype(np.int64))
-    return _Loop(src, dst, int(np.median(apart)) if apart.size else 0)
+    return _Loop(src, dst, abs(int(dst[1]) - int(dst[0])) if len(dst) > 1 else 0)
 
 
 def _strided(src_steps: _Steps, dst_steps: _Steps, src_stride: int, dst_stride: int) -> _Loop:

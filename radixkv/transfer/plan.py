@@ -103,7 +103,7 @@ def plan_copy(
         raise InvalidArgumentError(f"{layers} is no run of the {geometry.num_layers} layers")
     _check_view("src", geometry, src)
     _check_view("dst", geometry, dst)
-    if len(np.unique(dst.bases)) != dst.bases.size:
+    if len(set(dst.bases.ravel().tolist())) != dst.bases.size:
         raise InvalidArgumentError("two layers or halves of dst have the same base")
     src_ids = _check_ids("src_pages", src_pages, src.num_slots // geometry.page_size)
     dst_ids = _check_ids("dst_pages", dst_pages, dst.num_slots // geometry.page_size)
