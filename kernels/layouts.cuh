@@ -17,7 +17,7 @@ __device__ __forceinline__ uint32_t rkv_split(uint32_t &n, const rkv_div &d)
 template <class Index>
 __device__ __forceinline__ int64_t rkv_page(const rkv_side &side, uint32_t i)
 {
-    return side.pages ? (int64_t)((const Index *)side.pages)[i] : (int64_t)i;
+    return side.pages ? (int64_t)((const Index *)side.pages)[i] : side.first_page + i;
 }
 
 /* Offset in bytes of (page, token, head) from a base. */

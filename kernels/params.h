@@ -31,7 +31,8 @@ typedef struct rkv_div {
 /* One side of a copy. Addresses are uint64, so that the struct is the same on every compiler. */
 typedef struct rkv_side {
     uint64_t bases;       /* -> uint64 [halves][base_pitch], readable by the kernel */
-    uint64_t pages;       /* -> int32 or int64 [num_pages], page ids; 0: page i is i */
+    uint64_t pages;       /* -> int32 or int64 [num_pages], page ids; 0: page i is first_page + i */
+    int64_t first_page;
     int64_t page_stride;  /* bytes, all three */
     int64_t token_stride;
     int64_t head_stride;

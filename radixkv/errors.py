@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "AllocationError",
     "ArgumentTypeError",
+    "DeviceUnavailableError",
     "HandleError",
     "IntegrityError",
     "InvalidArgumentError",
@@ -53,6 +54,10 @@ class PageOwnershipError(RadixKVError, ValueError):
 
 class AllocationError(RadixKVError, MemoryError):
     """Memory for the tree's own bookkeeping could not be had; the tree is as it was before the call."""
+
+
+class DeviceUnavailableError(RadixKVError, RuntimeError):
+    """A GPU was asked for, and this machine or installation lacks something for it; the message says what."""
 
 
 class IntegrityError(RadixKVError, AssertionError):

@@ -9,9 +9,7 @@
  * A seed other than 0 shuffles the order of the threads in every block, and of the blocks.
  *
  * rkv_sim_launch takes its arguments as cuLaunchKernel does: an array of pointers to each argument. */
-#include "copy.cu"
-#include "relayout.cu"
-#include "bulk.cu"
+#include "all.cu"
 
 #include <algorithm>
 #include <barrier>
@@ -114,8 +112,10 @@ constexpr size_t STACK_BYTES = 128 << 10;
 std::vector<Fibre> fibres;
 Fibre *current = nullptr;
 ucontext_t scheduler;
+#if defined(__SANITIZE_ADDRESS__)
 const void *scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
+#endif
 const std::function<void()> *body = nullptr;
 
 void leave_fibre(bool finished)

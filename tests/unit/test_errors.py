@@ -15,6 +15,7 @@ EXPECTED = {
     "InvalidArgumentError": ValueError,
     "ArgumentTypeError": TypeError,
     "TokenRangeError": OverflowError,
+    "DeviceUnavailableError": RuntimeError,
     "HandleError": KeyError,
     "LockError": RuntimeError,
     "StateError": RuntimeError,
