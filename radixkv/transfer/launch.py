@@ -3,7 +3,7 @@
     CopyPlan --launches_of--> [Launch] --bind(addresses)--> params, ready for cuLaunchKernel or the host simulator
 
 Three families, each for any two views:
-    copy      every lane moves vectors straight from source to destination; a unit is a chunk of a run that is contiguous on both sides
+    copy      lanes move vectors straight across; a unit is a chunk of a run that is contiguous on both sides
     relayout  tiles through shared memory, for layouts that share only short runs
     bulk      copy by the bulk engine of sm_90, where everything is a multiple of 16 bytes
 Nothing here touches a device: addresses are numbers.
@@ -127,7 +127,7 @@ class Addresses:
 
     Args:
         src_bases, dst_bases: of uint64 [halves, L].
-        src_pages, dst_pages: of the ids of ``common_ids``, [num_pages]; 0 where ``first_of_run`` says that they are a run.
+        src_pages, dst_pages: of the ids of ``common_ids``, [num_pages]; 0 where ``first_of_run`` finds a run.
     """
 
     src_bases: int
@@ -184,7 +184,7 @@ def first_of_run(ids: Ids) -> int | None:
 
 
 def vector_bytes_of(plan: CopyPlan, run_bytes: int, runs_a_token: int, runs_a_page: int) -> int:
-    """The widest vector in bytes that divides the run, and every base and stride of both sides that the copy steps by."""
+    """The widest vector in bytes that divides the run, and every base and stride that the copy steps by."""
     bits = run_bytes
     part = slice(plan.layers.start, plan.layers.stop)
     for view in (plan.src, plan.dst):
@@ -204,8 +204,8 @@ def launches_of(
     """The launches that do a plan, in any order; none for no pages.
 
     Args:
-        family: "auto" takes relayout where the layouts share less than 128 contiguous bytes and tiles have longer runs on both
-            sides, else copy. bulk is never taken unasked.
+        family: "auto" takes relayout where the layouts share less than 128 contiguous bytes and tiles have longer runs
+            on both sides, else copy. bulk is never taken unasked.
         ctas: quota of blocks, so that the copy leaves the other SMs to the model.
         vector_bytes: narrower than what the alignment allows, for measurements; None: the widest.
     Raises: InvalidArgumentError for a family that cannot do this plan, a vector that is misaligned, no quota.
@@ -311,7 +311,7 @@ def _side(view: KVView, ids: Ids, first: int) -> Side:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """The cells that one block of threads stages: how many of (layers, tokens, heads), and each side's order, fastest first."""
+    """What one block of threads stages: cells along (layer, token, head), and each side's order, fastest first."""
 
     cells: _Triple
     src_order: _Triple
@@ -347,7 +347,8 @@ def _run(cells: list[int], steps: _Triple, extent: _Triple, order: _Triple, cell
 
 
 def _tile_of(plan: CopyPlan) -> _Tile:
-    """Grow a tile until shared memory is full: each time for the side whose run is shorter, along its fastest unfinished dimension."""
+    """Grow a tile until shared memory is full: each time for the side whose run is shorter, along its fastest dimension
+    that is not whole yet."""
     g = plan.geometry
     most = TILE_BYTES // g.head_bytes
     if not most:

@@ -27,18 +27,25 @@ POISON = 0xEE
 class Block:
     """Some halves of KV bytes, each in memory of its own between guards; ``shift`` bytes off a 256-byte boundary."""
 
-    def __init__(self, device: str, halves: list[Bytes], addresses: list[int], size: int, fetch: Callable[[int], Bytes]):
+    def __init__(self, device: str, addresses: list[int], size: int, fetch: Callable[[int], Bytes]) -> None:
+        """Bytes that a backend has placed.
+
+        Args:
+            addresses: of each half; size: bytes of each.
+            fetch: copies a half with its guards, and keeps the memory alive.
+        """
         self.device, self.addresses = device, addresses
-        self._halves, self._size, self._fetch = halves, size, fetch
+        self._size, self._fetch = size, fetch
 
     def read(self) -> Bytes:
         """uint8 [halves, bytes], after a look at the guards."""
         read = []
-        for half in range(len(self._halves)):
+        for half in range(len(self.addresses)):
             whole = self._fetch(half)
-            guards = np.concatenate([whole[:GUARD], whole[GUARD + self._size :]])
+            guard = (len(whole) - self._size) // 2
+            guards = np.concatenate([whole[:guard], whole[guard + self._size :]])
             assert (guards == POISON).all(), f"{int((guards != POISON).sum())} guard bytes of half {half} were written"
-            read.append(whole[GUARD : GUARD + self._size])
+            read.append(whole[guard : guard + self._size])
         return np.stack(read)
 
 
@@ -52,33 +59,25 @@ class Backend(Protocol):
     ) -> list[Launch]: ...
 
 
-def _guarded(content: Bytes) -> Bytes:
-    return np.pad(content, (GUARD, GUARD), constant_values=POISON)
-
-
-def _aligned(size: int, shift: int) -> Bytes:
-    """uint8 [size] whose first byte lies ``shift`` after a multiple of 256; its end is the allocation's end, for ASan."""
-    whole = np.empty(size + 256 + shift, dtype=np.uint8)
-    start = (-whole.ctypes.data) % 256 + shift
-    return whole[start : start + size]
-
-
 class HostSim:
     """Everything is host memory; the simulator reads the tables where they are."""
 
     name = "hostsim"
 
-    def __init__(self, sim: simulator.Simulator) -> None:
-        self._sim = sim
+    def __init__(self, sim: simulator.Simulator, guarded: bool = True) -> None:
+        """guarded False: bytes end where their allocation ends, for ASan to guard."""
+        self._sim, self._guard = sim, GUARD if guarded else 0
 
     def place(self, content: Bytes, tier: str, shift: int = 0) -> Block:
         halves = []
         for half in content:
-            guarded = _guarded(half)
-            memory = _aligned(len(guarded), shift)
-            memory[:] = guarded
+            whole = np.empty(half.size + 2 * self._guard + shift, dtype=np.uint8)
+            assert whole.ctypes.data % 16 == 0, "malloc aligns to 16"
+            memory = whole[shift:]
+            memory[:] = np.pad(half, self._guard, constant_values=POISON)
             halves.append(memory)
-        return Block("cpu", halves, [m.ctypes.data + GUARD for m in halves], content.shape[1], lambda i: halves[i].copy())
+        addresses = [memory.ctypes.data + self._guard for memory in halves]
+        return Block("cpu", addresses, content.shape[1], lambda i: halves[i].copy())
 
     def run(
         self, plan: CopyPlan, *, family: Family = "auto", ctas: int = 4, vector_bytes: int | None = None
@@ -107,18 +106,19 @@ class Cuda:
             if tier == "device":
                 memory = cupy.empty(size + 256, dtype=cupy.uint8)
                 part = memory[shift : shift + size]
-                part.set(_guarded(half))
+                part.set(np.pad(half, GUARD, constant_values=POISON))
             else:
-                pinned = cupy.cuda.alloc_pinned_memory(size + 256)
-                memory = np.frombuffer(pinned, dtype=np.uint8, count=size + 256)
+                pinned = cupy.cuda.alloc_pinned_memory(size + 512)
+                memory = np.frombuffer(pinned, dtype=np.uint8, count=size + 512)
                 start = (-memory.ctypes.data) % 256 + shift
-                part = memory[start : start + size] if start + size <= len(memory) else memory[shift : shift + size]
-                part[:] = _guarded(half)
+                part = memory[start : start + size]
+                part[:] = np.pad(half, GUARD, constant_values=POISON)
             halves.append(part)
         if tier == "device":
             addresses = [int(part.data.ptr) + GUARD for part in halves]
-            return Block(f"cuda:{self._kernels.device}", halves, addresses, content.shape[1], lambda i: halves[i].get())
-        return Block("cpu", halves, [p.ctypes.data + GUARD for p in halves], content.shape[1], lambda i: halves[i].copy())
+            return Block(f"cuda:{self._kernels.device}", addresses, content.shape[1], lambda i: halves[i].get())
+        addresses = [part.ctypes.data + GUARD for part in halves]
+        return Block("cpu", addresses, content.shape[1], lambda i: halves[i].copy())
 
     def run(
         self, plan: CopyPlan, *, family: Family = "auto", ctas: int = 4, vector_bytes: int | None = None

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from radixkv.pool.layout import KVGeometry, Kind, Layout, view_of_layout
-from radixkv.transfer.launch import Family, Launch
+from radixkv.pool.layout import Kind, KVGeometry, Layout, view_of_layout
+from radixkv.transfer.launch import Launch
 from radixkv.transfer.plan import CopyPlan, Ids, plan_copy
 
 from .backends import POISON, Backend
@@ -71,7 +71,7 @@ class Case:
 
 
 def check(backend: Backend, case: Case) -> list[Launch]:
-    """Do it; fail unless every byte of the destination is what the oracle says, and every byte of the source as it was."""
+    """Do it; fail unless each byte of the destination is what the oracle says, and each of the source as it was."""
     g = case.geometry
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     src_ids, dst_ids = case.ids(rng)
@@ -123,5 +123,3 @@ def plan_of(case: Case, src_addresses: list[int], dst_addresses: list[int]) -> C
         case.layer_range,
     )
 
-
-FAMILIES: tuple[Family, ...] = ("copy", "relayout")

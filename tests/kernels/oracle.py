@@ -1,7 +1,7 @@
 """What a copy must leave behind, from the offset formulas of the layouts alone, one token at a time.
 
-The formulas are written out here as in the design of the layouts, byte offset of (token t, layer l, head h) in one half; ``item`` is
-H * D. They share no code with radixkv.pool.layout, whose views the kernels are given.
+The formulas are written out here as in the design of the layouts: byte offset of (token t, layer l, head h) in one
+half, ``item`` is H * D. They share no code with radixkv.pool.layout, whose views the kernels are given.
 """
 
 from __future__ import annotations

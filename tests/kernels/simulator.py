@@ -22,7 +22,8 @@ BUILD = ROOT / "build" / "hostsim"
 LOOP, FIBRE, THREAD = range(3)
 FLAVOURS = {
     "plain": ["-O2"],
-    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "quick": ["-O0"],
+    "asan": ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-g", "-fsanitize=thread"],
     "gcov": ["-O0", "--coverage"],
 }
@@ -54,7 +55,7 @@ class Simulator:
     """Runs launches in one of the simulator's modes; views and tables are plain host memory."""
 
     def __init__(self, library: Path, mode: int | None = None, seed: int = 0, block: int | None = None) -> None:
-        """mode None: LOOP, and FIBRE for kernels with a barrier. block: threads a block, instead of the launch's own."""
+        """mode None: LOOP, and FIBRE for kernels with a barrier. block: threads a block, where the launch has more."""
         self._library = ctypes.CDLL(str(library))
         self._launch = self._library.rkv_sim_launch
         self._launch.restype = ctypes.c_char_p

@@ -53,7 +53,9 @@ def test_page_sizes_and_layers(
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 8), (1, 33), (3, 5), (8, 128), (4, 256), (5, 72), (32, 128), (7, 1)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [(1, 8), (1, 33), (3, 5), (8, 128), (4, 256), (5, 72), (32, 128), (8, 1)]
+)
 @pytest.mark.parametrize("family", ["copy", "relayout"])
 @pytest.mark.parametrize(("src", "dst"), [("layer_first", "page_first"), ("page_head", "layer_first"),
                                           ("page_first_direct", "page_first_direct")])  # fmt: skip
