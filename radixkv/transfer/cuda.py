@@ -150,8 +150,9 @@ class CudaKernels:
             self._runtime.free(self._tables.popitem(last=False)[1])  # waits for kernels that read it
         table = np.ascontiguousarray(view.bases)
         address = int(self._runtime.malloc(table.nbytes))
-        # not ordered with any stream, so that every stream may read it
+        # memcpy returns once the driver has read the table; every stream may read it once it has arrived
         self._runtime.memcpy(address, table.ctypes.data, table.nbytes, self._runtime.memcpyHostToDevice)
+        self._runtime.streamSynchronize(0)
         self._tables[key] = address
         return address
 
