@@ -5,8 +5,8 @@ The same objects become
   * ``radixkv/lib/libradixkv.so.1``, the Python-free plugin. It is linked with ``--gc-sections -z defs`` and only
     ``rkv_*`` exported, so the link fails if any exported function can reach a Python symbol.
 
-Where nvcc is, ``radixkv/lib`` also gets the GPU half: ``radixkv_kernels.fatbin`` (kernels/ for sm_80, sm_90, sm_100, and PTX
-for what comes later), which CuPy loads, and ``libradixkv_cuda.so.1``, the C launcher with that fatbin inside.
+Where nvcc is, ``radixkv/lib`` also gets the GPU half: ``radixkv_kernels.fatbin`` (kernels/ for sm_80, sm_90, sm_100,
+and PTX for what comes later), which CuPy loads, and ``libradixkv_cuda.so.1``, the C launcher with that fatbin inside.
 
 Environment:
   RKV_CFLAGS / RKV_LDFLAGS  appended to every compile / link (gcov)

@@ -59,9 +59,14 @@ class CudaKernels:
     Host memory that takes part must be page-locked, and stay so until the stream has passed the copy.
     """
 
-    def __init__(self, device: int = 0) -> None:
-        """Find CuPy, the driver and the device. Raises: DeviceUnavailableError that says which is missing."""
-        self.device = device
+    def __init__(self, device: int = 0, prebuilt: bool = True) -> None:
+        """Find CuPy, the driver and the device.
+
+        Args:
+            prebuilt: load the fatbin that the build left, if it did; False: compile with NVRTC in any case.
+        Raises: DeviceUnavailableError that says what is missing.
+        """
+        self.device, self._prebuilt = device, prebuilt
         self._cupy = _import_cupy()
         self._runtime: Any = self._cupy.cuda.runtime
         try:
@@ -191,7 +196,7 @@ class CudaKernels:
 
     def _load(self) -> Any:
         fatbin = _PACKAGE / "lib" / FATBIN
-        if fatbin.is_file():
+        if self._prebuilt and fatbin.is_file():
             return self._cupy.RawModule(path=str(fatbin))
         return self._cupy.RawModule(code=kernel_source(), options=("-std=c++17",), backend="nvrtc")
 

@@ -86,38 +86,41 @@ class HostSim:
 
 
 class Cuda:
-    """Device memory from CuPy, host memory page-locked; launched through radixkv.transfer.cuda."""
+    """Device memory from cudaMalloc, host memory page-locked; launched through radixkv.transfer.cuda.
+
+    RADIXKV_TEST_NVRTC=1 compiles the kernels with NVRTC, even where the build left a fatbin.
+    """
 
     name = "cuda"
 
-    def __init__(self) -> None:
+    def __init__(self, guarded: bool = True) -> None:
+        """guarded False: bytes end where their allocation ends, for compute-sanitizer to guard."""
         from radixkv.transfer.cuda import CudaKernels
 
-        self._kernels = CudaKernels()
+        self._kernels = CudaKernels(prebuilt=os.environ.get("RADIXKV_TEST_NVRTC") != "1")
+        self._guard = GUARD if guarded else 0
         import cupy
 
         self._cupy: Any = cupy
+        cupy.cuda.set_allocator(None)  # an allocation of its own for each array
 
     def place(self, content: Bytes, tier: str, shift: int = 0) -> Block:
-        cupy = self._cupy
-        size = content.shape[1] + 2 * GUARD
+        size = content.shape[1] + 2 * self._guard
+        guarded = [np.pad(half, self._guard, constant_values=POISON) for half in content]
         halves: list[Any] = []
-        for half in content:
+        for half in guarded:
             if tier == "device":
-                memory = cupy.empty(size + 256, dtype=cupy.uint8)
-                part = memory[shift : shift + size]
-                part.set(np.pad(half, GUARD, constant_values=POISON))
+                part = self._cupy.empty(size + shift, dtype=self._cupy.uint8)[shift:]
+                part.set(half)
             else:
-                pinned = cupy.cuda.alloc_pinned_memory(size + 512)
-                memory = np.frombuffer(pinned, dtype=np.uint8, count=size + 512)
-                start = (-memory.ctypes.data) % 256 + shift
-                part = memory[start : start + size]
-                part[:] = np.pad(half, GUARD, constant_values=POISON)
+                pinned = self._cupy.cuda.alloc_pinned_memory(size + shift)
+                part = np.frombuffer(pinned, dtype=np.uint8, count=size + shift)[shift:]
+                part[:] = half
             halves.append(part)
         if tier == "device":
-            addresses = [int(part.data.ptr) + GUARD for part in halves]
+            addresses = [int(part.data.ptr) + self._guard for part in halves]
             return Block(f"cuda:{self._kernels.device}", addresses, content.shape[1], lambda i: halves[i].get())
-        addresses = [part.ctypes.data + GUARD for part in halves]
+        addresses = [int(part.ctypes.data) + self._guard for part in halves]
         return Block("cpu", addresses, content.shape[1], lambda i: halves[i].copy())
 
     def run(

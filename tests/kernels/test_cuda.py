@@ -110,14 +110,21 @@ def test_a_full_table_cache_drops_the_oldest(cupy: FakeCupy, monkeypatch: pytest
 
 def test_a_prebuilt_fatbin_is_preferred(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pools = Pools(cupy)
-    CudaKernels().run(pools.backup([5, 1], [2, 0]))
-    assert ("RawModule", ["backend", "code", "options"]) in cupy.log or (cuda._PACKAGE / "lib" / cuda.FATBIN).exists()
+
+    def loaded_as(prebuilt: bool) -> list[str]:
+        cupy.log.clear()
+        CudaKernels(prebuilt=prebuilt).run(pools.backup([5, 1], [2, 0]))
+        [options] = [entry[1] for entry in cupy.log if entry[0] == "RawModule"]
+        return list(options)
+
+    compiled = ["backend", "code", "options"]
+    assert loaded_as(prebuilt=False) == compiled
     (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / cuda.FATBIN).write_bytes(b"")
+    (tmp_path / "kernels").symlink_to(cuda.kernel_folder())
     monkeypatch.setattr(cuda, "_PACKAGE", tmp_path)
-    cupy.log.clear()
-    CudaKernels().run(pools.backup([5, 1], [2, 0]))
-    assert ("RawModule", ["path"]) in cupy.log
+    assert loaded_as(prebuilt=True) == compiled, "there is none yet"
+    (tmp_path / "lib" / cuda.FATBIN).write_bytes(b"")
+    assert loaded_as(prebuilt=True) == ["path"]
 
 
 def refused(cupy: FakeCupy, plan: CopyPlan, **options: Any) -> str:
