@@ -3,6 +3,7 @@
 from .errors import (
     AllocationError,
     ArgumentTypeError,
+    DeviceUnavailableError,
     HandleError,
     IntegrityError,
     InvalidArgumentError,
@@ -26,6 +27,7 @@ __all__ = [
     "AllocationError",
     "ArgumentTypeError",
     "BackupRequest",
+    "DeviceUnavailableError",
     "Event",
     "HandleError",
     "IntegrityError",
