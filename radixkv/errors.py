@@ -16,6 +16,7 @@ __all__ = [
     "RadixKVError",
     "StateError",
     "TokenRangeError",
+    "TransferError",
     "UnsupportedLayoutError",
 ]
 
@@ -73,6 +74,10 @@ class PageLockError(RadixKVError, RuntimeError):
 
 class UnsupportedLayoutError(RadixKVError, ValueError):
     """A device pool whose memory no view describes; the message names the shapes and strides that were found."""
+
+
+class TransferError(RadixKVError, RuntimeError):
+    """A driver refused a copy; how much of it has happened is unknown."""
 
 
 class IntegrityError(RadixKVError, AssertionError):

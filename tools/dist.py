@@ -26,6 +26,9 @@ IN_WHEEL = [
     "radixkv/tree/core.pyi",
     "radixkv/include/radixkv/radixkv.h",
     "radixkv/kernels/__init__.py",
+    "radixkv/kernels/all.cu",
+    "radixkv/kernels/device.cuh",
+    "radixkv/kernels/params.h",
     "radixkv/lib/libradixkv.so.1",
     "radixkv/lib/pkgconfig/radixkv.pc",
 ]

@@ -15,6 +15,7 @@ EXPECTED = {
     "InvalidArgumentError": ValueError,
     "ArgumentTypeError": TypeError,
     "TokenRangeError": OverflowError,
+    "DeviceUnavailableError": RuntimeError,
     "HandleError": KeyError,
     "LockError": RuntimeError,
     "StateError": RuntimeError,
@@ -25,6 +26,7 @@ EXPECTED = {
     "PageLockError": RuntimeError,
     "UnsupportedLayoutError": ValueError,
     "IntegrityError": AssertionError,
+    "TransferError": RuntimeError,
 }
 CONCRETE = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)
             if issubclass(cls, RadixKVError) and cls is not RadixKVError]  # fmt: skip

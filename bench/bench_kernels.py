@@ -1,0 +1,280 @@
+"""The transfer kernels on a GPU, beside a contiguous cudaMemcpyAsync of as many bytes of that memory in the same run.
+
+    python -m bench.bench_kernels [--quick] [--json FILE]
+
+One line a kernel family, direction, layout, page size, row, page order and quota of blocks: GB/s, and the ratio to the
+contiguous copy. Device to device counts a byte once, here and for cudaMemcpyAsync. Without a GPU it says what is
+missing, and exits with 0. Pools hold random bytes and are larger than the L2 cache; a page of each copy is compared
+afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from radixkv.errors import DeviceUnavailableError, InvalidArgumentError
+from radixkv.pool.layout import KVGeometry, KVView, Layout, view_of_layout
+from radixkv.transfer.cuda import CudaKernels
+from radixkv.transfer.launch import Family, Launch
+from radixkv.transfer.plan import CopyPlan, plan_copy
+
+from . import report
+
+SEED = 20261121
+LAYERS = 8
+DIRECTIONS = {"backup": ("device", "host"), "load_back": ("host", "device"), "gather": ("device", "device")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One line. ``rows``: bytes of one token, layer and half; a page is page_size rows in each layer and half."""
+
+    direction: str
+    family: Family
+    layout: Layout  # of the side that is not layer_first: the host, or the gathered pages
+    page_size: int
+    row_bytes: int
+    order: str  # random or contiguous page ids
+    ctas: int
+    kind: str = "mha"
+
+
+class Gpu(Protocol):
+    """What the benchmark needs of a device. Addresses are numbers; times are seconds."""
+
+    name: str
+    device: str
+
+    def allocate(self, tier: str, content: npt.NDArray[np.uint8], num_bytes: int) -> int:
+        """num_bytes of "device" or page-locked "host" memory, filled with repeats of ``content``."""
+        ...
+
+    def free(self) -> None:
+        """Free all that was allocated."""
+        ...
+
+    def read(self, tier: str, address: int, num_bytes: int) -> npt.NDArray[np.uint8]: ...
+
+    def memcpy(self, to: int, come: int, num_bytes: int) -> None:
+        """cudaMemcpyAsync on the benchmark's stream."""
+        ...
+
+    def copy(self, plan: CopyPlan, family: Family, ctas: int) -> list[Launch]:
+        """The kernels, on the benchmark's stream."""
+        ...
+
+    def seconds(self, function: Callable[[], object], repeats: int) -> float:
+        """Median of single runs after two that do not count, between two events on the stream."""
+        ...
+
+
+class CudaGpu:
+    """GPU 0 through CuPy."""
+
+    def __init__(self) -> None:
+        self._kernels = CudaKernels()
+        import cupy
+
+        self._cupy: Any = cupy
+        self._runtime: Any = cupy.cuda.runtime
+        self._stream: Any = cupy.cuda.Stream(non_blocking=True)
+        self._held: list[tuple[str, int]] = []
+        properties = self._runtime.getDeviceProperties(0)
+        self.name = properties["name"].decode()
+        self.device = "cuda:0"
+        self.driver = self._runtime.driverGetVersion()
+        self.sms = int(properties["multiProcessorCount"])
+
+    def allocate(self, tier: str, content: npt.NDArray[np.uint8], num_bytes: int) -> int:
+        make = self._runtime.malloc if tier == "device" else lambda size: self._runtime.hostAlloc(size, 0)
+        address = int(make(num_bytes))
+        self._held.append((tier, address))
+        for at in range(0, num_bytes, content.nbytes):
+            part = min(content.nbytes, num_bytes - at)
+            self._runtime.memcpy(address + at, content.ctypes.data, part, self._runtime.memcpyDefault)
+        return address
+
+    def free(self) -> None:
+        self._stream.synchronize()
+        while self._held:
+            tier, address = self._held.pop()
+            (self._runtime.free if tier == "device" else self._runtime.freeHost)(address)
+        self._kernels.close()
+
+    def read(self, tier: str, address: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        self._stream.synchronize()
+        found = np.empty(num_bytes, dtype=np.uint8)
+        self._runtime.memcpy(found.ctypes.data, address, num_bytes, self._runtime.memcpyDefault)
+        return found
+
+    def memcpy(self, to: int, come: int, num_bytes: int) -> None:
+        self._runtime.memcpyAsync(to, come, num_bytes, self._runtime.memcpyDefault, self._stream.ptr)
+
+    def copy(self, plan: CopyPlan, family: Family, ctas: int) -> list[Launch]:
+        return self._kernels.run(plan, stream=self._stream.ptr, family=family, ctas=ctas)
+
+    def seconds(self, function: Callable[[], object], repeats: int) -> float:
+        times = []
+        for run in range(repeats + 2):
+            start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            start.record(self._stream)
+            function()
+            end.record(self._stream)
+            end.synchronize()
+            if run >= 2:
+                times.append(self._cupy.cuda.get_elapsed_time(start, end) / 1e3)
+        return statistics.median(times)
+
+
+def cases(quick: bool, sms: int) -> Iterator[Case]:
+    """Every family and direction; page sizes 1 .. 64, rows 128 B .. 4 KiB, quotas of 1 .. 16 blocks, one at a time."""
+    base: dict[str, Any] = {"page_size": 16, "row_bytes": 1024, "order": "random"}
+    quotas = {"backup": (4,), "load_back": (4,), "gather": (4, 2 * sms)}
+    layouts: tuple[Layout, ...] = ("page_first_direct",) if quick else ("page_first_direct", "page_first", "page_head")
+    families: tuple[Family, ...] = ("copy", "relayout", "bulk")
+    for direction, family, layout in itertools.product(DIRECTIONS, families, layouts):
+        for ctas in quotas[direction]:
+            yield Case(direction=direction, family=family, layout=layout, ctas=ctas, **base)
+    if quick:
+        return
+    variants = [{"page_size": p} for p in (1, 4, 64)] + [{"row_bytes": r} for r in (128, 256, 512, 2048, 4096)]
+    variants += [{"order": "contiguous"}]
+    for direction, family, change in itertools.product(DIRECTIONS, ("copy", "bulk"), variants):
+        for ctas in quotas[direction]:
+            yield Case(direction=direction, family=family, layout="page_first_direct", ctas=ctas, **{**base, **change})
+    for direction, family, ctas in itertools.product(("backup", "load_back"), ("copy", "bulk"), (1, 2, 8, 16)):
+        yield Case(direction=direction, family=family, layout="page_first_direct", ctas=ctas, **base)
+    for direction in DIRECTIONS:
+        yield Case(direction=direction, family="copy", layout="page_first_direct", ctas=4, kind="mla", **base)
+
+
+def geometry_of(case: Case) -> KVGeometry:
+    heads = 8 if case.kind == "mha" else 1
+    return KVGeometry(
+        kind="mha" if case.kind == "mha" else "mla",
+        num_layers=LAYERS,
+        num_heads=heads,
+        head_bytes=case.row_bytes // heads,
+        page_size=case.page_size,
+    )
+
+
+def measure(gpu: Gpu, case: Case, pool_bytes: int, repeats: int) -> dict[str, Any]:
+    """One line: half of the pages of a pool of pool_bytes move to a pool of the same size."""
+    g = geometry_of(case)
+    pages = max(2, pool_bytes // g.page_bytes)
+    half_bytes = pages * g.page_bytes // g.halves
+    rng = np.random.default_rng(SEED)
+    content = rng.integers(0, 256, min(1 << 24, half_bytes), dtype=np.uint8)
+    poison = np.full_like(content, 0xEE)
+    tiers = DIRECTIONS[case.direction]
+    try:
+        src_at = [gpu.allocate(tiers[0], content, half_bytes) for _ in range(g.halves)]
+        dst_at = [gpu.allocate(tiers[1], poison, half_bytes) for _ in range(g.halves)]
+        layouts: tuple[Layout, Layout] = ("layer_first", case.layout)
+        if case.direction == "load_back":
+            layouts = (case.layout, "layer_first")
+        views = [
+            view_of_layout(layout, g, pages * g.page_size, at, gpu.device if tier == "device" else "cpu")
+            for layout, at, tier in zip(layouts, (src_at, dst_at), tiers, strict=True)
+        ]
+        count = pages // 2
+        ids = [rng.permutation(pages)[:count] if case.order == "random" else np.arange(count) for _ in range(2)]
+        plan = plan_copy(g, views[0], views[1], ids[0].astype(np.int32), ids[1].astype(np.int32))
+        return _time(gpu, case, plan, (src_at, dst_at), repeats)
+    finally:
+        gpu.free()
+
+
+def _time(gpu: Gpu, case: Case, plan: CopyPlan, at: tuple[list[int], list[int]], repeats: int) -> dict[str, Any]:
+    """Contiguous copies first and last, the better being the limit. load_back goes layer by layer, as engines do."""
+    bytes_of_half = plan.total_bytes // plan.geometry.halves
+    plans = [plan.layer(layer) for layer in plan.layers] if case.direction == "load_back" else [plan]
+
+    def contiguous() -> None:
+        for src, dst in zip(*at, strict=True):
+            gpu.memcpy(dst, src, bytes_of_half)
+
+    def kernels() -> list[Launch]:
+        return [launch for part in plans for launch in gpu.copy(part, case.family, case.ctas)]
+
+    before = gpu.seconds(contiguous, repeats)
+    seconds = gpu.seconds(kernels, repeats)
+    limit = min(before, gpu.seconds(contiguous, repeats))
+    launches = kernels()
+    _check_first_page(gpu, case, plan)
+    return {
+        "kernel": launches[0].kernel,
+        "blocks": launches[0].grid,
+        "bytes": plan.total_bytes,
+        "contiguous_bytes_a_page_and_layer": case.page_size * case.row_bytes,
+        "gb_per_s": plan.total_bytes / seconds / 1e9,
+        "memcpy_gb_per_s": plan.total_bytes / limit / 1e9,
+        "ratio": limit / seconds,
+    }
+
+
+def _check_first_page(gpu: Gpu, case: Case, plan: CopyPlan) -> None:
+    """Head 0 of each token of the first page, in the first and the last layer, of each half. Fails if it differs."""
+    g = plan.geometry
+    tiers = DIRECTIONS[case.direction]
+
+    def head(view: KVView, tier: str, page: int, half: int, layer: int, token: int) -> npt.NDArray[np.uint8]:
+        address = int(view.bases[half, layer]) + page * view.page_stride + token * view.token_stride
+        return gpu.read(tier, address, g.head_bytes)
+
+    for half, layer, token in itertools.product(range(g.halves), (0, g.num_layers - 1), range(g.page_size)):
+        src = head(plan.src, tiers[0], int(plan.src_pages[0]), half, layer, token)
+        dst = head(plan.dst, tiers[1], int(plan.dst_pages[0]), half, layer, token)
+        assert (src == dst).all(), f"{case}: half {half}, layer {layer}, token {token} differs"
+
+
+def run(gpu: Gpu, todo: Iterator[Case], pool_bytes: int, repeats: int) -> list[dict[str, Any]]:
+    """Measure and print each case; a family that cannot do a case says so in its line."""
+    lines = []
+    print(f"{'direction':10}{'family':10}{'layout':19}{'page':>5}{'row':>6}{'order':>12}{'CTAs':>5}"
+          f"{'GB/s':>9}{'memcpy':>9}{'ratio':>7}")  # fmt: skip
+    for case in todo:
+        line: dict[str, Any] = {name: getattr(case, name) for name in Case.__dataclass_fields__}
+        try:
+            line |= measure(gpu, case, pool_bytes, repeats)
+            figures = f"{line['gb_per_s']:9.1f}{line['memcpy_gb_per_s']:9.1f}{line['ratio']:7.2f}"
+        except InvalidArgumentError as error:
+            line["refused"] = str(error)
+            figures = f"  {error}"
+        print(f"{case.direction:10}{case.family:10}{case.layout:19}{case.page_size:5}{case.row_bytes:6}{case.order:>12}"
+              f"{case.ctas:5}{figures}", flush=True)  # fmt: skip
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one line a family and direction")
+    default = report.DEFAULT_FOLDER / "kernels.json"
+    parser.add_argument("--json", type=Path, default=default, help="where the result goes")
+    parser.add_argument("--pool-mib", type=int, default=1024, help="size of each pool; above twice the L2 cache")
+    options = parser.parse_args()
+    try:
+        gpu = CudaGpu()
+    except DeviceUnavailableError as error:
+        print(f"skipped: {error}")
+        return
+    result = report.header(quick=options.quick)
+    result |= {"gpu": gpu.name, "driver": gpu.driver, "sms": gpu.sms, "seed": SEED}
+    result["lines"] = run(gpu, cases(options.quick, gpu.sms), options.pool_mib << 20, repeats=9)
+    report.write_json(result, options.json)
+    print(options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Runs copies on a GPU: the kernels of kernels/, through CuPy, on the caller's stream.
+
+CuPy is imported when a ``CudaKernels`` is made, never before. Kernels come from a fatbin that the build left beside the
+plugin, else they are compiled at first use with NVRTC (and kept by CuPy's own cache on disk).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DeviceUnavailableError, InvalidArgumentError
+from ..pool.layout import KVView
+from .launch import DEFAULT_CTAS, Addresses, Family, Launch, common_ids, first_of_run, launches_of
+from .plan import CopyPlan, Ids
+
+__all__ = ["CudaKernels", "kernel_folder", "kernel_source"]
+
+FATBIN = "radixkv_kernels.fatbin"
+CACHED_TABLES = 256
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def kernel_folder() -> Path:
+    """The folder of the CUDA sources: in a wheel inside the package, in a source tree beside it."""
+    for folder in (_PACKAGE / "kernels", _PACKAGE.parent / "kernels"):
+        if (folder / "all.cu").is_file():
+            return folder
+    raise DeviceUnavailableError(f"this installation has no CUDA sources: no kernels/all.cu in or beside {_PACKAGE}")
+
+
+@functools.cache
+def kernel_source(name: str = "all.cu") -> str:
+    """One source with its own headers in place of their #include lines, for compilers that are given no folder."""
+    folder, seen = kernel_folder(), set()
+
+    def flat(file: str) -> str:
+        if file in seen:
+            return ""
+        seen.add(file)
+        text = (folder / file).read_text()
+        # hostsim.h is for the simulator only and stays a line that no CUDA compiler reaches
+        return re.sub(r'^#include "(?!hostsim\.h)([\w.]+)"\n', lambda found: flat(found[1]), text, flags=re.MULTILINE)
+
+    return flat(name)
+
+
+class CudaKernels:
+    """The kernels on one GPU. May be shared by threads that hold the GIL; copies on one stream happen in order.
+
+    Host memory that takes part must be page-locked, and stay so until the stream has passed the copy.
+    """
+
+    def __init__(self, device: int = 0, prebuilt: bool = True) -> None:
+        """Find CuPy, the driver and the device.
+
+        Args:
+            prebuilt: load the fatbin that the build left, if it did; False: compile with NVRTC in any case.
+        Raises: DeviceUnavailableError that says what is missing.
+        """
+        self.device, self._prebuilt = device, prebuilt
+        self._cupy = _import_cupy()
+        self._runtime: Any = self._cupy.cuda.runtime
+        try:
+            count = self._runtime.getDeviceCount()
+        except self._runtime.CUDARuntimeError as error:
+            raise DeviceUnavailableError(f"no NVIDIA driver that CuPy can use: {error}") from error
+        if not 0 <= device < count:
+            raise DeviceUnavailableError(f"there is no GPU {device}: the driver shows {count}")
+        self.capability = int(self._cupy.cuda.Device(device).compute_capability)
+        self._module: Any = None
+        self._functions: dict[str, int] = {}
+        self._tables: OrderedDict[bytes, int] = OrderedDict()
+
+    def run(
+        self,
+        plan: CopyPlan,
+        *,
+        stream: int = 0,
+        family: Family = "auto",
+        ctas: int = DEFAULT_CTAS,
+        vector_bytes: int | None = None,
+    ) -> list[Launch]:
+        """Put a copy on a stream and return; bytes may be read, and sources changed, once the stream has passed it.
+
+        Args:
+            stream: a cudaStream_t as a number (torch: ``stream.cuda_stream``; CuPy: ``stream.ptr``); 0: the legacy
+                default stream.
+            family, ctas, vector_bytes: see ``launches_of``.
+        Returns: what was launched; empty for no pages.
+        Raises: InvalidArgumentError for views of another device, host memory that is not page-locked, or a family that
+            the device or the plan does not allow, all before any launch. DeviceUnavailableError if the kernels cannot
+            be compiled.
+        """
+        self._check_devices(plan)
+        if family == "bulk" and self.capability < 90:
+            raise InvalidArgumentError(f"bulk copies need sm_90, and GPU {self.device} is sm_{self.capability}")
+        launches = launches_of(plan, family=family, ctas=ctas, vector_bytes=vector_bytes)
+        if not launches:
+            return []
+        with self._cupy.cuda.Device(self.device):
+            functions = [self._function(launch.kernel) for launch in launches]
+            bases = self._bases(plan.src), self._bases(plan.dst)
+            ids, pages = self._upload(common_ids(plan), stream)
+            try:
+                addresses = Addresses(src_bases=bases[0], dst_bases=bases[1], src_pages=pages[0], dst_pages=pages[1])
+                for launch, function in zip(launches, functions, strict=True):
+                    self._launch(function, launch, launch.bind(addresses), stream)
+            finally:
+                if ids:
+                    self._runtime.freeAsync(ids, stream)
+        return launches
+
+    def close(self) -> None:
+        """Free the tables on the device. Waits for it. The object may be used again."""
+        with self._cupy.cuda.Device(self.device):
+            while self._tables:
+                self._runtime.free(self._tables.popitem()[1])
+
+    def _check_devices(self, plan: CopyPlan) -> None:
+        here = f"cuda:{self.device}"
+        sides = {"src": plan.src.device, "dst": plan.dst.device}
+        for side, device in sides.items():
+            if device not in ("cpu", here):
+                raise InvalidArgumentError(f"{side} is on {device}, and these kernels run on {here}")
+        if here not in sides.values():
+            raise InvalidArgumentError(f"neither side is on {here}: copy on the CPU path")
+
+    def _check_reachable(self, view: KVView) -> None:
+        """The device can read every base at its own address. Raises: InvalidArgumentError."""
+        for base in map(int, view.bases.flat):
+            found = self._runtime.pointerGetAttributes(base)
+            if found.devicePointer != base:
+                what = "has another address on the device" if found.type else "is memory that the driver does not know"
+                raise InvalidArgumentError(f"{view.device} address {base:#x} {what}; page-lock host pools first")
+            if view.device != "cpu" and found.device != self.device:
+                raise InvalidArgumentError(f"address {base:#x} is on cuda:{found.device}, not {view.device}")
+
+    def _bases(self, view: KVView) -> int:
+        """The device's copy of a view's table of bases, uploaded and checked once; the last 256 are kept."""
+        key = view.device.encode() + view.bases.tobytes()
+        if key in self._tables:
+            self._tables.move_to_end(key)
+            return self._tables[key]
+        self._check_reachable(view)
+        while len(self._tables) >= CACHED_TABLES:
+            self._runtime.free(self._tables.popitem(last=False)[1])  # waits for kernels that read it
+        table = np.ascontiguousarray(view.bases)
+        address = int(self._runtime.malloc(table.nbytes))
+        # memcpy returns once the driver has read the table; every stream may read it once it has arrived
+        self._runtime.memcpy(address, table.ctypes.data, table.nbytes, self._runtime.memcpyHostToDevice)
+        self._runtime.streamSynchronize(0)
+        self._tables[key] = address
+        return address
+
+    def _upload(self, ids: tuple[Ids, Ids], stream: int) -> tuple[int, tuple[int, int]]:
+        """Page ids to the device, in stream order.
+
+        Returns: the allocation, 0 for none, and the address of each side's ids, 0 where they are a run.
+        """
+        needed = [side for side in (0, 1) if first_of_run(ids[side]) is None]
+        if not needed:
+            return 0, (0, 0)
+        both = np.concatenate([ids[side] for side in needed])
+        memory = int(self._runtime.mallocAsync(both.nbytes, stream))
+        # from pageable memory: the driver has read it all when this returns
+        self._runtime.memcpyAsync(memory, both.ctypes.data, both.nbytes, self._runtime.memcpyHostToDevice, stream)
+        addresses = [0, 0]
+        for at, side in enumerate(needed):
+            addresses[side] = memory + at * ids[side].nbytes
+        return memory, (addresses[0], addresses[1])
+
+    def _launch(self, function: int, launch: Launch, params: ctypes.Structure, stream: int) -> None:
+        args = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        grid, block = (launch.grid, 1, 1), (launch.block, 1, 1)
+        self._cupy.cuda.driver.launchKernel(function, *grid, *block, 0, stream, ctypes.addressof(args), 0)
+
+    def _function(self, name: str) -> int:
+        """The CUfunction of a kernel on this device, compiled or loaded at first use."""
+        if name not in self._functions:
+            try:
+                if self._module is None:
+                    self._module = self._load()
+                self._functions[name] = int(self._module.get_function(name).kernel.ptr)
+            except Exception as error:
+                raise DeviceUnavailableError(f"kernel {name} for sm_{self.capability}: {error}") from error
+        return self._functions[name]
+
+    def _load(self) -> Any:
+        fatbin = _PACKAGE / "lib" / FATBIN
+        if self._prebuilt and fatbin.is_file():
+            return self._cupy.RawModule(path=str(fatbin))
+        return self._cupy.RawModule(code=kernel_source(), options=("-std=c++17",), backend="nvrtc")
+
+
+def _import_cupy() -> Any:
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        message = f"CuPy cannot be imported ({error}): pip install 'radixkv[cuda13]' or 'radixkv[cuda12]'"
+        raise DeviceUnavailableError(message) from error

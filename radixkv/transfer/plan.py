@@ -1,0 +1,236 @@
+"""What a copy is: pages of one view to pages of another, checked once, before anything moves.
+
+Every path (CPU, kernels, copy engine) takes a ``CopyPlan``, so every path refuses the same mistakes in the same words.
+
+    src pages:  [ 7 ][ 2 ][ 3 ]          page i of src_pages, of each layer in ``layers`` and of each half,
+                  |    |    |            goes to page i of dst_pages
+    dst pages:  [ 0 ][ 9 ][ 4 ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentTypeError, InvalidArgumentError, PageOwnershipError
+from ..pool.layout import KVGeometry, KVView
+
+__all__ = ["CopyPlan", "Ids", "pages_of_slots", "plan_copy", "staging_view"]
+
+Ids: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPlan:
+    """A copy that was found sound. Made by ``plan_copy``; the views' memory must outlive it.
+
+    Attributes:
+        geometry: of both sides.
+        src, dst: the two views.
+        src_pages, dst_pages: int32 or int64 [n], C order, in host memory; in range, the destinations distinct.
+        layers: which layers move, of both sides; step 1.
+    """
+
+    geometry: KVGeometry
+    src: KVView
+    dst: KVView
+    src_pages: Ids
+    dst_pages: Ids
+    layers: range
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.src_pages)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that move."""
+        g = self.geometry
+        return self.num_pages * g.page_size * g.row_bytes * g.halves * len(self.layers)
+
+    @property
+    def alignment(self) -> int:
+        """The widest lane in bytes, 1 .. 16, that divides every base, stride and head of both sides."""
+        g, bits = self.geometry, self.geometry.head_bytes
+        for view in (self.src, self.dst):
+            bits |= int(np.bitwise_or.reduce(view.bases[:, self.layers.start : self.layers.stop], axis=None))
+            if view.num_slots > g.page_size:
+                bits |= view.page_stride
+            if g.page_size > 1:
+                bits |= view.token_stride
+            if g.num_heads > 1:
+                bits |= view.head_stride
+        return min(16, bits & -bits)
+
+    def layer(self, layer: int) -> CopyPlan:
+        """The same copy of one of its layers. O(1), nothing is checked again but the layer."""
+        if layer not in self.layers:
+            raise InvalidArgumentError(f"layer {layer} is not of {self.layers.start} .. {self.layers.stop - 1}")
+        return replace(self, layers=range(layer, layer + 1))
+
+    def require_device(self, device: str) -> None:
+        """Raises: InvalidArgumentError unless both views are on ``device``."""
+        for side, view in (("src", self.src), ("dst", self.dst)):
+            if view.device != device:
+                raise InvalidArgumentError(f"{side} is on {view.device}, and this path copies on {device}")
+
+
+def plan_copy(
+    geometry: KVGeometry,
+    src: KVView,
+    dst: KVView,
+    src_pages: Ids | Sequence[int],
+    dst_pages: Ids | Sequence[int],
+    layers: range | None = None,
+) -> CopyPlan:
+    """Check a copy of whole pages; every layer, or those of ``layers``.
+
+    Args:
+        src_pages, dst_pages: int32 or int64 [n] page ids (slot // page_size).
+        layers: start and stop within 0 .. L, step 1, not empty.
+    Raises:
+        ArgumentTypeError: ids that are no one-dimensional int32 or int64; bases that are no uint64.
+        InvalidArgumentError: lengths differ; an id or layer out of range; a view of another shape than the geometry, or
+            whose strides fold onto themselves; source and destination bytes that overlap.
+        PageOwnershipError: a destination page is given twice.
+    """
+    layers = range(geometry.num_layers) if layers is None else layers
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= geometry.num_layers:
+        raise InvalidArgumentError(f"{layers} is no run of the {geometry.num_layers} layers")
+    _check_view("src", geometry, src)
+    _check_view("dst", geometry, dst)
+    if len(set(dst.bases.ravel().tolist())) != dst.bases.size:
+        raise InvalidArgumentError("two layers or halves of dst have the same base")
+    src_ids = _check_ids("src_pages", src_pages, src.num_slots // geometry.page_size)
+    dst_ids = _check_ids("dst_pages", dst_pages, dst.num_slots // geometry.page_size)
+    if len(src_ids) != len(dst_ids):
+        raise InvalidArgumentError(f"{len(src_ids)} source pages for {len(dst_ids)} destination pages")
+    ordered = np.sort(dst_ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if twice.size:
+        raise PageOwnershipError(f"destination page {twice[0]} is given twice")
+    plan = CopyPlan(geometry=geometry, src=src, dst=dst, src_pages=src_ids, dst_pages=dst_ids, layers=layers)
+    _check_overlap(plan)
+    return plan
+
+
+def pages_of_slots(slots: Ids, page_size: int) -> npt.NDArray[np.int64]:
+    """Page ids of slot indices that cover whole pages, in order: [7*P, 7*P+1, ..., 2*P, ...] -> [7, 2].
+
+    Returns: a new int64 array [len(slots) // page_size].
+    Raises: InvalidArgumentError if they do not.
+    """
+    ids = _integers("slots", slots).astype(np.int64)
+    if len(ids) % page_size:
+        raise InvalidArgumentError(f"{len(ids)} slots are no whole pages of {page_size}")
+    rows = ids.reshape(-1, page_size)
+    wrong = (rows[:, :1] % page_size != 0) | (rows != rows[:, :1] + np.arange(page_size))
+    if wrong.any():
+        at = int(np.flatnonzero(wrong.any(axis=1))[0])
+        raise InvalidArgumentError(
+            f"slots {at * page_size} .. {(at + 1) * page_size - 1} are no page: {rows[at][:4]} ..."
+        )
+    pages: npt.NDArray[np.int64] = rows[:, 0] // page_size
+    return pages
+
+
+def staging_view(geometry: KVGeometry, address: int, num_pages: int, device: str = "cpu") -> KVView:
+    """The view of a staging buffer for storage: uint8 [num_pages, halves, L, P, H, D], so one page is one object.
+
+    Args:
+        address: of the buffer, num_pages * geometry.page_bytes bytes long.
+    """
+    g = geometry
+    layer_bytes = g.page_size * g.row_bytes
+    steps = np.arange(g.halves * g.num_layers, dtype=np.uint64) * np.uint64(layer_bytes)
+    return KVView(
+        bases=(np.uint64(address) + steps).reshape(g.halves, g.num_layers),
+        page_stride=g.page_bytes,
+        token_stride=g.row_bytes,
+        head_stride=g.head_bytes,
+        num_slots=num_pages * g.page_size,
+        device=device,
+    )
+
+
+def _check_view(side: str, g: KVGeometry, view: KVView) -> None:
+    """Shape, dtype, and strides that keep each (page, token, head) to bytes of its own."""
+    if view.bases.dtype != np.uint64:
+        raise ArgumentTypeError(f"bases of {side} are {view.bases.dtype}, not uint64")
+    if view.bases.shape != (g.halves, g.num_layers):
+        raise InvalidArgumentError(f"bases of {side} are {view.bases.shape}, not {(g.halves, g.num_layers)}")
+    if view.num_slots < 0 or view.num_slots % g.page_size:
+        raise InvalidArgumentError(f"{view.num_slots} slots of {side} are no whole pages of {g.page_size}")
+    if view.num_slots and not view.bases.all():
+        raise InvalidArgumentError(f"a base of {side} is NULL")
+    counts = (view.num_slots // g.page_size, g.page_size, g.num_heads)
+    strides = (view.page_stride, view.token_stride, view.head_stride)
+    extent = g.head_bytes
+    for stride, count in sorted((s, c) for s, c in zip(strides, counts, strict=True) if c > 1):
+        if stride < extent:
+            raise InvalidArgumentError(
+                f"{side} folds onto itself: page, token and head strides {strides} for {counts} of {g.head_bytes} bytes"
+            )
+        extent += (count - 1) * stride
+
+
+def _integers(name: str, given: Any) -> Ids:
+    ids = np.asarray(given)
+    if ids.size == 0 and not isinstance(given, np.ndarray):
+        ids = ids.astype(np.int64)
+    if ids.ndim != 1 or ids.dtype not in (np.int32, np.int64):
+        raise ArgumentTypeError(f"{name} is a 1-d array of int32 or int64, not {ids.ndim}-d {ids.dtype}")
+    contiguous: Ids = np.ascontiguousarray(ids)
+    return contiguous
+
+
+def _check_ids(name: str, given: Any, num_pages: int) -> Ids:
+    ids = _integers(name, given)
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= num_pages):
+        wrong = ids[(ids < 0) | (ids >= num_pages)][0]
+        raise InvalidArgumentError(f"{name} has page {wrong}, and the pool has {num_pages}")
+    return ids
+
+
+def _extent(g: KVGeometry, view: KVView, layers: range) -> tuple[int, int]:
+    """First and one past last address that a view may reach in these layers."""
+    bases = view.bases[:, layers.start : layers.stop]
+    last = (view.num_slots // g.page_size - 1) * view.page_stride + (g.page_size - 1) * view.token_stride
+    return int(bases.min()), int(bases.max()) + last + (g.num_heads - 1) * view.head_stride + g.head_bytes
+
+
+def _check_overlap(plan: CopyPlan) -> None:
+    """No byte is both read and written: threads copy in any order. Raises: InvalidArgumentError.
+
+    1. Address ranges of the two pools apart: done. 2. The same view: pages must differ. 3. Else run by run.
+    """
+    g, src, dst = plan.geometry, plan.src, plan.dst
+    if src.device != dst.device or not plan.num_pages:
+        return
+    (src_first, src_end), (dst_first, dst_end) = (_extent(g, view, plan.layers) for view in (src, dst))
+    if src_end <= dst_first or dst_end <= src_first:
+        return
+    same = (src.page_stride, src.token_stride, src.head_stride) == (dst.page_stride, dst.token_stride, dst.head_stride)
+    part = slice(plan.layers.start, plan.layers.stop)
+    if same and np.array_equal(src.bases[:, part], dst.bases[:, part]):
+        both = np.intersect1d(plan.src_pages, plan.dst_pages)
+        if both.size:
+            raise InvalidArgumentError(f"page {both[0]} is both source and destination within one pool")
+        return
+    from .loops import expand, loops_of  # which describe a plan, and so import this module
+
+    runs = expand(loops_of(plan))
+    order = np.argsort(runs.dst)
+    starts, ends = runs.dst[order], (runs.dst + runs.num_bytes)[order]
+    # dst runs are disjoint: of those that start before a src run ends, only the last can reach into it
+    at = np.searchsorted(starts, runs.src + runs.num_bytes, side="left").astype(np.int64) - 1
+    hit = (at >= 0) & (ends[np.maximum(at, 0)] > runs.src)
+    if hit.any():
+        i = int(np.flatnonzero(hit)[0])
+        raise InvalidArgumentError(
+            f"source bytes {int(runs.src[i]):#x} + {int(runs.num_bytes[i])} are written by the same copy"
+        )

@@ -1,0 +1,212 @@
+"""libradixkv_cuda through ctypes: its structs, a build for tests, and a run against a fake driver.
+
+    python -m tests.kernels.c_launcher LIBRARY        with a fake libcuda.so.1 on LD_LIBRARY_PATH; says "done" last
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from radixkv.pool.layout import KVGeometry, KVView
+from radixkv.transfer.plan import CopyPlan
+
+from .cases import Case, plan_of, same
+from .oracle import expect_copy
+from .simulator import KERNELS, ROOT
+
+OK, ARGUMENT, RANGE, OVERLAP, NO_DRIVER, NO_DEVICE, NO_KERNELS, DRIVER, NO_MEMORY = range(0, -9, -1)
+
+
+class Geometry(c.Structure):
+    _fields_ = tuple(
+        (name, c.c_uint32) for name in ("struct_size", "halves", "num_layers", "num_heads", "head_bytes", "page_size")
+    )
+
+
+class View(c.Structure):
+    _fields_ = (
+        ("struct_size", c.c_uint32),
+        ("reserved", c.c_uint32),
+        ("bases", c.c_void_p),
+        ("num_pages", c.c_uint64),
+        ("page_stride", c.c_uint64),
+        ("token_stride", c.c_uint64),
+        ("head_stride", c.c_uint64),
+    )
+
+
+class Copy(c.Structure):
+    _fields_ = (
+        ("struct_size", c.c_uint32),
+        ("index_bits", c.c_uint32),
+        ("geometry", c.POINTER(Geometry)),
+        ("src", c.POINTER(View)),
+        ("dst", c.POINTER(View)),
+        ("src_pages", c.c_void_p),
+        ("dst_pages", c.c_void_p),
+        ("num_pages", c.c_uint64),
+        ("first_layer", c.c_uint32),
+        ("num_layers", c.c_uint32),
+        ("max_blocks", c.c_uint32),
+        ("reserved", c.c_uint32),
+    )
+
+
+class Launch(c.Structure):
+    _fields_ = (
+        ("struct_size", c.c_uint32),
+        ("grid", c.c_uint32),
+        ("block", c.c_uint32),
+        ("params_bytes", c.c_uint32),
+        ("num_pages", c.c_uint64),
+        ("kernel", c.c_char * 48),
+        ("params", c.c_ubyte * 192),
+    )
+
+
+def geometry_of(g: KVGeometry) -> Geometry:
+    return Geometry(c.sizeof(Geometry), g.halves, g.num_layers, g.num_heads, g.head_bytes, g.page_size)
+
+
+def view_of(view: KVView, page_size: int) -> View:
+    """bases stay the KVView's: it must outlive this."""
+    pages = view.num_slots // page_size
+    strides = view.page_stride, view.token_stride, view.head_stride
+    return View(c.sizeof(View), 0, view.bases.ctypes.data, pages, *strides)
+
+
+def copy_of(plan: CopyPlan, max_blocks: int = 0) -> Copy:
+    """The plan must outlive this; both of its lists have one dtype."""
+    assert plan.src_pages.dtype == plan.dst_pages.dtype
+    size = plan.geometry.page_size
+    return Copy(
+        struct_size=c.sizeof(Copy),
+        index_bits=plan.src_pages.itemsize * 8,
+        geometry=c.pointer(geometry_of(plan.geometry)),
+        src=c.pointer(view_of(plan.src, size)),
+        dst=c.pointer(view_of(plan.dst, size)),
+        src_pages=plan.src_pages.ctypes.data,
+        dst_pages=plan.dst_pages.ctypes.data,
+        num_pages=plan.num_pages,
+        first_layer=plan.layers.start,
+        num_layers=len(plan.layers),
+        max_blocks=max_blocks,
+    )
+
+
+class Library:
+    def __init__(self, path: Path) -> None:
+        self._library = c.CDLL(str(path))
+        self._library.rkv_cuda_last_error.restype = c.c_char_p
+        self._library.rkv_cuda_status_string.restype = c.c_char_p
+        self._library.rkv_cuda_close.argtypes = (c.c_void_p,)
+        self._library.rkv_cuda_copy_pages.argtypes = (c.c_void_p, c.c_void_p, c.c_void_p)
+        self._library.rkv_cuda_plan.argtypes = (c.c_void_p, c.c_uint64, c.c_void_p)
+        self.close = self._library.rkv_cuda_close
+
+    def plan(self, copy: Copy | None, first: int = 0) -> tuple[int, Launch]:
+        launch = Launch(struct_size=c.sizeof(Launch))
+        given = c.byref(copy) if copy is not None else None
+        return int(self._library.rkv_cuda_plan(given, first, c.byref(launch))), launch
+
+    def open(self, device: int) -> tuple[int, Any]:
+        handle = c.c_void_p()
+        return int(self._library.rkv_cuda_open(device, c.byref(handle))), handle
+
+    def copy_pages(self, handle: Any, copy: Copy) -> int:
+        return int(self._library.rkv_cuda_copy_pages(handle, c.byref(copy), None))
+
+    def error(self) -> str:
+        return str(self._library.rkv_cuda_last_error().decode())
+
+    def status_string(self, status: int) -> str:
+        return str(self._library.rkv_cuda_status_string(status).decode())
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """The launcher with an empty fatbin, which needs no nvcc."""
+    library, stub = folder / "libradixkv_cuda.so.1", folder / "stub.c"
+    stub.write_text("const unsigned char rkv_cuda_fatbin[16] = {0};\n")
+    sources = [ROOT / "csrc" / "cuda" / "plan.c", ROOT / "csrc" / "cuda" / "launch.c", stub]
+    command = ["gcc", "-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-DRKV_BUILDING"]
+    command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{KERNELS}", *flags, *map(str, sources), "-o", str(library)]
+    subprocess.run([*command, "-pthread", "-ldl", "-Wl,-soname,libradixkv_cuda.so.1"], check=True)
+    return library
+
+
+def main(path: str) -> None:
+    """Copies through the fake driver, then every failure that it can have: nothing is ever left behind."""
+    library = Library(Path(path))
+    status, handle = library.open(0)
+    assert status == OK, library.error()
+    fake = c.CDLL("libcuda.so.1")
+
+    def held() -> list[int]:
+        return [fake.fake_cuda_balance(what) for what in range(4)]
+
+    at_rest = [0, 1, 0, 1]
+    assert held() == at_rest
+    for case in (
+        Case(pattern="random"), Case(pattern="contiguous", kind="mla"), Case(dst="page_head", only=(1, 3)),
+        Case(pattern="reversed", src_dtype="int32", dst_dtype="int32", head_bytes=9), Case(pattern="empty"),
+    ):  # fmt: skip
+        _check(library, handle, case)
+        assert held() == at_rest
+    small = Case()
+    memory = _memory(small)
+    plan = plan_of(small, *memory[2:])
+    for name, code, expected in (
+        ("cuCtxPushCurrent_v2", 201, DRIVER), ("cuMemAllocAsync", 2, NO_MEMORY), ("cuMemcpyHtoDAsync_v2", 700, DRIVER),
+        ("cuModuleGetFunction", 500, DRIVER), ("cuLaunchKernel", 719, DRIVER),
+    ):  # fmt: skip
+        os.environ["FAKE_CUDA_FAIL"] = f"{name}:{code}"
+        assert library.copy_pages(handle, copy_of(plan)) == expected, name
+        assert f"fake error {code}" in library.error()
+        assert held() == at_rest, name
+    for name, code, expected in (
+        ("cuDeviceGetCount", 3, DRIVER), ("cuDeviceGet", 101, DRIVER), ("cuDevicePrimaryCtxRetain", 2, NO_MEMORY),
+        ("cuCtxPushCurrent_v2", 201, DRIVER), ("cuModuleLoadData", 209, NO_KERNELS),
+    ):  # fmt: skip
+        os.environ["FAKE_CUDA_FAIL"] = f"{name}:{code}"
+        status, other = library.open(0)
+        assert (status, other.value) == (expected, None), name
+        assert f"fake error {code}" in library.error()
+        assert held() == at_rest, name
+    del os.environ["FAKE_CUDA_FAIL"]
+    assert library.open(1)[0] == NO_DEVICE
+    assert library.error() == "GPU 1 of 1"
+    assert library.open(-1)[0] == NO_DEVICE
+    library.close(handle)
+    assert held() == [0, 0, 0, 0]
+    print("done")
+
+
+def _memory(case: Case) -> tuple[Any, Any, list[int], list[int]]:
+    g = case.geometry
+    half = g.num_layers * g.row_bytes * g.page_size
+    src = np.random.default_rng(2).integers(0, 256, (g.halves, (case.pages + 3) * half), dtype=np.uint8)
+    dst = np.full((g.halves, (case.pages + 2) * half), 0xEE, dtype=np.uint8)
+    return src, dst, [int(h.ctypes.data) for h in src], [int(h.ctypes.data) for h in dst]
+
+
+def _check(library: Library, handle: Any, case: Case) -> None:
+    src, dst, src_at, dst_at = _memory(case)
+    plan = plan_of(case, src_at, dst_at)
+    g = case.geometry
+    sizes = ((case.pages + 3) * g.page_size, (case.pages + 2) * g.page_size)
+    lists = plan.src_pages.tolist(), plan.dst_pages.tolist()
+    expected = expect_copy(g, (case.src, sizes[0], src), (case.dst, sizes[1], dst), *lists, case.layer_range)
+    status = library.copy_pages(handle, copy_of(plan))
+    assert status == OK, library.error()
+    same(dst, expected, "destination")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,120 @@
+/* A libcuda.so.1 on the host simulator, for the C launcher: device memory is host memory, launches run in LOOP mode.
+ *
+ *     FAKE_CUDA_FAIL     "cuMemAllocAsync:2": that function returns that code
+ *     FAKE_CUDA_DEVICES  how many GPUs there are; 1 if unset
+ *
+ * fake_cuda_balance() tells what is held: allocations, contexts retained and pushed, modules. */
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+extern "C" {
+
+const char *rkv_sim_launch(const char *name, unsigned grid, unsigned block, void **args, int mode, unsigned seed);
+
+static long allocations, retained, pushed, modules, launches;
+
+static int failing(const char *name)
+{
+    const char *wanted = std::getenv("FAKE_CUDA_FAIL");
+    const size_t length = std::strlen(name);
+    if (wanted == nullptr || std::strncmp(wanted, name, length) != 0 || wanted[length] != ':') return 0;
+    return std::atoi(wanted + length + 1);
+}
+
+#define FAIL_OR(name) \
+    if (const int code = failing(name)) return code
+
+int cuInit(unsigned) { FAIL_OR("cuInit"); return 0; }
+
+int cuGetErrorString(int code, const char **text)
+{
+    static std::string said;
+    said = "fake error " + std::to_string(code);
+    *text = said.c_str();
+    return 0;
+}
+
+int cuDeviceGetCount(int *count)
+{
+    FAIL_OR("cuDeviceGetCount");
+    const char *devices = std::getenv("FAKE_CUDA_DEVICES");
+    *count = devices == nullptr ? 1 : std::atoi(devices);
+    return 0;
+}
+
+int cuDeviceGet(int *device, int number) { FAIL_OR("cuDeviceGet"); *device = number; return 0; }
+
+int cuDevicePrimaryCtxRetain(void **context, int)
+{
+    FAIL_OR("cuDevicePrimaryCtxRetain");
+    *context = &retained;
+    retained++;
+    return 0;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int) { retained--; return 0; }
+int cuCtxPushCurrent_v2(void *) { FAIL_OR("cuCtxPushCurrent_v2"); pushed++; return 0; }
+int cuCtxPopCurrent_v2(void **context) { *context = nullptr; pushed--; return 0; }
+
+int cuModuleLoadData(void **module, const void *image)
+{
+    FAIL_OR("cuModuleLoadData");
+    *module = const_cast<void *>(image);
+    modules++;
+    return 0;
+}
+
+int cuModuleUnload(void *) { modules--; return 0; }
+
+int cuModuleGetFunction(void **function, void *, const char *name)
+{
+    FAIL_OR("cuModuleGetFunction");
+    static std::string names[64];
+    for (std::string &known : names) {
+        if (known.empty()) known = name;
+        if (known == name) {
+            *function = const_cast<char *>(known.c_str());
+            return 0;
+        }
+    }
+    return 500;
+}
+
+int cuMemAllocAsync(uint64_t *address, size_t bytes, void *)
+{
+    FAIL_OR("cuMemAllocAsync");
+    *address = (uint64_t)std::malloc(bytes);
+    allocations++;
+    return 0;
+}
+
+int cuMemFreeAsync(uint64_t address, void *) { std::free((void *)address); allocations--; return 0; }
+
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *)
+{
+    FAIL_OR("cuMemcpyHtoDAsync_v2");
+    std::memcpy((void *)to, from, bytes);
+    return 0;
+}
+
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void *, void **args, void **extra)
+{
+    FAIL_OR("cuLaunchKernel");
+    if (gy * gz * by * bz != 1 || shared || extra) return 1;
+    launches++;
+    return rkv_sim_launch((const char *)function, gx, bx, args, 0, 0) == nullptr ? 0 : 719;
+}
+
+int cuMemHostAlloc(void **memory, size_t bytes, unsigned) { *memory = std::malloc(bytes); return *memory ? 0 : 2; }
+int cuStreamSynchronize(void *) { return 0; }
+
+long fake_cuda_balance(int what)
+{
+    const long all[] = {allocations, retained, pushed, modules, launches};
+    return all[what];
+}
+
+}

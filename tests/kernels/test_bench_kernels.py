@@ -1,0 +1,117 @@
+"""The benchmark of the kernels, on a simulated device: what it measures is what it says. No timing is asserted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from bench import bench_kernels
+from bench.bench_kernels import DIRECTIONS, Case, cases, geometry_of, measure, run
+from radixkv.transfer.launch import Family, Launch
+from radixkv.transfer.plan import CopyPlan
+
+from .simulator import ROOT, Simulator, plain
+
+
+class SimulatedGpu:
+    """Host memory for both tiers; each run of a function takes one second more than the last."""
+
+    name, device = "simulator", "cuda:0"
+
+    def __init__(self, sim: Simulator, broken: bool = False) -> None:
+        self._sim, self._broken = sim, broken
+        self.held: dict[int, npt.NDArray[np.uint8]] = {}
+        self.copied: list[int] = []
+        self.layers: list[range] = []
+        self._clock = 0.0
+
+    def allocate(self, tier: str, content: npt.NDArray[np.uint8], num_bytes: int) -> int:
+        whole = np.empty(num_bytes + 256, dtype=np.uint8)
+        start = -whole.ctypes.data % 256
+        memory = whole[start : start + num_bytes]
+        memory[:] = np.resize(content, num_bytes)
+        self.held[int(memory.ctypes.data)] = memory
+        return int(memory.ctypes.data)
+
+    def free(self) -> None:
+        self.held.clear()
+
+    def read(self, tier: str, address: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        for base, memory in self.held.items():
+            if base <= address < base + len(memory):
+                return memory[address - base : address - base + num_bytes].copy()
+        raise AssertionError(f"{address:#x} was never allocated")
+
+    def memcpy(self, to: int, come: int, num_bytes: int) -> None:
+        assert num_bytes <= min(len(self.held[to]), len(self.held[come]))
+        self.copied.append(num_bytes)
+
+    def copy(self, plan: CopyPlan, family: Family, ctas: int) -> list[Launch]:
+        assert "cuda:0" in (plan.src.device, plan.dst.device)
+        self.layers.append(plan.layers)
+        launches = self._sim.run(plan, family=family, ctas=ctas)
+        if self._broken:
+            for memory in self.held.values():
+                memory[:] = np.roll(memory, 1)
+                memory[::2] ^= 1
+        return launches
+
+    def seconds(self, function: Callable[[], object], repeats: int) -> float:
+        function()
+        self._clock += 1
+        return self._clock
+
+
+@pytest.mark.parametrize("case", list(cases(quick=True, sms=2)), ids=str)
+def test_a_line_says_what_was_measured(case: Case) -> None:
+    gpu = SimulatedGpu(plain())
+    pool = 4 * geometry_of(case).page_bytes
+    line = measure(gpu, case, pool, repeats=1)
+    assert case.family in line["kernel"]
+    assert line["blocks"] <= case.ctas
+    assert line["bytes"] == pool // 2
+    # contiguous before (1 s) and after (3 s), the kernel between (2 s): the faster contiguous run is the limit
+    assert (line["gb_per_s"], line["memcpy_gb_per_s"]) == (pool / 2 / 2 / 1e9, pool / 2 / 1e9)
+    assert line["ratio"] == 0.5
+    assert gpu.copied == [pool // 4] * 4, "both halves, before and after"
+    by_layer = [range(i, i + 1) for i in range(bench_kernels.LAYERS)] * 2
+    assert gpu.layers == (by_layer if case.direction == "load_back" else [range(bench_kernels.LAYERS)] * 2)
+    assert not gpu.held
+
+
+def test_a_wrong_copy_is_no_figure() -> None:
+    [case] = [c for c in cases(quick=True, sms=1) if c.family == "copy" and c.direction == "backup"]
+    with pytest.raises(AssertionError, match="differs"):
+        measure(SimulatedGpu(plain(), broken=True), case, 4 * geometry_of(case).page_bytes, repeats=1)
+
+
+def test_the_full_run_covers_what_the_design_asks_for() -> None:
+    full = list(cases(quick=False, sms=132))
+    assert len(set(full)) == len(full)
+    for direction in DIRECTIONS:
+        mine = [c for c in full if c.direction == direction]
+        assert {c.family for c in mine} == {"copy", "relayout", "bulk"}
+        assert {c.page_size for c in mine} == {1, 4, 16, 64}
+        assert {c.row_bytes for c in mine} == {128, 256, 512, 1024, 2048, 4096}
+        assert {c.order for c in mine} == {"random", "contiguous"}
+        assert {c.kind for c in mine} == {"mha", "mla"}
+    assert {c.ctas for c in full if c.direction != "gather"} == {1, 2, 4, 8, 16}
+
+
+def test_a_family_that_cannot_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"layout": "page_head", "page_size": 2, "row_bytes": 64, "order": "random", "ctas": 1}
+    case = Case(direction="backup", family="bulk", **options)  # type: ignore[arg-type]
+    [line] = run(SimulatedGpu(plain()), iter([case]), 4 * geometry_of(case).page_bytes, repeats=1)
+    assert "multiples of 16" in line["refused"]
+    assert "multiples of 16" in capsys.readouterr().out
+
+
+def test_without_cupy_it_is_skipped_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; sys.modules['cupy'] = None; sys.argv[1:] = []; from bench import bench_kernels as b; b.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("skipped: CuPy cannot be imported")
