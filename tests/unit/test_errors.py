@@ -21,7 +21,6 @@ EXPECTED = {
     "StateError": RuntimeError,
     "PageOwnershipError": ValueError,
     "AllocationError": MemoryError,
-    "DeviceUnavailableError": RuntimeError,
     "HostMemoryError": MemoryError,
     "PageLockError": RuntimeError,
     "UnsupportedLayoutError": ValueError,
