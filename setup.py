@@ -1,7 +1,7 @@
 """Build: every Cython and C object is compiled once and linked twice.
 
 The same objects become
-  * the Python extensions ``radixkv.tree.core`` and ``radixkv.tree.prefix_index``, and
+  * the Python extensions ``radixkv.tree.core``, ``radixkv.tree.prefix_index`` and ``radixkv.transfer.cpu``, and
   * ``radixkv/lib/libradixkv.so.1``, the Python-free plugin. It is linked with ``--gc-sections -z defs`` and only
     ``rkv_*`` exported, so the link fails if any exported function can reach a Python symbol.
 
@@ -41,6 +41,7 @@ GENCODE = [
 OBJECTS_ONLY = os.environ.get("RKV_OBJECTS_ONLY") == "1"
 
 CFLAGS = ["-std=gnu11", "-O3", "-g1", "-ffunction-sections", "-fdata-sections", "-fvisibility=hidden", "-pthread"]
+CFLAGS += ["-Wno-sign-compare"]  # Cython compares a range() over an enum's constant as int
 CFLAGS += ["-include", "csrc/src/glibc_floor.h"]
 CFLAGS += shlex.split(os.environ.get("RKV_CFLAGS", ""))
 LDFLAGS = ["-pthread", "-Wl,--gc-sections", *shlex.split(os.environ.get("RKV_LDFLAGS", ""))]
@@ -56,7 +57,7 @@ DIRECTIVES = {
     "embedsignature": True,
 }
 
-MODULES = ["radixkv.tree.core", "radixkv.tree.prefix_index"]
+MODULES = ["radixkv.tree.core", "radixkv.tree.prefix_index", "radixkv.transfer.cpu"]
 LEAVES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "src").glob("*.c"))
 
 

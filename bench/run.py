@@ -1,6 +1,6 @@
-"""Everything that ``make bench`` reports: tree, index, callgrind; one JSON file and tables.
+"""Everything that ``make bench`` reports: tree, index, copies, callgrind; one JSON file and tables.
 
-``python -m bench [--quick] [--rounds N] [--json FILE] [--only tree,index,callgrind] [--install]``. Run it with the
+``python -m bench [--quick] [--rounds N] [--json FILE] [--only tree,index,copy,callgrind] [--install]``. Run it with the
 interpreter that ``bench/peers/install.py`` made (``--install`` makes it, then runs there); with any other, what is
 missing is reported as absent. ``--quick`` takes about a minute and shows that everything runs, not how fast it is.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from . import report
 
-PARTS = ("tree", "index", "callgrind")
+PARTS = ("tree", "index", "copy", "callgrind")
 
 
 def run_part(part: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def main() -> None:
     checks = [report.Check(*(check[field] for field in report.Check._fields)) for check in found]
     report.print_checks(checks)
     verdicts = [check.verdict for check in checks]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("pass", "SHORT", "absent"))
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("pass", "SHORT", "reported", "absent"))
     print(f"{counts}; {options.json}")
     failed = [f"{part}: {result[part]['failed']}" for part in parts if "failed" in result[part]]
     if failed:

@@ -1,8 +1,8 @@
 """A copy as a nest of loops over contiguous runs: what the CPU path walks and the copy engine enumerates.
 
 A plan is halves x layers x pages x tokens x heads, D bytes each. Two steps make it short:
-1. merge: a loop whose steps are the run's own length on both sides only makes the run longer. page_first_direct to itself: a
-   page's L * P * H * D bytes are one run; layer_first to page_first: H * D; anything with page_head on one side: D.
+1. merge: a loop whose steps are the run's own length on both sides only makes the run longer. page_first_direct to
+   itself: a page's L * P * H * D bytes are one run; layer_first to page_first: H * D; page_head on one side: D.
 2. order: the loops that are left go by falling destination stride, so that writes move forward through memory.
 Consecutive page ids on both sides are merged by whoever walks (``expand`` here, copy.c there): they depend on the ids.
 """
@@ -20,33 +20,33 @@ from .plan import CopyPlan
 __all__ = ["Loops", "Runs", "expand", "loops_of"]
 
 Table = npt.NDArray[np.uint64]
+_Steps = npt.NDArray[np.signedinteger]
 
 
 class _Loop(NamedTuple):
-    """One loop: what step i adds to the address on each side."""
+    """One loop: what step i adds to the address on each side; the distance of the first two in dst, to order by."""
 
     src: Table
     dst: Table
+    dst_stride: int
 
     def lengthens(self, run_bytes: int) -> bool:
         """Whether its steps follow each other without a gap on both sides."""
+        for table in (self.src, self.dst):
+            if len(table) < 2 or int(table[0]) or int(table[1]) != run_bytes:
+                return False
         steps = np.arange(len(self.src), dtype=np.uint64) * np.uint64(run_bytes)
         return bool(np.array_equal(self.src, steps) and np.array_equal(self.dst, steps))
-
-    @property
-    def dst_stride(self) -> int:
-        """The typical distance of two steps, to order loops by."""
-        return int(np.median(np.abs(np.diff(self.dst).astype(np.int64))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loops:
-    """Addresses of run (i, j, ..): src_base + src[0][i] + src[1][j] + .. modulo 2**64, and so for dst; run_bytes from there.
+    """Run (i, j, ..) is run_bytes from src_base + src[0][i] + src[1][j] + .. modulo 2**64, and so for dst.
 
     Attributes:
         src, dst: uint64 offset tables, outermost loop first; the k-th of both have one length.
         run_bytes: contiguous on both sides.
-        steps_per_layer: 0, or: the first loop goes through the layers in order, with so many entries for each (its halves).
+        steps_per_layer: 0, or: the first loop goes through the layers in order, with so many entries (halves) for each.
     """
 
     src_base: int
@@ -73,18 +73,24 @@ class Runs(NamedTuple):
     num_bytes: Table
 
 
-def loops_of(plan: CopyPlan, outer_layers: bool = False) -> Loops:
+def loops_of(plan: CopyPlan, outer_layers: bool = False, sort_pages: bool = False) -> Loops:
     """Merge and order the loops of a plan.
 
     Args:
         outer_layers: finish layer after layer, for a reader that waits for them; else by destination address alone.
+        sort_pages: go through pages by rising destination, so that more of them follow each other; else in their order.
     """
     g = plan.geometry
+    src_pages, dst_pages = plan.src_pages, plan.dst_pages
+    if sort_pages and (np.diff(dst_pages) < 0).any():
+        order = np.argsort(dst_pages)
+        src_pages, dst_pages = src_pages[order], dst_pages[order]
     src_base, dst_base, by_layer = _base_loops(plan, outer_layers)
+    heads, tokens = np.arange(g.num_heads), np.arange(g.page_size)
     inner = [
-        _strided(g.num_heads, plan.src.head_stride, plan.dst.head_stride),
-        _strided(g.page_size, plan.src.token_stride, plan.dst.token_stride),
-        _Loop(_times(plan.src_pages, plan.src.page_stride), _times(plan.dst_pages, plan.dst.page_stride)),
+        _strided(heads, heads, plan.src.head_stride, plan.dst.head_stride),
+        _strided(tokens, tokens, plan.src.token_stride, plan.dst.token_stride),
+        _strided(src_pages, dst_pages, plan.src.page_stride, plan.dst.page_stride),
     ]
     first = by_layer[:1] if outer_layers else []
     rest = [loop for loop in [*inner, *by_layer[len(first) :]] if len(loop.src) != 1]
@@ -92,10 +98,10 @@ def loops_of(plan: CopyPlan, outer_layers: bool = False) -> Loops:
     if len(plan.src_pages) == 1:
         src_base = src_base + int(inner[2].src[0])
         dst_base = dst_base + int(inner[2].dst[0])
-    while mergeable := [loop for loop in rest if len(loop.src) and loop.lengthens(run_bytes)]:
+    while mergeable := [loop for loop in rest if loop.lengthens(run_bytes)]:
         run_bytes *= len(mergeable[0].src)
         rest = [loop for loop in rest if loop is not mergeable[0]]
-    rest.sort(key=lambda loop: loop.dst_stride if len(loop.src) else 0, reverse=True)
+    rest.sort(key=lambda loop: loop.dst_stride, reverse=True)
     return Loops(
         src_base=src_base % 2**64,
         dst_base=dst_base % 2**64,
@@ -131,18 +137,23 @@ def _base_loops(plan: CopyPlan, outer_layers: bool) -> tuple[int, int, list[_Loo
     src_base, dst_base = int(src[0, 0]), int(dst[0, 0])
     src, dst = src - src[0, 0], dst - dst[0, 0]
     if outer_layers:
-        return src_base, dst_base, [_Loop(src.T.ravel(), dst.T.ravel())]
-    if all(np.array_equal(side, side[:, :1] + side[:1, :]) for side in (src, dst)):
-        halves, layers = _Loop(src[:, 0].copy(), dst[:, 0].copy()), _Loop(src[0].copy(), dst[0].copy())
+        return src_base, dst_base, [_table(src.T.ravel(), dst.T.ravel())]
+    if all((side == side[:, :1] + side[:1, :]).all() for side in (src, dst)):
+        halves, layers = _table(src[:, 0].copy(), dst[:, 0].copy()), _table(src[0].copy(), dst[0].copy())
         return src_base, dst_base, [halves, layers]
-    return src_base, dst_base, [_Loop(src.ravel(), dst.ravel())]
+    return src_base, dst_base, [_table(src.ravel(), dst.ravel())]
 
 
-def _strided(count: int, src_stride: int, dst_stride: int) -> _Loop:
-    steps = np.arange(count, dtype=np.int64)
-    return _Loop(_times(steps, src_stride), _times(steps, dst_stride))
+def _table(src: Table, dst: Table) -> _Loop:
+    """A loop over any addresses."""
+    return _Loop(src, dst, abs(int(dst[1]) - int(dst[0])) if len(dst) > 1 else 0)
 
 
-def _times(ids: npt.NDArray[np.integer], stride: int) -> Table:
-    table: Table = (ids.astype(np.int64) * stride).astype(np.uint64)
+def _strided(src_steps: _Steps, dst_steps: _Steps, src_stride: int, dst_stride: int) -> _Loop:
+    """A loop over multiples of a stride on each side."""
+    return _Loop(_times(src_steps, src_stride), _times(dst_steps, dst_stride), dst_stride)
+
+
+def _times(steps: _Steps, stride: int) -> Table:
+    table: Table = (steps.astype(np.int64, copy=False) * stride).view(np.uint64)
     return table

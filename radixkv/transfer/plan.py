@@ -1,6 +1,6 @@
 """What a copy is: pages of one view to pages of another, checked once, before anything moves.
 
-Every path (CPU, kernels, copy engine) takes a ``CopyPlan``, so every path refuses the same mistakes with the same words.
+Every path (CPU, kernels, copy engine) takes a ``CopyPlan``, so every path refuses the same mistakes in the same words.
 
     src pages:  [ 7 ][ 2 ][ 3 ]          page i of src_pages, of each layer in ``layers`` and of each half,
                   |    |    |            goes to page i of dst_pages
@@ -103,7 +103,7 @@ def plan_copy(
         raise InvalidArgumentError(f"{layers} is no run of the {geometry.num_layers} layers")
     _check_view("src", geometry, src)
     _check_view("dst", geometry, dst)
-    if len(np.unique(dst.bases)) != dst.bases.size:
+    if len(set(dst.bases.ravel().tolist())) != dst.bases.size:
         raise InvalidArgumentError("two layers or halves of dst have the same base")
     src_ids = _check_ids("src_pages", src_pages, src.num_slots // geometry.page_size)
     dst_ids = _check_ids("dst_pages", dst_pages, dst.num_slots // geometry.page_size)

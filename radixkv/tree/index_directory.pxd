@@ -8,8 +8,15 @@ from .index_state cimport *
 from .index_arena cimport *
 
 
+cdef enum:
+    AHEAD = 16      # slots
+
 cdef inline uint64_t key_of(Index *index, uint32_t place) noexcept nogil:
     return keys_at(&index.shards[place >> POS_BITS], place & POS_MASK)[0]
+
+
+cdef inline void prefetch_key(Index *index, uint32_t place) noexcept nogil:
+    rkv_prefetch(keys_at(&index.shards[place >> POS_BITS], place & POS_MASK))
 
 
 cdef inline Part *part_of(Index *index, uint64_t h) noexcept nogil:
@@ -69,6 +76,8 @@ cdef inline bint rebuild(Index *index, Part *part) noexcept nogil:
     fresh.tags = <uint8_t *>block + <uint64_t>fresh.capacity * 4
     memset(fresh.tags, 0, fresh.capacity)
     for i in range(part.capacity):
+        if i + AHEAD < part.capacity and part.tags[i + AHEAD] > 1:
+            prefetch_key(index, part.places[i + AHEAD])     # half of insert's time without this
         if part.tags[i] > 1:
             put(&fresh, mix(key_of(index, part.places[i])), part.places[i])
     if part.places != NULL:

@@ -107,7 +107,7 @@ cdef inline bint place_new(Insert *op) noexcept nogil:
     op.behind = False
     op.slack = 0
     if grows(op):
-        slack = minimum(MAX_SLACK, x.num_pages)
+        slack = minimum(MAX_SLACK, 2 * x.num_pages + 6)
         room = x.capacity - x.num_pages
         if room < pages:
             room += take_behind(s, x.pos + x.capacity, pages - room + slack)
@@ -450,9 +450,10 @@ cdef inline rkv_status insert_locked(Insert *op) noexcept nogil:
     return RKV_OK
 
 
-cdef inline rkv_status index_insert(
-    Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent, uint64_t *added
+cdef inline rkv_status insert_once(
+    Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent, uint64_t *added, bint *head
 ) noexcept nogil:
+    """*head: the parent was unknown."""
     cdef Insert op
     cdef uint32_t place, again
     cdef rkv_status status = RKV_OK
@@ -505,4 +506,17 @@ cdef inline rkv_status index_insert(
         rkv_unlock(&op.orphans.lock)
     rkv_unlock(&op.s.lock)
     added[0] = op.added
+    head[0] = op.head
+    return status
+
+
+cdef inline rkv_status index_insert(
+    Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent, uint64_t *added
+) noexcept nogil:
+    """Again if the parent was unknown, but the keys were not: then another worker has just entered both, the parent first."""
+    cdef bint head = False
+    cdef rkv_status status = insert_once(index, worker, keys, n, parent, added, &head)
+    while status == RKV_ERR_ARGUMENT and head and place_of(index, parent[0]) != NOWHERE:
+        head = False
+        status = insert_once(index, worker, keys, n, parent, added, &head)
     return status

@@ -82,6 +82,13 @@ cdef extern from "radixkv/radixkv.h" nogil:
 cdef extern from "status.h" nogil:
     rkv_status rkv_leaf_fail(rkv_status status, const char *format, ...)
 
+cdef extern from "abi_sizes.h" nogil:
+    uint32_t RKV_INDEX_CONFIG_SIZE_V1
+    uint32_t RKV_INDEX_HIT_SIZE_V1
+    uint32_t RKV_INDEX_STATS_SIZE_V1
+    void rkv_read_struct(void *ours, size_t our_bytes, const void *callers, uint32_t their_bytes)
+    void rkv_write_struct(void *callers, uint32_t their_bytes, const void *ours, size_t our_bytes)
+
 cdef extern from "memory.h" nogil:
     void *rkv_leaf_reallocate(void *ctx, void *ptr, size_t old_bytes, size_t new_bytes)
 
@@ -106,6 +113,7 @@ cdef extern from "sync.h" nogil:
     uint64_t rkv_load(const uint64_t *word)
     void rkv_store(uint64_t *word, uint64_t value)
     uint64_t rkv_add(uint64_t *word, uint64_t value)
+    uint64_t rkv_unique_id(const void *address)
     int rkv_log2(uint64_t x)
     int rkv_lowest_bit(uint64_t x)
     void rkv_prefetch(const void *p)
@@ -185,6 +193,7 @@ cdef struct Part:
 cdef struct Shard:
     rkv_rwlock lock
     uint32_t id
+    uint32_t first_generation           # of every node slot; differs from index to index
     uint32_t num_nodes      # slots ever used, node 0 included
     uint32_t max_nodes
     uint32_t free_node
@@ -227,7 +236,6 @@ cdef struct Index:
     uint64_t evicted        # atomic
     uint64_t clock          # atomic
     uint64_t orphan_heads   # atomic; changes under the orphans' lock. Those being inserted count already
-    uint64_t salt
     rkv_mutex evicting      # taken before any shard: evictions go one by one, so that none frees more than it must
     Part parts[NUM_PARTS]
     Shard shards[NUM_SHARDS]

@@ -26,6 +26,7 @@ cnp.import_array()
 
 cdef enum:
     ALL_SHARDS = 0x1ffffffff
+    NUM_MUTEXES = 65        # the parts' and index.evicting
     STACK = 64              # holders of one find that need no heap
 
 # ---------------------------------------------------------------------------------------------- the C ABI: no Python below
@@ -35,8 +36,6 @@ cdef void release_parts(Index *index) noexcept nogil:
     for i in range(NUM_PARTS):
         if index.parts[i].places != NULL:
             resize(index, index.parts[i].places, <uint64_t>index.parts[i].capacity * 5, 0)
-        rkv_mutex_destroy(&index.parts[i].mutex)
-    rkv_mutex_destroy(&index.evicting)
 
 
 cdef void release_table(Index *index, Table *t) noexcept nogil:
@@ -62,33 +61,62 @@ cdef void release_shard(Index *index, Shard *s) noexcept nogil:
         resize(index, s.members, s.max_members * sizeof(Member), 0)
     if s.workers != NULL:
         resize(index, s.workers, (<uint64_t>s.worker_mask + 1) * sizeof(Worker), 0)
-    rkv_rwlock_destroy(&s.lock)
 
 
-cdef public rkv_status rkv_index_create(const rkv_index_config *config, rkv_index **out) noexcept nogil:
+cdef void release_locks(Index *index, uint32_t mutexes, uint32_t rwlocks) noexcept nogil:
+    """Destroy the first so many of each: the parts' mutexes, then the other one; the shards' locks."""
+    cdef uint32_t i
+    for i in range(mutexes):
+        rkv_mutex_destroy(&index.parts[i].mutex if i < NUM_PARTS else &index.evicting)
+    for i in range(rwlocks):
+        rkv_rwlock_destroy(&index.shards[i].lock)
+
+
+cdef bint make_locks(Index *index) noexcept nogil:
+    """All or none. False: the system refused one."""
+    cdef uint32_t mutexes = 0, rwlocks = 0
+    while mutexes < NUM_MUTEXES and rkv_mutex_init(
+        &index.parts[mutexes].mutex if mutexes < NUM_PARTS else &index.evicting
+    ) == 0:
+        mutexes += 1
+    while mutexes == NUM_MUTEXES and rwlocks < NUM_SHARDS and rkv_rwlock_init(&index.shards[rwlocks].lock) == 0:
+        rwlocks += 1
+    if rwlocks == NUM_SHARDS:
+        return True
+    release_locks(index, mutexes, rwlocks)
+    return False
+
+
+cdef public rkv_status rkv_index_create(const rkv_index_config *callers, rkv_index **out) noexcept nogil:
+    cdef rkv_index_config config
     cdef rkv_allocator allocator
     cdef Index *index
-    cdef uint32_t i
-    if out == NULL or (config != NULL and config.struct_size < sizeof(rkv_index_config)):
+    cdef uint32_t i, generation
+    if out != NULL:
+        out[0] = NULL
+    if out == NULL or (callers != NULL and callers.struct_size < RKV_INDEX_CONFIG_SIZE_V1):
         return rkv_leaf_fail(RKV_ERR_ARGUMENT, "rkv_index_create: out is NULL or config.struct_size too small")
+    memset(&config, 0, sizeof(config))
+    if callers != NULL:
+        rkv_read_struct(&config, sizeof(config), callers, callers.struct_size)
     allocator.reallocate = rkv_leaf_reallocate
     allocator.ctx = NULL
-    if config != NULL and config.allocator.reallocate != NULL:
+    if config.allocator.reallocate != NULL:
         allocator = config.allocator
     index = <Index *>allocator.reallocate(allocator.ctx, NULL, 0, sizeof(Index))
     if index == NULL:
         return rkv_leaf_fail(RKV_ERR_NO_MEMORY, "no memory for an index")
     memset(index, 0, sizeof(Index))
     index.allocator = allocator
-    index.max_pages = config.max_pages if config != NULL else 0
-    index.salt = mix(<uint64_t><size_t>index) | 1
-    rkv_mutex_init(&index.evicting)
-    for i in range(NUM_PARTS):
-        rkv_mutex_init(&index.parts[i].mutex)
+    index.max_pages = config.max_pages
+    generation = <uint32_t>mix(rkv_unique_id(index)) & GEN_MASK
     for i in range(NUM_SHARDS):
         index.shards[i].id = i
         index.shards[i].oldest = ~<uint64_t>0
-        rkv_rwlock_init(&index.shards[i].lock)
+        index.shards[i].first_generation = generation
+    if not make_locks(index):
+        allocator.reallocate(allocator.ctx, index, sizeof(Index), 0)
+        return rkv_leaf_fail(RKV_ERR_NO_MEMORY, "the system has no locks left for an index")
     out[0] = <rkv_index *>index
     return RKV_OK
 
@@ -103,6 +131,7 @@ cdef public void rkv_index_destroy(rkv_index *handle) noexcept nogil:
     for i in range(NUM_SHARDS):
         release_shard(index, &index.shards[i])
     release_parts(index)
+    release_locks(index, NUM_MUTEXES, NUM_SHARDS)
     allocator.reallocate(allocator.ctx, index, sizeof(Index), 0)
 
 
@@ -162,14 +191,21 @@ cdef public rkv_status rkv_index_remove_worker(rkv_index *index, uint32_t worker
 
 
 cdef public rkv_status rkv_index_find(
-    rkv_index *index, const uint64_t *page_keys, size_t num_pages, rkv_index_hit *hit
+    rkv_index *index, const uint64_t *page_keys, size_t num_pages, rkv_index_hit *callers
 ) noexcept nogil:
+    cdef rkv_index_hit hit
     cdef rkv_status status = check_keys(index, 0, page_keys, num_pages)
     if status != RKV_OK:
         return status
-    if hit == NULL or hit.struct_size < sizeof(rkv_index_hit) or (hit.max_workers and (hit.workers == NULL or hit.pages == NULL)):
-        return rkv_leaf_fail(RKV_ERR_ARGUMENT, "hit is NULL, its struct_size too small, or a buffer NULL")
-    status = index_find(<Index *>index, page_keys, <uint32_t>num_pages, hit, True)
+    if callers == NULL or callers.struct_size < RKV_INDEX_HIT_SIZE_V1:
+        return rkv_leaf_fail(RKV_ERR_ARGUMENT, "hit is NULL or its struct_size too small")
+    rkv_read_struct(&hit, sizeof(hit), callers, callers.struct_size)
+    if hit.max_workers and (hit.workers == NULL or hit.pages == NULL):
+        return rkv_leaf_fail(RKV_ERR_ARGUMENT, "workers or pages is NULL, with room for %zu", hit.max_workers)
+    if hit.nodes != NULL and hit.max_holders and hit.holders == NULL:
+        return rkv_leaf_fail(RKV_ERR_ARGUMENT, "holders is NULL, with room for %zu", hit.max_holders)
+    status = index_find(<Index *>index, page_keys, <uint32_t>num_pages, &hit, True)
+    rkv_write_struct(callers, callers.struct_size, &hit, sizeof(hit))
     if status == RKV_ERR_CAPACITY:
         return rkv_leaf_fail(
             status, "%zu of %zu workers, %zu of %zu nodes, %zu of %zu holders fit", hit.max_workers, hit.num_workers,
@@ -239,14 +275,13 @@ cdef public rkv_status rkv_index_workers(
     return RKV_OK
 
 
-cdef public rkv_status rkv_index_get_stats(rkv_index *handle, rkv_index_stats *out) noexcept nogil:
+cdef public rkv_status rkv_index_get_stats(rkv_index *handle, rkv_index_stats *callers) noexcept nogil:
     cdef Index *index = <Index *>handle
+    cdef rkv_index_stats out
     cdef uint32_t i
-    if handle == NULL or out == NULL or out.struct_size < sizeof(rkv_index_stats):
+    if handle == NULL or callers == NULL or callers.struct_size < RKV_INDEX_STATS_SIZE_V1:
         return rkv_leaf_fail(RKV_ERR_ARGUMENT, "index or out is NULL, or out.struct_size too small")
-    out.pages = 0
-    out.entries = 0
-    out.nodes = 0
+    memset(&out, 0, sizeof(out))
     out.memory_bytes = sizeof(Index)
     lock_shards(index, ALL_SHARDS, False)
     for i in range(NUM_SHARDS):
@@ -262,6 +297,7 @@ cdef public rkv_status rkv_index_get_stats(rkv_index *handle, rkv_index_stats *o
         out.memory_bytes += <uint64_t>index.parts[i].capacity * 5
         rkv_mutex_unlock(&index.parts[i].mutex)
     unlock_shards(index, ALL_SHARDS)
+    rkv_write_struct(callers, callers.struct_size, &out, sizeof(out))
     return RKV_OK
 
 
@@ -494,9 +530,15 @@ cdef class PrefixIndex:
 
     @property
     def max_pages(self):
+        """The bound of known pages; None: no bound."""
         return self.max_pages_
 
     def insert(self, worker, page_keys, parent_key=None):
+        """Record that the worker holds a chain of pages, the first one below parent_key (None: at a root).
+
+        Args: worker 0 .. 2**20 - 1; page_keys one-dimensional, 64-bit. Returns: pages that it did not hold before.
+        Raises InvalidArgumentError on a contradiction, ArgumentTypeError, AllocationError; nothing is changed then.
+        """
         cdef Keys keys
         cdef uint32_t id = get_worker(worker)
         cdef uint64_t parent = 0, added = 0
@@ -514,6 +556,7 @@ cdef class PrefixIndex:
         return added
 
     def remove(self, worker, page_keys):
+        """Record that the worker no longer holds exactly these pages, in any order. Returns: pages that it held."""
         cdef Keys keys
         cdef uint32_t id = get_worker(worker)
         cdef uint64_t removed = 0
@@ -527,6 +570,7 @@ cdef class PrefixIndex:
         return removed
 
     def clear_worker(self, worker):
+        """Drop all that the worker holds, not its id. Returns: pages. Costs what it held."""
         cdef uint32_t id = get_worker(worker)
         cdef uint64_t removed = 0
         with nogil:
@@ -534,6 +578,7 @@ cdef class PrefixIndex:
         return removed
 
     def remove_worker(self, worker):
+        """Drop all that the worker holds, and its id. Returns: pages. Costs what it held."""
         cdef uint32_t id = get_worker(worker)
         cdef uint64_t removed = 0
         with nogil:
@@ -541,6 +586,10 @@ cdef class PrefixIndex:
         return removed
 
     def find(self, page_keys, nodes=False):
+        """Tell who holds how many leading pages without a gap: {worker: pages}, zeros left out.
+
+        nodes=True: a tuple of that and the whole known path as PathNodes, root first.
+        """
         cdef Keys keys
         cdef rkv_index_hit hit
         cdef uint32_t workers[STACK]
@@ -571,8 +620,7 @@ cdef class PrefixIndex:
                     status = index_find(<Index *>self.handle, keys.data, keys.n, &hit, True)
             out = {}
             for i in range(hit.num_workers):
-                if hit.pages[i]:
-                    PyDict_SetItem(out, hit.workers[i], hit.pages[i])
+                PyDict_SetItem(out, hit.workers[i], hit.pages[i])
             if not path:
                 return out
             return out, [
@@ -587,6 +635,7 @@ cdef class PrefixIndex:
             free(room.block)
 
     def get_word(self, node):
+        """The caller's 64 bits of a node. Raises HandleError if it is gone."""
         cdef uint64_t word = 0
         cdef rkv_node handle
         cdef rkv_status status
@@ -598,6 +647,7 @@ cdef class PrefixIndex:
         return word
 
     def set_word(self, node, word):
+        """Set the caller's 64 bits of a node. Raises HandleError if it is gone."""
         cdef uint64_t value
         cdef rkv_node handle
         cdef rkv_status status
@@ -609,6 +659,7 @@ cdef class PrefixIndex:
             raise failure(status)
 
     def workers(self):
+        """Registered worker ids, ascending."""
         cdef size_t n = 0, room = 64
         cdef uint32_t *ids = NULL
         cdef rkv_status status = RKV_ERR_CAPACITY
@@ -626,6 +677,7 @@ cdef class PrefixIndex:
             free(ids)
 
     def stats(self):
+        """Counters as IndexStats, one snapshot."""
         cdef rkv_index_stats s
         s.struct_size = sizeof(s)
         with nogil:
@@ -633,6 +685,7 @@ cdef class PrefixIndex:
         return IndexStats(s.pages, s.entries, s.orphan_pages, s.workers, s.nodes, s.memory_bytes, s.evicted_pages)
 
     def dump(self):
+        """Every known page, one snapshot: {key: (parent key or None, holders ascending)}."""
         cdef size_t num_pages = 0, num_holders = 0, room_pages, room_holders, i
         cdef rkv_index_page *pages = NULL
         cdef uint32_t *holders = NULL
@@ -662,6 +715,7 @@ cdef class PrefixIndex:
             free(holders)
 
     def check_integrity(self):
+        """Verify every invariant from scratch, O(index). Raises IntegrityError."""
         cdef rkv_status status
         with nogil:
             status = rkv_index_check_integrity(self.handle, NULL, 0)

@@ -21,7 +21,12 @@ EXPECTED = {
     "StateError": RuntimeError,
     "PageOwnershipError": ValueError,
     "AllocationError": MemoryError,
+    "DeviceUnavailableError": RuntimeError,
+    "HostMemoryError": MemoryError,
+    "PageLockError": RuntimeError,
+    "UnsupportedLayoutError": ValueError,
     "IntegrityError": AssertionError,
+    "TransferError": RuntimeError,
 }
 CONCRETE = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)
             if issubclass(cls, RadixKVError) and cls is not RadixKVError]  # fmt: skip
