@@ -1,5 +1,5 @@
 """L2: moves pages between pools: what a copy is (plan.py), its loops (loops.py), and who does it.
 
-cpu.pyx: threads and streaming stores. engine.py: the GPU's copy engine. choose.py: kernel or copy engine.
-reference.py: the oracle.
+base.py: the contract. cpu.pyx: threads and streaming stores. gpu.py: kernels (cuda.py, launch.py) or copy engine
+(engine.py), as choose.py has measured. reference.py: the oracle of them all.
 """
