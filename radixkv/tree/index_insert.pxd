@@ -205,7 +205,7 @@ cdef inline bint reserve_insert(Insert *op) noexcept nogil:
     """Step 3."""
     cdef Shard *s = op.s
     cdef Shard *o = op.orphans
-    cdef uint64_t workers = 1, pages = 0, members
+    cdef uint64_t others = 0, pages = 0, members
     cdef uint32_t j, i, id, at
     s.want_nodes += 4
     want_set(s, 1)
@@ -224,12 +224,12 @@ cdef inline bint reserve_insert(Insert *op) noexcept nogil:
                         want_set(s, members + 1)
                         if o != s:
                             s.want_nodes += 1
-                            workers += members
+                            others += members
                             pages += o.nodes[id].num_pages
                         id = preorder(o, id, at)
                 i = (i + 1) & o.waits.mask
     if not (reserve_nodes(op.index, s, s.want_nodes) and reserve_sets(op.index, s, s.want_sets, s.want_members)
-            and reserve_workers(op.index, s, workers)):
+            and reserve_worker(op.index, s, op.worker, others)):
         return False
     if op.head and not table_reserve(op.index, s, WAITS, 1):
         return False
@@ -267,7 +267,7 @@ cdef inline void move_orphans(Insert *op, uint32_t head, uint32_t parent) noexce
         s.nodes[copy].stamp = x.stamp
         table_put(s, HEADS, copy)
         link_child(s, parent if id == head else <uint32_t>o.nodes[x.parent].word, copy)
-        join_set(s, copy, copy_set(s, o, x.set))
+        join_set(s, copy, copy_set(index, s, o, x.set))
         x.word = copy
         if x.first_child == 0:
             heap_put(index, s, copy)
@@ -379,7 +379,7 @@ cdef inline void apply_insert(Insert *op) noexcept nogil:
     """Steps 4 and 5."""
     cdef Shard *s = op.s
     cdef uint32_t x = op.start, k = op.start_offset, idx = 0, c, touched = 1
-    register_worker(s, op.worker)
+    register_worker(op.index, s, op.worker)
     while True:
         while idx < op.n:                                               # 4a. known: gains the holder
             if k == s.nodes[x].num_pages:
@@ -486,8 +486,8 @@ cdef inline rkv_status insert_once(
             rkv_add(&index.orphan_heads, ~<uint64_t>0)
         rkv_unlock(&op.s.lock)
     if n == 0:
-        if reserve_workers(index, op.s, 1):
-            register_worker(op.s, worker)
+        if reserve_worker(index, op.s, worker, 0):
+            register_worker(index, op.s, worker)
         else:
             status = rkv_leaf_fail(RKV_ERR_NO_MEMORY, "no memory to register worker %u", worker)
         rkv_unlock(&op.s.lock)
