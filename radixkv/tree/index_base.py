@@ -25,7 +25,11 @@ evict a run's tail, last page first. A chain longer than the bound keeps its fro
 
 **Failure.** A call that raises changes nothing (InvalidArgumentError, ArgumentTypeError, AllocationError, HandleError).
 
-**Threads.** All methods may be called from any thread at any time; see radixkv.h for what excludes what.
+**Threads.** All methods may be called from any thread at any time; see radixkv.h for what excludes what. Chains that
+start with the same page are in one shard: finds in them, and inserts of what the worker holds already, run side by
+side, but inserts that change something there go one at a time, and finds wait for them. So if all requests begin with
+one system prompt, changes are as fast as one thread is. More than one index, each with the requests that differ in a
+page behind the prompt, is the way around it.
 
 ``page_keys`` everywhere: one-dimensional; numpy uint64 or int64 (contiguous is fastest), array('Q' or 'q'), any
 buffer of such items, or a list or tuple of ints in -2**63 .. 2**64 - 1. Negative ones are the bit patterns of uint64

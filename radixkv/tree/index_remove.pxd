@@ -165,7 +165,7 @@ cdef inline uint64_t clear_shard(Index *index, Shard *s, uint32_t id, bint forge
     while worker.first:
         removed += clear_set(index, s, s.members[worker.first].set, id)
     if forget_id:
-        forget_worker(s, worker)
+        forget_worker(index, s, worker)
     return removed
 
 

@@ -10,8 +10,9 @@
         sets       holder sets, interned: equal sets are one set; each links the nodes that have it
         members    the (worker, set) pairs of all sets; linked by worker, so that a worker's sets and nodes are at hand
         heap       leaves by the time they were found last, with max_pages only
+    registry     for each worker id, how many shards know it, so that ids are counted and listed without a look at the shards
 
-Locks are taken in this order: shards ascending (ORPHANS last), then one directory part; the GIL never inside them.
+Locks are taken in this order: shards ascending (ORPHANS last), then one directory part or the registry; the GIL never inside them.
 What a shard holds changes under its exclusive lock only, and so do the directory's entries that point into it. Hence a look-up in the
 directory is a hint until that shard is locked and the look-up repeated. A reader of the directory confirms a key in the arena
 of a shard that it has not locked: that is sound, because a key is written before its entry appears and kept until it is gone.
@@ -134,6 +135,8 @@ cdef enum:
     NO_PAGES = 0xffffffff
     MAX_SLACK = 64          # pages kept behind a run that grows
     GEN_MASK = 0x3ffffff
+    NUM_BLOCKS = 1024       # of the registry: RKV_INDEX_MAX_WORKERS / BLOCK_IDS
+    BLOCK_IDS = 1024
 
 cdef struct Node:
     uint64_t *keys          # its run, in the arena at pos
@@ -236,6 +239,9 @@ cdef struct Index:
     uint64_t evicted        # atomic
     uint64_t clock          # atomic
     uint64_t orphan_heads   # atomic; changes under the orphans' lock. Those being inserted count already
+    rkv_mutex registering   # the registry's
+    uint64_t num_workers    # atomic; ids whose count is not 0
+    uint8_t *blocks[NUM_BLOCKS]     # counts of BLOCK_IDS worker ids each; NULL: none of them was ever registered
     rkv_mutex evicting      # taken before any shard: evictions go one by one, so that none frees more than it must
     Part parts[NUM_PARTS]
     Shard shards[NUM_SHARDS]

@@ -22,8 +22,8 @@ def test_every_misuse_of_the_index_is_refused(tmp_path: Path) -> None:
     assert int(refused[1]) > 40
 
 
-def test_every_lock_that_the_system_refuses_is_noticed(tmp_path: Path) -> None:
-    said = run([compile_linked(HERE / "lock_failure.c", tmp_path / "lock_failure")]).stdout
+def test_refused_locks_are_noticed_and_inserts_that_change_nothing_exclude_nobody(tmp_path: Path) -> None:
+    said = run([compile_linked(HERE / "index_locks.c", tmp_path / "index_locks")]).stdout
     assert re.fullmatch(r"\d+ locks refused, none left behind\n", said)
 
 

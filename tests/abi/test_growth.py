@@ -1,4 +1,4 @@
-"""A library of the future for a host of today: structs that grew at their end, node slots that run out of handles."""
+"""A library of the future for a host of today: structs that grew, and node slots that run out of handles."""
 
 from __future__ import annotations
 
@@ -29,8 +29,15 @@ def test_an_old_host_is_served(tmp_path: Path) -> None:
     gcc, internals = tool("gcc"), ROOT / "csrc" / "src"
     library = [tmp_path / "prefix_index.c", *(internals / f"{name}.c" for name in ("compare", "memory", "status"))]
     includes = [f"-I{path}" for path in (tmp_path, internals, sysconfig.get_path("include"), np.get_include())]
-    flags = ["-std=gnu11", "-w", "-O1", "-ffunction-sections", "-fdata-sections", "-fvisibility=hidden"]
-    flags += ["-DRKV_BUILDING"]
+    flags = [
+        "-std=gnu11",
+        "-w",
+        "-O1",
+        "-ffunction-sections",
+        "-fdata-sections",
+        "-DRKV_BUILDING",
+        "-fvisibility=hidden",
+    ]
     objects = [tmp_path / f"{path.stem}.o" for path in library]
     for path, target in zip(library, objects, strict=True):
         run([gcc, *flags, *includes, "-c", path, "-o", target])

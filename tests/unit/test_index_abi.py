@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes as c
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import radixkv
@@ -101,3 +103,25 @@ def test_a_handle_dies_with_its_index() -> None:
         stale.append(index.find([1], nodes=True)[1][0].node)
         del index
     assert len(set(stale)) == len(stale)
+
+
+def test_thousands_of_workers_are_counted_and_listed_at_once() -> None:
+    """Each in many shards. Counting them anew for each of them took 15 times what this allows."""
+    index, rng = radixkv.PrefixIndex(), np.random.default_rng(3)
+    workers = sorted({int(w) for w in rng.integers(0, 2**20, 3000)} | {0, 1023, 1024, 2**20 - 1})
+    for worker in workers:
+        for key in rng.integers(0, 2**63, 4):
+            index.insert(worker, [int(key)])
+    taken = []
+    for _ in range(5):
+        start = time.process_time_ns()
+        assert index.workers() == workers
+        assert index.stats().workers == len(workers)
+        taken.append(time.process_time_ns() - start)
+    assert min(taken) < 50e6
+    index.check_integrity()
+    for worker in workers[::2]:
+        index.remove_worker(worker)
+    assert index.workers() == workers[1::2]
+    assert index.stats().workers == len(workers[1::2])
+    index.check_integrity()

@@ -376,10 +376,13 @@ RKV_API rkv_status rkv_tree_check_integrity(rkv_tree *tree, const rkv_tier_check
  *   Meaning    radixkv/tree/index_base.py is the contract: gaps, orphans, contradictions, eviction. All of it holds here.
  *   Threads    Every rkv_index_* function may run beside every other on the same index, but for rkv_index_destroy, which must
  *              come last. Chains are spread over 32 shards by their first key, each with a reader-writer lock of its own; orphans
- *              have a 33rd. find and the words share one shard's lock; insert excludes one (two when it joins orphans); remove
- *              those that its keys are in; clear_worker and remove_worker one after the other. Calls that touch one shard are
+ *              have a 33rd. find and the words share one shard's lock, and so does an insert of what the worker holds already;
+ *              any other insert excludes one (two when it joins orphans); remove those that its keys are in; clear_worker and
+ *              remove_worker one after the other; get_stats and dump share all, workers none. Calls that touch one shard are
  *              atomic; clear_worker and remove_worker are atomic a shard. An allocator is called under locks and by many
  *              threads at once: it must be thread-safe and must not call back into the index.
+ *   Limit      If all chains begin with one page (one system prompt), they are all in one shard: inserts that change something
+ *              then go one at a time. Fix: several indexes, chosen by a page behind the common ones.
  *   Handles    As the tree's, but for orphans, which have none until they are found. A handle of another index, one that is destroyed
  *              included, is refused save for a chance of about 2^-26 (a random start of 26-bit generations; none comes twice).
  *   Growth     rkv_index_config, _hit and _stats may grow at their end. rkv_index_node and rkv_index_page never do: they come in arrays.
