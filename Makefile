@@ -9,12 +9,12 @@ PYTEST := $(PY) -m pytest
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-SOURCES := setup.py $(wildcard radixkv/*/*.pyx radixkv/*/*.pxd csrc/src/* csrc/include/radixkv/*.h)
+SOURCES := setup.py $(wildcard radixkv/*/*.pyx radixkv/*/*.pxd csrc/src/* csrc/cuda/* csrc/include/radixkv/*.h kernels/*.cu*)
 INSTALLED := $(VENV)/.installed
 BUILT := build/.built
 DEMO := build/demo
 
-.PHONY: help venv build demo test lint fuzz soak bench bench-quick callgrind coverage sanitize dist clean
+.PHONY: help venv build demo test lint fuzz soak bench bench-quick callgrind coverage sanitize gpu dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $${CC:-cc} >/dev/null || { echo "radixkv needs a C compiler: install gcc"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" "cython>=3.1,<4" "numpy>=2.0" -c constraints.txt
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]" -c constraints.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates]" -c constraints.txt
 	@mkdir -p $(dir $(BUILT))
 	@touch $(BUILT) $@
 
@@ -73,6 +73,9 @@ callgrind: $(BUILT) ## instruction counts of the C core against the recorded one
 
 coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/measure_coverage.py
 	$(PY) tools/measure_coverage.py
+
+gpu: ## on a machine with CUDA, PyTorch and CuPy (no registry needed): suite on the GPU, compute-sanitizer, benchmarks
+	$(PYTHON) tools/gpu.py
 
 dist: $(INSTALLED) ## sdist and manylinux wheel, each tested in a clean virtual environment
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dist]" --no-build-isolation -c constraints.txt
