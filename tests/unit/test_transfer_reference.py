@@ -258,6 +258,19 @@ def test_bytes_that_are_read_and_written_are_refused() -> None:
         plan_copy(g, shifted, pool, [0], [1])
 
 
+def test_one_common_byte_is_an_overlap() -> None:
+    g = geometry("mla", layers=1, head_bytes=16, page_size=1)
+    pool = view_of_layout("layer_first", g, 4, [1 << 20])
+    for distance, pages in ((63, ([3], [0])), (-63, ([0], [3]))):
+        beside = replace(pool, bases=np.array([[(1 << 20) + distance]], np.uint64))
+        with pytest.raises(InvalidArgumentError, match="are written by the same copy"):
+            plan_copy(g, pool, beside, *pages)
+        apart = replace(pool, bases=np.array([[(1 << 20) + (64 if distance > 0 else -64)]], np.uint64))
+        assert plan_copy(g, pool, apart, *pages).num_pages == 1
+    # the same numbers on another device are other bytes
+    assert plan_copy(g, pool, replace(pool, device="cuda:0"), [1], [1]).num_pages == 1
+
+
 def test_interleaved_pools_do_not_overlap() -> None:
     """Even slots one pool, odd slots the other: address ranges meet, bytes do not."""
     g = geometry("mla", layers=1, head_bytes=16, page_size=1)
