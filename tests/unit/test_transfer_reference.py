@@ -134,6 +134,18 @@ def test_runs_are_as_long_as_both_layouts_allow(src: Layout, dst: Layout, run_by
     assert loops_of(plan_copy(g, b.view, a.view, *INDICES["random"])).run_bytes == run_bytes
 
 
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_layers_come_one_after_the_other_for_a_reader(kind: Any) -> None:
+    g = geometry(kind, layers=4)
+    a, b = HostPool.make(g, "page_first", PAGES), HostPool.make(g, "page_first_direct", PAGES)
+    loops = loops_of(plan_copy(g, a.view, b.view, *INDICES["random"], range(1, 4)), outer_layers=True)
+    assert loops.steps_per_layer == g.halves
+    bases = np.uint64(loops.src_base) + loops.src[0], np.uint64(loops.dst_base) + loops.dst[0]
+    for table, view in zip(bases, (a.view, b.view), strict=True):
+        assert np.array_equal(table.reshape(3, g.halves), view.bases[:, 1:].T)
+    assert loops_of(plan_copy(g, a.view, b.view, [0], [0])).steps_per_layer == 0
+
+
 def test_consecutive_pages_are_one_run_and_sorting_finds_them() -> None:
     g = geometry(layers=2)
     a, b = HostPool.make(g, "layer_first", PAGES), HostPool.make(g, "layer_first", PAGES)
