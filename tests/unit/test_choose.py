@@ -64,6 +64,18 @@ def test_the_nearest_point_stands_for_a_copy(tmp_path: Path) -> None:
     assert chooser.choose("device_to_host", 23_100, 16) == "kernel"
 
 
+def test_copies_larger_than_any_measured_go_by_the_nearest_that_was(tmp_path: Path) -> None:
+    chooser = Chooser(DEVICE, folder=tmp_path)
+    chooser.tune(FakeTimer(crossover=64 << 20))
+    assert chooser.choose("device_to_host", 4 << 20, 4096) == "kernel"  # untuned, it would be the engine
+
+
+def test_a_tie_spares_the_sms(tmp_path: Path) -> None:
+    chooser = Chooser(DEVICE, folder=tmp_path)
+    chooser.tune(lambda *_: 1.0)
+    assert chooser.choose("device_to_host", 512, 1) == "engine"
+
+
 def test_paths_take_turns_and_the_median_counts(tmp_path: Path) -> None:
     timer = FakeTimer()
     spikes = iter([10.0])

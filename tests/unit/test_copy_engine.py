@@ -60,8 +60,8 @@ def test_every_byte_lands_for_every_pair_of_layouts(g: KVGeometry, batched: bool
             src = HostPool.make(g, src_layout, PAGES, seed=1)
             dst, want = HostPool.make(g, dst_layout, PAGES), HostPool.make(g, dst_layout, PAGES)
             runtime = FakeRuntime(batched)
-            work = CopyEngine(0, runtime, max_batch=50).run(plan_of(src, dst, "runs"), stream=STREAM)
             copy_views(plan_copy(g, src.view, want.view, *INDICES["runs"]))
+            work = CopyEngine(0, runtime, max_batch=50).run(plan_of(src, dst, "runs"), stream=STREAM)
             assert np.array_equal(dst.whole, want.whole)
             assert work.calls == len(runtime.calls)
             assert work.copies == sum(runs for _, runs, _, _ in runtime.calls)
@@ -71,7 +71,16 @@ def test_every_byte_lands_for_every_pair_of_layouts(g: KVGeometry, batched: bool
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"), [("empty", 0), ("single", 1), ("contiguous", 1), ("reversed", 1), ("runs", 2), ("random", 4)]
+    ("name", "runs"),
+    [
+        ("empty", 0),
+        ("single", 1),
+        ("contiguous", 1),
+        ("reversed", 1),
+        ("runs", 2),
+        ("random", 4),
+        ("begins as a run", 3),
+    ],
 )
 def test_consecutive_pages_go_as_one_copy(name: str, runs: int) -> None:
     g = geometry("mla", layers=2)
@@ -85,6 +94,14 @@ def test_consecutive_pages_go_as_one_copy(name: str, runs: int) -> None:
     assert work.copies == runs * 2
     assert work.calls == min(runs, 1)
     assert not runtime.calls or runtime.calls[0][0] == "batch"
+
+
+def test_a_single_run_needs_no_batch() -> None:
+    g = geometry("mla", layers=1)
+    src, dst = HostPool.make(g, "layer_first", PAGES, seed=2), HostPool.make(g, "layer_first", PAGES)
+    runtime = FakeRuntime()
+    assert CopyEngine(0, runtime).run(plan_of(src, dst, "contiguous"), stream=STREAM).calls == 1
+    assert [what for what, *_ in runtime.calls] == ["one"]
 
 
 def test_batches_are_cut_and_complete() -> None:
@@ -196,8 +213,8 @@ def backup_through(runtime: CudaRuntime, layout: Layout = "page_first") -> bool:
     src, dst, want = (HostPool.make(g, where, PAGES, seed) for where, seed in
                       (("layer_first", 4), (layout, None), (layout, None)))  # type: ignore[arg-type]  # fmt: skip
     plan = plan_copy(g, on_device(src.view, "cuda:3"), dst.view, *INDICES["random"])
-    CopyEngine(3, runtime).run(plan, stream=STREAM)
     copy_views(plan_copy(g, src.view, want.view, *INDICES["random"]))
+    CopyEngine(3, runtime).run(plan, stream=STREAM)
     return np.array_equal(dst.whole, want.whole)
 
 

@@ -56,8 +56,8 @@ def test_long_runs_go_to_the_engine_and_short_ones_to_the_kernels(tmp_path: Path
     for g, wanted in ((BIG, "engine"), (SMALL, "kernel")):
         transfer, kernels, engine = transfer_of(g, tmp_path)
         src, dst, want = (HostPool.make(g, "layer_first", PAGES, seed) for seed in (1, None, None))
-        transfer.backup(on_device(src.view), dst.view, *INDICES["random"])
         copy_views(plan_copy(g, src.view, want.view, *INDICES["random"]))
+        transfer.backup(on_device(src.view), dst.view, *INDICES["random"])
         assert np.array_equal(dst.whole, want.whole)
         assert transfer.copies == {"kernel": int(wanted == "kernel"), "engine": int(wanted == "engine")}
         assert [stream for _, stream in kernels.plans + engine.plans] == [7]
@@ -84,8 +84,8 @@ def test_an_override_decides(tmp_path: Path) -> None:
 def test_load_back_goes_layer_by_layer(tmp_path: Path) -> None:
     transfer, kernels, _ = transfer_of(SMALL, tmp_path)
     src, dst, want = (HostPool.make(SMALL, "page_head", PAGES, seed) for seed in (2, None, None))
-    transfer.load_back(src.view, on_device(dst.view), *INDICES["runs"])
     copy_views(plan_copy(SMALL, src.view, want.view, *INDICES["runs"]))
+    transfer.load_back(src.view, on_device(dst.view), *INDICES["runs"])
     assert np.array_equal(dst.whole, want.whole)
     assert [plan.layers for plan, _ in kernels.plans] == [range(1), range(1, 2)]
 

@@ -240,19 +240,19 @@ def test_many_threads_copy_at_once() -> None:
 
 def test_a_reader_follows_the_layers() -> None:
     """A layer that is reported is in place, while the rest is still moving."""
-    g = geometry("mla", layers=12, head_bytes=1024, page_size=16)
+    g = geometry("mha", layers=12, heads=1, head_bytes=1024, page_size=16)
     src, dst = HostPool.make(g, "page_first", 40, seed=10), HostPool.make(g, "layer_first", 40)
     pages = np.random.default_rng(11).permutation(40)
     progress = Progress(12)
     right = []
 
     def read() -> None:
-        given_layers = src.blocks[0].reshape(40, 16, 12, 1024)
+        given_layers = [block.reshape(40, 16, 12, 1024) for block in src.blocks]
         for layer in range(12):
             assert progress.wait(layer)
             assert progress.layers_done > layer
-            got = dst.blocks[0].reshape(12, 40, 16, 1024)[layer]
-            right.append(np.array_equal(got[pages], given_layers[:, :, layer]))
+            got = [block.reshape(12, 40, 16, 1024)[layer][pages] for block in dst.blocks]
+            right.append(all(np.array_equal(g, s[:, :, layer]) for g, s in zip(got, given_layers, strict=True)))
 
     reader = threading.Thread(target=read)
     reader.start()

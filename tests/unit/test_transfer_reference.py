@@ -134,6 +134,18 @@ def test_runs_are_as_long_as_both_layouts_allow(src: Layout, dst: Layout, run_by
     assert loops_of(plan_copy(g, b.view, a.view, *INDICES["random"])).run_bytes == run_bytes
 
 
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_layers_come_one_after_the_other_for_a_reader(kind: Any) -> None:
+    g = geometry(kind, layers=4)
+    a, b = HostPool.make(g, "page_first", PAGES), HostPool.make(g, "page_first_direct", PAGES)
+    loops = loops_of(plan_copy(g, a.view, b.view, *INDICES["random"], range(1, 4)), outer_layers=True)
+    assert loops.steps_per_layer == g.halves
+    bases = np.uint64(loops.src_base) + loops.src[0], np.uint64(loops.dst_base) + loops.dst[0]
+    for table, view in zip(bases, (a.view, b.view), strict=True):
+        assert np.array_equal(table.reshape(3, g.halves), view.bases[:, 1:].T)
+    assert loops_of(plan_copy(g, a.view, b.view, [0], [0])).steps_per_layer == 0
+
+
 def test_consecutive_pages_are_one_run_and_sorting_finds_them() -> None:
     g = geometry(layers=2)
     a, b = HostPool.make(g, "layer_first", PAGES), HostPool.make(g, "layer_first", PAGES)
@@ -256,6 +268,19 @@ def test_bytes_that_are_read_and_written_are_refused() -> None:
             plan_copy(g, pool, shifted, src_pages, dst_pages)
     with pytest.raises(InvalidArgumentError, match="are written by the same copy"):
         plan_copy(g, shifted, pool, [0], [1])
+
+
+def test_one_common_byte_is_an_overlap() -> None:
+    g = geometry("mla", layers=1, head_bytes=16, page_size=1)
+    pool = view_of_layout("layer_first", g, 4, [1 << 20])
+    for distance, pages in ((63, ([3], [0])), (-63, ([0], [3]))):
+        beside = replace(pool, bases=np.array([[(1 << 20) + distance]], np.uint64))
+        with pytest.raises(InvalidArgumentError, match="are written by the same copy"):
+            plan_copy(g, pool, beside, *pages)
+        apart = replace(pool, bases=np.array([[(1 << 20) + (64 if distance > 0 else -64)]], np.uint64))
+        assert plan_copy(g, pool, apart, *pages).num_pages == 1
+    # the same numbers on another device are other bytes
+    assert plan_copy(g, pool, replace(pool, device="cuda:0"), [1], [1]).num_pages == 1
 
 
 def test_interleaved_pools_do_not_overlap() -> None:

@@ -104,6 +104,7 @@ INDICES: dict[str, tuple[list[int], list[int]]] = {
     "reversed": ([5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0]),
     "contiguous": ([1, 2, 3, 4], [0, 1, 2, 3]),
     "runs": ([0, 1, 4, 5, 2], [3, 4, 0, 1, 5]),
+    "begins as a run": ([0, 1, 4, 2], [0, 1, 2, 5]),
     "gathered twice": ([2, 2, 2], [0, 4, 1]),
 }
 """Source and destination pages of pools of PAGES pages."""
