@@ -177,6 +177,7 @@ cdef inline rkv_status claim_new(Insert *op) noexcept nogil:
     cdef uint64_t missing = 0
     cdef rkv_status status
     for j in range(op.known, op.n):
+        prefetch_ahead(op.index, op.keys + op.known, j - op.known, op.n - op.known)
         while True:
             status = claim(op.index, op.keys[j], shard_bits | (op.base + (j - op.known)), &known)
             if status != RKV_OK:

@@ -284,6 +284,7 @@ cdef inline void forget_pages(Index *index, Shard *s, uint32_t id, uint32_t firs
     cdef uint32_t i
     cdef Node *x = &s.nodes[id]
     for i in range(first, x.num_pages):
+        prefetch_ahead(index, x.keys + first, i - first, x.num_pages - first)
         forget(index, x.keys[i])
     s.pages -= x.num_pages - first
     rkv_add(&index.pages, <uint64_t>0 - (x.num_pages - first))

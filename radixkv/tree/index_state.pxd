@@ -192,6 +192,8 @@ cdef struct Part:
     uint32_t live
     uint32_t used           # live and tombstones
     uint32_t unused
+    uint64_t hint_places    # atomic: places and capacity for whoever prefetches without the mutex. May be old, and not of a pair
+    uint64_t hint_capacity
 
 cdef struct Shard:
     rkv_rwlock lock
