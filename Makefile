@@ -25,6 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "radixkv needs Python >= 3.11: none of python3, python3.11 ... python3.14 is. Set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install python3-venv"; exit 1; }
 	@command -v $${CC:-cc} >/dev/null || { echo "radixkv needs a C compiler: install gcc"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "Python.h is missing: install python3-dev"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" "cython>=3.1,<4" "numpy>=2.0" -c constraints.txt
 	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates]" -c constraints.txt

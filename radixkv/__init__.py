@@ -14,10 +14,12 @@ from .errors import (
     RadixKVError,
     StateError,
     TokenRangeError,
+    TransferError,
     UnsupportedLayoutError,
 )
 from .paths import get_include, get_library_path
-from .tree.core import RadixTree
+from .tree.base import BaseRadixTree
+from .tree.core import RadixTree, page_hash_capsule
 from .tree.prefix_index import PrefixIndex
 from .tree.reference import ReferenceTree
 from .types import POLICIES, ROOT, BackupRequest, Event, NodeInfo, TreeStats
@@ -30,6 +32,7 @@ __all__ = [
     "AllocationError",
     "ArgumentTypeError",
     "BackupRequest",
+    "BaseRadixTree",
     "DeviceUnavailableError",
     "Event",
     "HandleError",
@@ -46,9 +49,11 @@ __all__ = [
     "ReferenceTree",
     "StateError",
     "TokenRangeError",
+    "TransferError",
     "TreeStats",
     "UnsupportedLayoutError",
     "__version__",
     "get_include",
     "get_library_path",
+    "page_hash_capsule",
 ]

@@ -627,5 +627,4 @@ cdef inline rkv_status reset(Tree *t, rkv_freed *out) noexcept nogil:
     t.table_used = t.name_memory = 0
     t.evictable = t.protected_ = t.pending = t.host_pages = 0
     t.clock = 0
-    t.dropped_events = 0
     return RKV_OK

@@ -420,7 +420,7 @@ cdef inline rkv_status claim_insert(Tree *t, const Adding *a) noexcept nogil:
     if verdict == ADD_OK:
         return RKV_OK
     claim_path(t, a, &undone, claimed, True, &culprit)
-    return claim_failed(verdict, b"insert", culprit)
+    return claim_failed(verdict, b"insert" if a.tier == DEVICE else b"insert_host", culprit)
 
 
 cdef inline rkv_status reserve_insert(Tree *t, Adding *a, uint64_t space) noexcept nogil:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..key import NamespacePart
-from ..types import BackupRequest, Event, NodeInfo, PageIds, TreeStats
+from ..types import BackupRequest, Event, NodeInfo, PageIds, Policy, TreeStats
 
 Tokens: TypeAlias = Any
 """int32/uint32/int64/uint64 numpy arrays (any strides), ``array.array``, any buffer of those item types, torch CPU
@@ -122,9 +122,15 @@ class BaseRadixTree(ABC):
         policy: eviction order, smallest first. lru: access. lfu: (hits, access). fifo: created. mru: -access.
             filo: -created. priority: (priority, access). slru: (hits >= 2, access). Ties: the younger node (later
             created) first.
+        page_hash: (RadixTree only) None for the chain of page_digests, or a ``page_hash_capsule``.
         events: record a KV event for each page that enters or leaves a tier.
         max_events: bound of the event queue, in events; beyond it events are dropped and counted. A consumer that sees
-            ``dropped_events`` grow must read ``dump()`` afresh.
+            ``dropped_events`` grow has a gap: it must drain and discard what is queued, then read ``dump()`` afresh. A
+            queued event takes 32 + 4 * page_size bytes, so bound max_events for large pages; a drained queue gives
+            large blocks back.
+
+    Memory: what eviction frees inside the tree is kept for later nodes, and given back to the system by ``reset`` (all
+    but the slots of nodes) and when the tree is dropped. Page ids cost a bit each, in chunks of 32,768: use dense ids.
 
     Every method leaves the tree exactly as it was if it raises (no tick either). Handles: an unknown, stale or foreign
     one raises HandleError, as does an int outside 64 bits; what is no int at all, ArgumentTypeError. ROOT: lock,
@@ -135,7 +141,7 @@ class BaseRadixTree(ABC):
     """
 
     page_size: int
-    policy: str
+    policy: Policy
 
     # ---- look-up -----------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -144,7 +150,8 @@ class BaseRadixTree(ABC):
 
         Splits the node in which the hit ends (on either tier), so that device_node's path is exactly num_tokens long
         and host_node's exactly num_tokens + host_num_tokens. Nothing found, or an unknown namespace: 0 tokens and
-        ROOT; nothing is created.
+        ROOT; nothing is created. Pages that are still being loaded (NodeInfo.loading) count as on the device: wait for
+        their load before using them.
         Modifies: access times, and at most two splits.
         """
 
@@ -309,7 +316,10 @@ class BaseRadixTree(ABC):
     @abstractmethod
     def evict_host(self, num_tokens: int) -> EvictResult:
         """Free host pages of host-only leaves (no children, host_ref 0) in policy order until num_tokens are freed;
-        they leave the tree."""
+        they leave the tree.
+
+        Host copies of nodes that are on the device too are no candidates.
+        """
 
     @abstractmethod
     def set_host(self, node: int, host_page_ids: Tokens) -> None:
@@ -324,7 +334,8 @@ class BaseRadixTree(ABC):
     def set_device(self, node: int, page_ids: Tokens, loading: bool = False) -> None:
         """Load back: give a host-only node device pages (one id a page of the node). Its parent must be on the device.
 
-        loading=True: the copy is still in flight. Until finish_load the node and its path count as protected.
+        loading=True: the copy is still in flight. Until finish_load the node and its path count as protected. The
+        "stored" event is recorded now, as others may match the node from now on; a failed load records "removed".
         Raises: StateError if on the device already or the parent is host-only; InvalidArgumentError for a wrong number
         of ids or a negative one; PageOwnershipError as insert.
         """
@@ -366,7 +377,7 @@ class BaseRadixTree(ABC):
     @abstractmethod
     def reset(self) -> EvictResult:
         """Drop everything, locked or not; returns the pages of both tiers. Every handle becomes stale.
-        The clock and the statistics (dropped_events, too) restart.
+        The clock restarts; dropped_events goes on, so that a consumer can tell.
 
         *Decided*: an in-flight backup's device pages are among the returned ones; its finish_backup then raises
         HandleError and the host pages of that call stay with the caller. Queued events are dropped (and not counted),

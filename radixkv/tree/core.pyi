@@ -6,7 +6,8 @@ import numpy.typing as npt
 from ..errors import RadixKVError
 from ..key import NamespacePart
 from ..types import BackupRequest, Event, NodeInfo, PageIds, Policy, TreeStats
-from .base import Tokens
+from .base import BaseRadixTree, Tokens
+from .base import MatchResult as AnyMatch
 
 ERRORS: dict[int, type[RadixKVError]]
 _C_API: object
@@ -55,7 +56,9 @@ class EvictResult:
     @property
     def to_backup(self) -> list[BackupRequest]: ...
 
-class RadixTree:
+class RadixTree(BaseRadixTree):
+    page_size: int
+    policy: Policy
     def __init__(
         self,
         page_size: int = 16,
@@ -65,10 +68,6 @@ class RadixTree:
         max_events: int = 1048576,
         page_hash: PageHash | None = None,
     ) -> None: ...
-    @property
-    def page_size(self) -> int: ...
-    @property
-    def policy(self) -> Policy: ...
     @property
     def capsule(self) -> object: ...
     def match(
@@ -80,12 +79,12 @@ class RadixTree:
     def peek_many(
         self, keys: Sequence[Tokens], extra_key: NamespacePart = None, cache_salt: NamespacePart = None
     ) -> npt.NDArray[np.int64]: ...
-    def match_extend(self, match: MatchResult, tokens: Tokens) -> MatchResult: ...
+    def match_extend(self, match: AnyMatch, tokens: Tokens) -> MatchResult: ...
     def insert(
         self,
         tokens: Tokens,
         page_ids: Tokens,
-        match: MatchResult | None = None,
+        match: AnyMatch | None = None,
         extra_key: NamespacePart = None,
         cache_salt: NamespacePart = None,
         priority: int = 0,
@@ -94,7 +93,7 @@ class RadixTree:
         self,
         tokens: Tokens,
         host_page_ids: Tokens,
-        match: MatchResult | None = None,
+        match: AnyMatch | None = None,
         extra_key: NamespacePart = None,
         cache_salt: NamespacePart = None,
         priority: int = 0,

@@ -37,6 +37,7 @@ from radixkv.tree._walk cimport insert, match, match_extend, peek
 cdef enum:
     MAX_PAGE_SIZE = 65536
     DEFAULT_MAX_EVENTS = 1 << 20
+    KEPT_EVENT_TOKENS = 1 << 18     # a drained queue with room for more gives its memory back
 
 
 cdef bint bad_key(const Tree *t, const rkv_key *key) noexcept nogil:
@@ -511,6 +512,9 @@ cdef public rkv_status rkv_tree_take_events(rkv_tree *tree, rkv_event *events, i
         t.event_start += n
         if t.event_start == t.event_end:
             t.event_start = t.event_end = 0
+            if t.event_token_capacity * t.page_size > KEPT_EVENT_TOKENS:
+                drop(&t.allocator, <void **>&t.events, &t.event_capacity, sizeof(rkv_event))
+                drop(&t.allocator, <void **>&t.event_tokens, &t.event_token_capacity, 4 * <size_t>t.page_size)
     rwlock_release(&t.lock)
     num_events[0] = n
     return RKV_OK
@@ -1106,6 +1110,12 @@ cdef class RadixTree:
         PyCapsule_SetContext(capsule, <void *>self)
         Py_INCREF(self)
         return capsule
+
+    def __repr__(self):
+        return f"RadixTree(page_size={self.c_page_size}, policy={self.policy!r}, nodes={len(self)})"
+
+    def __bool__(self):
+        return True                 # a tree is there, if it is empty too
 
     # ---- look-up ----
 

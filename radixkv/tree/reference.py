@@ -28,7 +28,7 @@ from ..errors import (
     StateError,
 )
 from ..key import NamespacePart, encode_namespace
-from ..types import POLICIES, ROOT, BackupRequest, Event, Medium, NodeInfo, TreeStats
+from ..types import POLICIES, ROOT, BackupRequest, Event, Medium, NodeInfo, Policy, TreeStats
 from .base import BaseRadixTree, Tokens
 from .base import MatchResult as AnyMatch
 from .reference_check import check_tree
@@ -72,7 +72,7 @@ class ReferenceTree(BaseRadixTree):
     """BaseRadixTree in plain Python; see there for the contract."""
 
     def __init__(
-        self, page_size: int = 16, policy: str = "lru", *, events: bool = False, max_events: int = 1 << 20
+        self, page_size: int = 16, policy: Policy = "lru", *, events: bool = False, max_events: int = 1 << 20
     ) -> None:
         self.page_size = read_int(page_size, "page_size", 1, 65_536)
         if policy not in POLICIES:
@@ -546,7 +546,6 @@ class ReferenceTree(BaseRadixTree):
         self._device_ids.clear()
         self._host_ids.clear()
         self._clock = 0
-        self._dropped_events = 0
         if self._events is not None:
             self._events.clear()
             self._emit(Event("cleared", 0, None, None, None))
