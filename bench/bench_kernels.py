@@ -68,8 +68,8 @@ class Gpu(Protocol):
         """cudaMemcpyAsync on the benchmark's stream."""
         ...
 
-    def copy(self, plan: CopyPlan, family: Family, ctas: int) -> list[Launch]:
-        """The kernels, on the benchmark's stream."""
+    def copy(self, plan: CopyPlan, family: Family, ctas: int, by_layer: bool) -> list[Launch]:
+        """The kernels, on the benchmark's stream; by_layer: a launch for each layer."""
         ...
 
     def seconds(self, function: Callable[[], object], repeats: int) -> float:
@@ -119,8 +119,9 @@ class CudaGpu:
     def memcpy(self, to: int, come: int, num_bytes: int) -> None:
         self._runtime.memcpyAsync(to, come, num_bytes, self._runtime.memcpyDefault, self._stream.ptr)
 
-    def copy(self, plan: CopyPlan, family: Family, ctas: int) -> list[Launch]:
-        return self._kernels.run(plan, stream=self._stream.ptr, family=family, ctas=ctas)
+    def copy(self, plan: CopyPlan, family: Family, ctas: int, by_layer: bool) -> list[Launch]:
+        run = self._kernels.run_layers if by_layer else self._kernels.run
+        return run(plan, stream=self._stream.ptr, family=family, ctas=ctas)
 
     def seconds(self, function: Callable[[], object], repeats: int) -> float:
         times = []
@@ -198,14 +199,13 @@ def measure(gpu: Gpu, case: Case, pool_bytes: int, repeats: int) -> dict[str, An
 def _time(gpu: Gpu, case: Case, plan: CopyPlan, at: tuple[list[int], list[int]], repeats: int) -> dict[str, Any]:
     """Contiguous copies first and last, the better being the limit. load_back goes layer by layer, as engines do."""
     bytes_of_half = plan.total_bytes // plan.geometry.halves
-    plans = [plan.layer(layer) for layer in plan.layers] if case.direction == "load_back" else [plan]
 
     def contiguous() -> None:
         for src, dst in zip(*at, strict=True):
             gpu.memcpy(dst, src, bytes_of_half)
 
     def kernels() -> list[Launch]:
-        return [launch for part in plans for launch in gpu.copy(part, case.family, case.ctas)]
+        return gpu.copy(plan, case.family, case.ctas, by_layer=case.direction == "load_back")
 
     before = gpu.seconds(contiguous, repeats)
     seconds = gpu.seconds(kernels, repeats)

@@ -12,6 +12,8 @@ import importlib
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 from ..errors import DeviceUnavailableError, InvalidArgumentError, TransferError
 from ..pool.layout import KVView
 from .launch import DEFAULT_CTAS, Addresses, Family, Launch, common_ids, first_of_run, launches_of
-from .plan import CopyPlan, Ids
+from .plan import CopyPlan
 
 __all__ = ["CudaKernels", "kernel_folder", "kernel_source"]
 
@@ -102,33 +104,58 @@ class CudaKernels:
             the device or the plan does not allow, all before any launch. DeviceUnavailableError if the kernels cannot
             be compiled. TransferError if CUDA refuses a step.
         """
+        return self._run([plan], stream, family, ctas, vector_bytes)
+
+    def run_layers(
+        self,
+        plan: CopyPlan,
+        *,
+        stream: int = 0,
+        family: Family = "auto",
+        ctas: int = DEFAULT_CTAS,
+        after_layer: Callable[[int], None] | None = None,
+    ) -> list[Launch]:
+        """Load back: ``run`` layer after layer of the plan, the page ids uploaded once for all of them.
+
+        Args:
+            after_layer: called with each layer once its copy is on the stream, to record an event there; it must not
+                use these kernels.
+        Raises: as ``run``, all of it before the first layer but for TransferError.
+        """
+        return self._run([plan.layer(layer) for layer in plan.layers], stream, family, ctas, None, after_layer)
+
+    def _run(
+        self,
+        parts: list[CopyPlan],
+        stream: int,
+        family: Family,
+        ctas: int,
+        vector_bytes: int | None,
+        after_layer: Callable[[int], None] | None = None,
+    ) -> list[Launch]:
+        """Copies that differ in their layers only, with one upload of page ids. See ``run``."""
+        plan = parts[0]
         self._check_devices(plan)
         if family == "bulk" and self.capability < 90:
             raise InvalidArgumentError(f"bulk copies need sm_90, and GPU {self.device} is sm_{self.capability}")
-        launches = launches_of(plan, family=family, ctas=ctas, vector_bytes=vector_bytes)
-        if not launches:
+        groups = [launches_of(part, family=family, ctas=ctas, vector_bytes=vector_bytes) for part in parts]
+        if not plan.num_pages:
             return []
         try:
             with self._lock, self._cupy.cuda.Device(self.device):
-                self._run(plan, launches, stream)
+                for group in groups:
+                    for launch in group:
+                        self._function(launch.kernel)  # whatever must be compiled, before anything is launched
+                with self._tables_of(plan, stream) as addresses:
+                    for part, group in zip(parts, groups, strict=True):
+                        for launch in group:
+                            self._launch(launch, addresses, stream)
+                        if after_layer is not None:
+                            after_layer(part.layers.start)
         except (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError) as error:
-            raise TransferError(f"{launches[0].kernel} of {plan.num_pages} pages on {self._name}: {error}") from error
-        return launches
-
-    def _run(self, plan: CopyPlan, launches: list[Launch], stream: int) -> None:
-        functions = [self._function(launch.kernel) for launch in launches]
-        bases = self._bases(plan.src), self._bases(plan.dst)
-        ids = common_ids(plan)
-        uploads = [side for side in (0, 1) if first_of_run(ids[side]) is None]
-        memory = int(self._runtime.mallocAsync(sum(ids[side].nbytes for side in uploads), stream)) if uploads else 0
-        try:
-            pages = self._upload(ids, uploads, memory, stream)
-            addresses = Addresses(src_bases=bases[0], dst_bases=bases[1], src_pages=pages[0], dst_pages=pages[1])
-            for launch, function in zip(launches, functions, strict=True):
-                self._launch(function, launch, launch.bind(addresses), stream)
-        finally:
-            if memory:
-                self._runtime.freeAsync(memory, stream)  # in stream order: after the kernels
+            what = f"{groups[0][0].kernel} of {plan.num_pages} pages on {self._name}"
+            raise TransferError(f"{what}: {error}") from error
+        return [launch for group in groups for launch in group]
 
     def close(self) -> None:
         """Free the tables on the device. Waits for it. The object may be used again."""
@@ -175,23 +202,31 @@ class CudaKernels:
             raise
         return address
 
-    def _upload(self, ids: tuple[Ids, Ids], sides: list[int], memory: int, stream: int) -> tuple[int, int]:
-        """Copy the page ids of ``sides``, one after the other, in stream order.
+    @contextmanager
+    def _tables_of(self, plan: CopyPlan, stream: int) -> Iterator[Addresses]:
+        """The tables that a plan's launches read: bases, which stay, and page ids, freed in stream order."""
+        bases = self._bases(plan.src), self._bases(plan.dst)
+        ids = common_ids(plan)
+        uploads = [side for side in (0, 1) if first_of_run(ids[side]) is None]
+        memory = int(self._runtime.mallocAsync(sum(ids[side].nbytes for side in uploads), stream)) if uploads else 0
+        try:
+            pages, at = [0, 0], memory
+            for side in uploads:
+                # from pageable memory: the driver has read it all when this returns
+                size, kind = ids[side].nbytes, self._runtime.memcpyHostToDevice
+                self._runtime.memcpyAsync(at, ids[side].ctypes.data, size, kind, stream)
+                pages[side] = at
+                at += size
+            yield Addresses(src_bases=bases[0], dst_bases=bases[1], src_pages=pages[0], dst_pages=pages[1])
+        finally:
+            if memory:
+                self._runtime.freeAsync(memory, stream)
 
-        Returns: the address of each side's ids; 0 where they are a run and stay here.
-        """
-        addresses = [0, 0]
-        for side in sides:
-            addresses[side] = memory
-            # from pageable memory: the driver has read it all when this returns
-            size, kind = ids[side].nbytes, self._runtime.memcpyHostToDevice
-            self._runtime.memcpyAsync(memory, ids[side].ctypes.data, size, kind, stream)
-            memory += size
-        return addresses[0], addresses[1]
-
-    def _launch(self, function: int, launch: Launch, params: ctypes.Structure, stream: int) -> None:
+    def _launch(self, launch: Launch, addresses: Addresses, stream: int) -> None:
+        params = launch.bind(addresses)
         args = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         grid, block = (launch.grid, 1, 1), (launch.block, 1, 1)
+        function = self._function(launch.kernel)
         self._cupy.cuda.driver.launchKernel(function, *grid, *block, 0, stream, ctypes.addressof(args), 0)
 
     def _function(self, name: str) -> int:

@@ -51,10 +51,11 @@ class SimulatedGpu:
         assert num_bytes <= min(len(self.held[to]), len(self.held[come]))
         self.copied.append(num_bytes)
 
-    def copy(self, plan: CopyPlan, family: Family, ctas: int) -> list[Launch]:
+    def copy(self, plan: CopyPlan, family: Family, ctas: int, by_layer: bool) -> list[Launch]:
         assert "cuda:0" in (plan.src.device, plan.dst.device)
-        self.layers.append(plan.layers)
-        launches = self._sim.run(plan, family=family, ctas=ctas)
+        parts = [plan.layer(layer) for layer in plan.layers] if by_layer else [plan]
+        self.layers += [part.layers for part in parts]
+        launches = [launch for part in parts for launch in self._sim.run(part, family=family, ctas=ctas)]
         if self._broken:
             for memory in self.held.values():
                 memory[:] = np.roll(memory, 1)

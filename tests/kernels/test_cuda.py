@@ -115,6 +115,29 @@ def test_runs_of_pages_need_no_upload(cupy: FakeCupy) -> None:
     assert (pools.host == pools.expected(src, dst)).all()
 
 
+def test_layer_after_layer_uploads_once(cupy: FakeCupy) -> None:
+    """A load back: after each layer its event, and then it is there."""
+    pools, kernels = Pools(cupy), CudaKernels()
+    src, dst = [5, 1, 7], [2, 0, 6]
+    whole = pools.expected(src, dst)
+    seen: list[int] = []
+
+    def after(layer: int) -> None:
+        sides = ("layer_first", SLOTS, pools.device), ("page_head", SLOTS, np.full_like(pools.host, 0xEE))
+        done = expect_copy(GEOMETRY, *sides, src, dst, range(layer + 1))
+        assert (pools.host == done).all()
+        cupy.log.append(("event", layer))
+        seen.append(layer)
+
+    launches = kernels.run_layers(pools.backup(src, dst), stream=STREAM, after_layer=after)
+    assert (pools.host == whole).all()
+    assert (seen, len(launches)) == ([0, 1, 2], 3)
+    names = [entry[0] for entry in cupy.log if entry[-1] == STREAM or entry[0] == "event"]
+    assert names == ["mallocAsync", "memcpyAsync", "memcpyAsync", *["launch", "event"] * 3, "freeAsync"]
+    assert kernels.run_layers(pools.backup([], []), stream=STREAM, after_layer=after) == []
+    assert seen == [0, 1, 2]
+
+
 def test_no_pages_launch_nothing(cupy: FakeCupy) -> None:
     assert CudaKernels().run(Pools(cupy).backup([], []), stream=STREAM) == []
     assert cupy.log == []
