@@ -9,12 +9,12 @@ PYTEST := $(PY) -m pytest
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-SOURCES := setup.py $(wildcard radixkv/*/*.pyx radixkv/*/*.pxd csrc/src/* csrc/include/radixkv/*.h)
+SOURCES := setup.py $(wildcard radixkv/*/*.pyx radixkv/*/*.pxd csrc/src/* csrc/cuda/* csrc/include/radixkv/*.h kernels/*.cu*)
 INSTALLED := $(VENV)/.installed
 BUILT := build/.built
 DEMO := build/demo
 
-.PHONY: help venv build demo test test-quick lint fuzz soak bench bench-quick callgrind coverage sanitize dist clean
+.PHONY: help venv build demo test lint fuzz soak bench bench-quick callgrind coverage sanitize gpu dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $${CC:-cc} >/dev/null || { echo "radixkv needs a C compiler: install gcc"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" "cython>=3.1,<4" "numpy>=2.0" -c constraints.txt
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev]" -c constraints.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates]" -c constraints.txt
 	@mkdir -p $(dir $(BUILT))
 	@touch $(BUILT) $@
 
@@ -44,8 +44,9 @@ demo: $(BUILT) ## set up, generate a workload, replay it through both tiers, pla
 	$(VENV)/bin/radixkv replay $(DEMO)/workload.jsonl --device-tokens 400000 --host-tokens 1600000
 	$(VENV)/bin/radixkv plan $(DEMO)/workload.jsonl --png $(DEMO)/plan.png
 
-test: lint ## set up, build, lint, type-check, run every test
+test: lint ## set up, build, lint, type-check, run every test, gate the instruction counts
 	$(PYTEST)
+	$(PY) -m bench.callgrind --check
 
 lint: $(BUILT) ## ruff, and mypy on the public API
 	$(PY) -m ruff check .
@@ -53,7 +54,7 @@ lint: $(BUILT) ## ruff, and mypy on the public API
 
 fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then libFuzzer on the C ABI (FUZZ_RUNS=N)
 	$(PY) -m tests.oracle.fuzz --ops 1000000
-	RADIXKV_FUZZ_RUNS=$${FUZZ_RUNS:-2000000} $(PYTEST) tests/abi/test_fuzz.py
+	RADIXKV_FUZZ_RUNS=$${FUZZ_RUNS:-500000} $(PYTEST) tests/abi/test_fuzz.py
 
 sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 	$(PYTEST) tests/abi/test_sanitizers.py
@@ -62,16 +63,19 @@ soak: $(BUILT) ## hours of churn under a bounded memory (SOAK_OPS=N)
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 
 bench: $(BUILT) ## every benchmark beside its peers: table and JSON
-	$(PY) -m bench
+	$(PY) -m bench --install
 
 bench-quick: $(BUILT) ## the benchmarks, smaller
-	$(PY) -m bench --quick
+	$(PY) -m bench --install --quick
 
 callgrind: $(BUILT) ## instruction counts of the C core against the recorded ones
-	$(PY) -m bench.callgrind
+	$(PY) -m bench.callgrind --check
 
 coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/measure_coverage.py
 	$(PY) tools/measure_coverage.py
+
+gpu: ## on a machine with CUDA, PyTorch and CuPy (no registry needed): suite on the GPU, compute-sanitizer, benchmarks
+	$(PYTHON) tools/gpu.py
 
 dist: $(INSTALLED) ## sdist and manylinux wheel, each tested in a clean virtual environment
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dist]" --no-build-isolation -c constraints.txt

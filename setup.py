@@ -41,6 +41,7 @@ GENCODE = [
 OBJECTS_ONLY = os.environ.get("RKV_OBJECTS_ONLY") == "1"
 
 CFLAGS = ["-std=gnu11", "-O3", "-g1", "-ffunction-sections", "-fdata-sections", "-fvisibility=hidden", "-pthread"]
+CFLAGS += ["-Wno-sign-compare"]  # Cython compares a range() over an enum's constant as int
 CFLAGS += ["-include", "csrc/src/glibc_floor.h"]
 CFLAGS += shlex.split(os.environ.get("RKV_CFLAGS", ""))
 LDFLAGS = ["-pthread", "-Wl,--gc-sections", *shlex.split(os.environ.get("RKV_LDFLAGS", ""))]

@@ -1,8 +1,9 @@
 """One index in one fresh process: fill, find, threads, memory, removal, as one JSON object on stdout.
 
 ``python -m bench.index_worker '{"peer": "radixkv", "scenario": "all", "entries": 1000000}'``. Sequences are 128 random
-page keys. *all*: each is held by 8 workers; *one*: by one of 8. An entry is a (page, holder). *remove*: workers with
-1,000, 10,000 and 100,000 pages of their own are removed.
+page keys. *all*: each is held by 8 workers; *one*: by one of 8; *prefix*: by one of 8, and the first 16 pages are the
+same in all. An entry is a (page, holder). *remove*: workers with 1,000, 10,000 and 100,000 pages of their own are
+removed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ from .peers.indexes import INDEX_PEERS, IndexPeer
 SEED = 17
 WORKERS = 8
 SEQUENCE_PAGES = 128
+PREFIX_PAGES = 16  # shared by all sequences of the scenario "prefix": the system prompt
 
 
-def fill_and_find(peer: type[IndexPeer], holders: int, entries: int, finds: int, threads: list[int]) -> dict[str, Any]:
+def random_sequences(rng: np.random.Generator, count: int, prefix_pages: int) -> np.ndarray:
+    """Page keys, uint64 [count, 128], the first ``prefix_pages`` the same in all, whatever the generator."""
+    sequences = rng.integers(1, 2**63, (count, SEQUENCE_PAGES), np.uint64)
+    sequences[:, :prefix_pages] = np.random.default_rng(SEED).integers(1, 2**63, prefix_pages, np.uint64)
+    return sequences
+
+
+def fill_and_find(
+    peer: type[IndexPeer], holders: int, entries: int, finds: int, threads: list[int], prefix_pages: int = 0
+) -> dict[str, Any]:
     """Insert ``entries`` / (128 * holders) sequences for ``holders`` workers each, then find random ones.
 
     Returns: insert and find percentiles (us, 128 pages a call), memory (bytes), throughput (calls/s) by number of
@@ -35,10 +46,12 @@ def fill_and_find(peer: type[IndexPeer], holders: int, entries: int, finds: int,
     """
     rng = np.random.default_rng(SEED)
     count = max(WORKERS, entries // (SEQUENCE_PAGES * holders))
-    sequences = rng.integers(1, 2**63, (count, SEQUENCE_PAGES), np.uint64)
+    sequences = random_sequences(rng, count, prefix_pages)
     stored = [peer.stored(sequence) for sequence in sequences]
     workers = [range(WORKERS) if holders == WORKERS else (i % WORKERS,) for i in range(count)]
-    keys = [peer.key(sequences[i]) for i in rng.permutation(count)]
+    order = rng.permutation(count)
+    keys = [peer.key(sequences[i]) for i in order]
+    again = [(workers[i][0], stored[i]) for i in order]
     first_pages = [peer.key(sequences[i, :1]) for i in rng.permutation(count)]
     misses = [peer.key(sequence) for sequence in rng.integers(1, 2**63, (min(count, 1_000), SEQUENCE_PAGES), np.uint64)]
     insert_ns = np.ones(count * holders, np.int64)
@@ -62,10 +75,13 @@ def fill_and_find(peer: type[IndexPeer], holders: int, entries: int, finds: int,
     measure.settle()
     settled = measure.memory()
     for i in range(0, count, max(1, count // 100)):
-        found, expected = peer.holders(index.find(peer.key(sequences[i]))), dict.fromkeys(workers[i], SEQUENCE_PAGES)
+        found = peer.holders(index.find(peer.key(sequences[i])))
+        expected = dict.fromkeys(range(WORKERS), prefix_pages) if prefix_pages else {}
+        expected |= dict.fromkeys(workers[i], SEQUENCE_PAGES)
         if found != expected:
             raise RuntimeError(f"{peer.name}: sequence {i}: found {found}, expected {expected}")
-    result: dict[str, Any] = {"version": peer.version(), "entries": at * SEQUENCE_PAGES, "sequences": count}
+    held = at * (SEQUENCE_PAGES - prefix_pages) + WORKERS * prefix_pages
+    result: dict[str, Any] = {"version": peer.version(), "entries": held, "sequences": count}
     for what, choices in (("find", keys), ("find_1_page", first_pages), ("find_miss", misses)):
         for i in range(finds):
             key = choices[i % len(choices)]
@@ -79,17 +95,26 @@ def fill_and_find(peer: type[IndexPeer], holders: int, entries: int, finds: int,
         "rss_bytes": after.resident - before.resident,
         "rss_settled_bytes": settled.resident - before.resident,
         "own_memory_bytes": index.memory_bytes(),
-        "threads": {str(n): throughput(peer, index, keys, n, finds) for n in threads},
+        "threads": {
+            str(n): throughput(peer, index, list(zip(keys, again, strict=True)), n, finds, prefix_pages)
+            for n in threads
+        },
     }
 
 
 def throughput(
-    peer: type[IndexPeer], index: IndexPeer, keys: list[Any], num_threads: int, finds: int
+    peer: type[IndexPeer],
+    index: IndexPeer,
+    known: list[tuple[Any, tuple[int, Any]]],
+    num_threads: int,
+    finds: int,
+    prefix_pages: int = 0,
 ) -> dict[str, float]:
-    """Calls a second, all threads together: finds alone, inserts alone (new sequences), and both mixed half and
-    half."""
+    """Calls a second, all threads together: finds alone, inserts alone (new sequences), both mixed half and half, and
+    finds mixed with inserts of what the worker holds already. ``known``: for find, and (worker, for insert)."""
+    keys = [key for key, _ in known]
     rng = np.random.default_rng(SEED + num_threads)
-    new = [peer.stored(s) for s in rng.integers(1, 2**63, (max(finds // 4, num_threads), SEQUENCE_PAGES), np.uint64)]
+    new = [peer.stored(s) for s in random_sequences(rng, max(finds // 4, num_threads), prefix_pages)]
     share = len(new) // (2 * num_threads)
 
     def find_some(number: int) -> int:
@@ -108,9 +133,21 @@ def throughput(
             index.insert(number % WORKERS, new[len(new) // 2 + number * share + i])
         return 2 * share
 
+    def again(number: int) -> int:
+        for i in range(share):
+            key, (worker, sequence) = known[(i * num_threads + number) % len(known)]
+            index.find(key)
+            index.insert(worker, sequence)
+        return 2 * share
+
     return {
         name: together(function, num_threads)
-        for name, function in (("find_per_s", find_some), ("insert_per_s", insert_some), ("mixed_per_s", mixed))
+        for name, function in (
+            ("find_per_s", find_some),
+            ("insert_per_s", insert_some),
+            ("mixed_per_s", mixed),
+            ("again_per_s", again),
+        )
     }
 
 
@@ -171,14 +208,15 @@ def removal_times(peer: type[IndexPeer], entries: int, held: Sequence[int], repe
 
 
 def main() -> None:
-    """Do one job, described by a JSON object in argv[1]: peer, scenario (all, one, remove), entries, finds, threads."""
+    """Do one job, a JSON object in argv[1]: peer, scenario (all, one, prefix, remove), entries, finds, threads."""
     job = json.loads(sys.argv[1])
     peer, entries = INDEX_PEERS[job["peer"]], job["entries"]
     if job["scenario"] == "remove":
         result = removal(peer, entries)
     else:
         holders = WORKERS if job["scenario"] == "all" else 1
-        result = fill_and_find(peer, holders, entries, job["finds"], job["threads"])
+        prefix_pages = PREFIX_PAGES if job["scenario"] == "prefix" else 0
+        result = fill_and_find(peer, holders, entries, job["finds"], job["threads"], prefix_pages)
     print(json.dumps(result))
 
 

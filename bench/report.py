@@ -26,9 +26,11 @@ class Check(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """pass, SHORT (the target is missed) or absent."""
-        if self.value is None or self.limit is None:
+        """pass, SHORT (the target is missed), reported (there is no target) or absent."""
+        if self.value is None:
             return "absent"
+        if self.limit is None:
+            return "reported"
         return "pass" if self.value <= self.limit else "SHORT"
 
 

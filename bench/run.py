@@ -70,7 +70,7 @@ def main() -> None:
     checks = [report.Check(*(check[field] for field in report.Check._fields)) for check in found]
     report.print_checks(checks)
     verdicts = [check.verdict for check in checks]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("pass", "SHORT", "absent"))
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("pass", "SHORT", "reported", "absent"))
     print(f"{counts}; {options.json}")
     failed = [f"{part}: {result[part]['failed']}" for part in parts if "failed" in result[part]]
     if failed:

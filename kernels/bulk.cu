@@ -1,5 +1,5 @@
-/* rkv_bulk_{mha,mla}_{i32,i64}: rkv_copy by the bulk copy engine of sm_90 and later. Same parameters and units; a vector is 16 bytes,
- * a chunk at most RKV_BULK_SLOT_BYTES, and every address a multiple of 16.
+/* rkv_bulk_{mha,mla}_{i32,i64}: rkv_copy by the bulk copy engine of sm_90 and later. Same parameters and units; a
+ * vector is 16 bytes, a chunk at most RKV_BULK_SLOT_BYTES, and every address a multiple of 16.
  *
  * One thread a block drives a ring of slots in shared memory. Half of them are being filled while the other half drain:
  *
@@ -45,7 +45,8 @@ __device__ __forceinline__ void rkv_bulk(const rkv_copy_params &p, unsigned char
     for (uint32_t slot = 0; slot < SLOTS; slot++) rkv_barrier_init(filled + slot);
     rkv_barrier_publish();
 
-    const uint32_t units = (p.num_units - blockIdx.x + gridDim.x - 1) / gridDim.x; /* of this block: one division a launch */
+    /* Units of this block; one 32-bit division a launch. */
+    const uint32_t units = (p.num_units - blockIdx.x + gridDim.x - 1) / gridDim.x;
     const uint32_t copies = units * HALVES;
     uint32_t loaded = 0;
     for (uint32_t n = 0; n < copies; n++) {
@@ -65,7 +66,8 @@ __device__ __forceinline__ void rkv_bulk(const rkv_copy_params &p, unsigned char
 }
 
 #define RKV_BULK_KERNELS(X) \
-    X(rkv_bulk_mha_i32, 2, int32_t) X(rkv_bulk_mla_i32, 1, int32_t) X(rkv_bulk_mha_i64, 2, int64_t) X(rkv_bulk_mla_i64, 1, int64_t)
+    X(rkv_bulk_mha_i32, 2, int32_t) X(rkv_bulk_mla_i32, 1, int32_t) \
+    X(rkv_bulk_mha_i64, 2, int64_t) X(rkv_bulk_mla_i64, 1, int64_t)
 
 #define RKV_BULK_KERNEL(name, halves, Index) \
     extern "C" __global__ void __launch_bounds__(32) name(const RKV_GRID_CONSTANT rkv_copy_params p) \

@@ -1,14 +1,14 @@
 /* rkv_copy_{mha,mla}_v{16,8,4,2,1}_{i32,i64}: pages from any layout to any layout, for any range of layers.
  *
- * Load back (host to device, one layer), backup (device to host, all layers), gather, scatter and defragmentation (device to
- * device) differ in their parameters only.
+ * Load back (host to device, one layer), backup (device to host, all layers), gather, scatter and defragmentation
+ * (device to device) differ in their parameters only.
  *
  *     grid      any number of blocks: the quota of SMs that the copy may take
  *     block     a multiple of 32, at most 512 threads
  *     unit      (page, layer, token, head, chunk); 2^lanes_log2 neighbouring threads copy one, then step by the grid
  *
- * A thread holds RKV_COPY_VECS_IN_FLIGHT vectors: it issues the loads of a whole unit, K and V, then finds its next unit (whose page
- * ids thereby arrive behind the data), then stores. */
+ * A thread holds RKV_COPY_VECS_IN_FLIGHT vectors: it issues the loads of a whole unit, K and V, then finds its next
+ * unit (whose page ids thereby arrive behind the data), then stores. */
 #include "layouts.cuh"
 
 template <int HALVES>

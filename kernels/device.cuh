@@ -13,7 +13,8 @@
 
 #define RKV_GRID_CONSTANT __grid_constant__
 
-/* Loads: read-only for the whole launch, read once: past L1. volatile keeps a batch of loads together, ahead of the stores. */
+/* Loads: read-only for the whole launch, read once: past L1. volatile keeps a batch of loads together, ahead of the
+ * stores. */
 __device__ __forceinline__ uint4 rkv_load(const uint4 *p)
 {
     uint4 v;
@@ -106,7 +107,8 @@ __device__ __forceinline__ void rkv_barrier_wait(uint64_t *barrier, uint32_t par
                  "}" :: "r"(rkv_shared(barrier)), "r"(parity) : "memory");
 }
 
-/* global -> shared, asynchronous. bytes and both addresses: multiples of 16. Arrives at the barrier, which completes with the last byte. */
+/* global -> shared, asynchronous. bytes and both addresses: multiples of 16. Arrives at the barrier, which completes
+ * with the last byte. */
 __device__ __forceinline__ void rkv_bulk_load(void *shared, const void *global, uint32_t bytes, uint64_t *barrier)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"

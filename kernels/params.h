@@ -1,5 +1,5 @@
-/* What a transfer kernel is told, by value: plain C, the same bytes for nvcc, NVRTC, the host simulator, the C launcher and
- * radixkv/transfer/launch.py (which mirrors these structs; tests/kernels/test_params.py compares every offset).
+/* What a transfer kernel is told, by value: plain C, the same bytes for nvcc, NVRTC, the host simulator, the C launcher
+ * and radixkv/transfer/launch.py (which mirrors these structs; tests/kernels/test_launch.py compares every offset).
  *
  * Dimension letters as in radixkv/pool/layout.py: L layers, P tokens a page, H heads, D bytes of one head of one token.
  *
@@ -63,8 +63,8 @@ typedef struct rkv_walk {
     rkv_div second; /* the tile's extent along dims[1] */
 } rkv_walk;
 
-/* rkv_relayout_*. A cell is D bytes; a tile is tile[0] x tile[1] x tile[2] cells (layer, token, head) of one page and half,
- * kept in shared memory between the walk in the source's order and the walk in the destination's. */
+/* rkv_relayout_*. A cell is D bytes; a tile is tile[0] x tile[1] x tile[2] cells (layer, token, head) of one page and
+ * half, kept in shared memory between the walk in the source's order and the walk in the destination's. */
 typedef struct rkv_relayout_params {
     rkv_side src, dst;
     uint32_t num_tiles;    /* pages * halves * blocks of layers, tokens and heads, < 2^31 */

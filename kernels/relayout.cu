@@ -1,12 +1,12 @@
-/* rkv_relayout_v{16,8,4,2,1}_{i32,i64}: pages between two layouts that share only short runs (heads apart on one side, tokens apart
- * on the other, as layer_first and page_head), staged through shared memory.
+/* rkv_relayout_v{16,8,4,2,1}_{i32,i64}: pages between two layouts that share only short runs (heads apart on one side,
+ * tokens apart on the other, as layer_first and page_head), staged through shared memory.
  *
  *     source walk            shared tile                destination walk
  *     reads whole sectors    [cells in source order]    writes whole sectors
  *
  *     grid      any number of blocks
  *     block     at most 512 threads, any number
- *     tile      (page, half, block of layers, of tokens, of heads); a block of threads copies one, then steps by the grid
+ *     tile      (page, half, block of layers, of tokens, of heads); a block copies one tile, then steps by the grid
  *
  * Tiles at the rim are cut: cells beyond the extent are neither read nor written. */
 #include "layouts.cuh"
@@ -64,7 +64,8 @@ __device__ __forceinline__ uint64_t rkv_find(const rkv_relayout_params &p, const
     staged = staged * p.cell_vecs + vec;
     if (!inside) return 0;
     const uint32_t token = tile.begin[RKV_TOKEN] + cell.at[RKV_TOKEN], head = tile.begin[RKV_HEAD] + cell.at[RKV_HEAD];
-    return rkv_base(side, tile.row + cell.at[RKV_LAYER]) + (uint64_t)rkv_offset(side, page, token, head) + vec * vec_bytes;
+    return rkv_base(side, tile.row + cell.at[RKV_LAYER]) + (uint64_t)rkv_offset(side, page, token, head) +
+           vec * vec_bytes;
 }
 
 template <class Vec, class Index>
@@ -82,7 +83,8 @@ __device__ __forceinline__ void rkv_relayout(const rkv_relayout_params &p, Vec *
                 const uint32_t vec = at + i * blockDim.x;
                 wanted[i] = false;
                 if (vec < p.tile_vecs) {
-                    const uint64_t from = rkv_find(p, p.src, p.src_walk, tile, tile.src_page, vec, sizeof(Vec), staged[i]);
+                    const uint64_t from =
+                        rkv_find(p, p.src, p.src_walk, tile, tile.src_page, vec, sizeof(Vec), staged[i]);
                     wanted[i] = from != 0;
                     if (wanted[i]) held[i] = rkv_load((const Vec *)from);
                 }

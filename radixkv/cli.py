@@ -1,4 +1,4 @@
-"""The command ``radixkv``: replay a trace, generate one, plan for one.
+"""The command ``radixkv``: replay a trace, generate one, plan for one; say what this machine offers.
 
 Exit codes: 0 done; 1 a check failed (bytes of a hit, integrity); 2 a mistake of the caller, said in one line;
 130 interrupted.
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, doctor
 from .errors import IntegrityError, InvalidArgumentError, RadixKVError
 from .replay import present
 from .replay.plan import make_plan
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="radixkv", description="The KV-cache layer that LLM engines link.")
     parser.add_argument("--version", action="version", version=f"radixkv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_replay, _add_workload, _add_plan):
+    for add in (_add_replay, _add_workload, _add_plan, _add_doctor):
         add(commands)
     return parser
 
@@ -182,6 +182,18 @@ def _add_plan(commands: Any) -> None:
     parser.set_defaults(run=_plan)
 
 
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor", help="what this machine offers, and what radixkv will use",
+        description="Look for a GPU, driver, CuPy, NVRTC, nvcc, torch, huge pages, memory limits and NUMA nodes, "
+        "measure bandwidths, and say what radixkv will use and why. What is missing is a line, not an error.",
+    )  # fmt: skip
+    parser.add_argument("--no-bandwidth", action="store_true", help="measure nothing")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
+                        help="write the findings as JSON; without FILE to standard output, without tables")  # fmt: skip
+    parser.set_defaults(run=_doctor)
+
+
 # ---- commands --------------------------------------------------------------------------------------------------------
 def _replay(args: argparse.Namespace) -> int:
     present.require("rich", "the command line")
@@ -238,6 +250,18 @@ def _plan(args: argparse.Namespace) -> int:
         plan_png(plan, args.png, f"Prefix cache of {name}", args.bytes_per_token, args.device_tokens)
         print(f"picture: {args.png}", file=sys.stderr)
     _write_json(args.json, plan.as_dict(args.bytes_per_token, present.KNEES))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    _check_outputs(args.json)
+    diagnosis = doctor.diagnose(measure=not args.no_bandwidth)
+    if args.json != "-":
+        try:
+            present.print_all(doctor.tables(diagnosis))
+        except ImportError:  # the one command that must work with nothing installed
+            print(doctor.text(diagnosis))
+    _write_json(args.json, {"radixkv": __version__} | diagnosis.as_dict())
     return 0
 
 

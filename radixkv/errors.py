@@ -7,14 +7,17 @@ __all__ = [
     "ArgumentTypeError",
     "DeviceUnavailableError",
     "HandleError",
+    "HostMemoryError",
     "IntegrityError",
     "InvalidArgumentError",
     "LockError",
+    "PageLockError",
     "PageOwnershipError",
     "RadixKVError",
     "StateError",
     "TokenRangeError",
     "TransferError",
+    "UnsupportedLayoutError",
 ]
 
 
@@ -59,6 +62,18 @@ class AllocationError(RadixKVError, MemoryError):
 
 class DeviceUnavailableError(RadixKVError, RuntimeError):
     """A GPU was asked for, and this machine or installation lacks something for it; the message says what."""
+
+
+class HostMemoryError(RadixKVError, MemoryError):
+    """Host memory for a pool is not to be had: more than is free, or the system refused it; nothing was kept."""
+
+
+class PageLockError(RadixKVError, RuntimeError):
+    """Memory could not be page-locked, or unlocked; the message says which part and what became of the others."""
+
+
+class UnsupportedLayoutError(RadixKVError, ValueError):
+    """A device pool whose memory no view describes; the message names the shapes and strides that were found."""
 
 
 class TransferError(RadixKVError, RuntimeError):

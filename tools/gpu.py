@@ -7,8 +7,9 @@ Uses the Python that runs it, and installs nothing. Builds in place, then
     nvrtc      the copies again, kernels compiled at run time
     sanitizer  compute-sanitizer on each family: memcheck, racecheck, synccheck
     bench      bench/bench_kernels.py
-and writes bench/results/gpu-<device>-<date>.json: device, driver, date, commit, each step's command, exit status and
-last lines, and the benchmark's lines. Exit status 1 if a step failed. RADIXKV_COMMIT names the commit where there is no git.
+and writes bench/results/gpu-<device>-<date>.json: device, driver, date, commit; command, exit status and last lines of
+each step; the lines of the benchmark. Exit status 1 if a step failed. RADIXKV_COMMIT names the commit where there is no
+git.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     python tools/measure_coverage.py [pytest arguments]
 
 Works on a copy of the tree in build/coverage, compiled there with --coverage and -O0, so that the real build stays as
-it is. gcov counts lines of the generated C; Cython writes before each piece of C which line it comes from, and that maps
-the counts back. Unlike line tracing this sees nogil functions, and what the C programs of tests/abi run, at little cost.
+it is. gcov counts lines of the generated C; Cython writes before each piece of C which line it comes from, and that
+maps the counts back. Unlike line tracing this sees nogil functions, and what the C programs of tests/abi run, at
+little cost.
 
-Fails if a kind of file is below its MINIMUM. Lines that need a failing malloc inside CPython, or an invariant of the tree
-broken (all of _check.pxd that speaks), are the known rest; the table names every missed line.
+Fails if a kind of file is below its MINIMUM. Lines that need a failing malloc inside CPython, or an invariant of the
+tree broken (all of _check.pxd that speaks), are the known rest; the table names every missed line.
 """
 
 from __future__ import annotations
@@ -101,10 +102,12 @@ def cython_lines(path: Path) -> dict[int, tuple[str, int]]:
     """Line of generated C -> (Cython source, line), from the comments that Cython writes before each statement."""
     mapping = {}
     place: tuple[str, int] | None = None
+    package = path.relative_to(COPY / "build" / "cython").parent
     for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
         marker = MARKER.match(text)
         if marker:
-            place = (marker[1], int(marker[2]))
+            beside = package / marker[1]  # what a relative cimport brings is named without its package
+            place = (str(beside) if (COPY / beside).is_file() else marker[1], int(marker[2]))
         elif BOUNDARY.search(text):
             place = None
         elif place is not None:

@@ -75,7 +75,9 @@ class PrefixIndex(IndexPeer):
     def __init__(self) -> None:
         self.index = radixkv.PrefixIndex()
         # The calls themselves are what is measured: no frame of ours around them.
-        self.insert, self.find, self.remove_worker = self.index.insert, self.index.find, self.index.remove_worker
+        self.insert = self.index.insert  # type: ignore[method-assign]
+        self.find = self.index.find  # type: ignore[method-assign]
+        self.remove_worker = self.index.remove_worker  # type: ignore[method-assign]
 
     @classmethod
     def probe(cls) -> None:
@@ -104,7 +106,7 @@ class PrefixIndex(IndexPeer):
         self.index.insert(worker, stored)
 
     def find(self, key: Keys) -> dict[int, int]:
-        return self.index.find(key)
+        return dict(self.index.find(key))
 
     def remove_worker(self, worker: int) -> None:
         self.index.remove_worker(worker)
@@ -132,7 +134,7 @@ class DynamoIndex(IndexPeer):
 
     @classmethod
     def key(cls, keys: Keys) -> list[int]:
-        return keys.tolist()
+        return [int(key) for key in keys]
 
     @staticmethod
     def holders(found: dict[tuple[int, int], int]) -> dict[int, int]:

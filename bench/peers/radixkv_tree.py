@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 
 import radixkv
+import radixkv.types
 
 from .base import PageIds, Tokens, TreePeer
 
@@ -39,8 +40,9 @@ class Peer(TreePeer):
         return f"radixkv {radixkv.__version__}"
 
     def __init__(self, page_size: int, policy: str = "lru") -> None:
-        self.tree = radixkv.RadixTree(page_size=page_size, policy=policy)
-        self.find = self.tree.match  # the call itself is what is measured: no frame of ours around it
+        self.tree = radixkv.RadixTree(page_size=page_size, policy=cast(radixkv.types.Policy, policy))
+        # The call itself is what is measured: no frame of ours around it.
+        self.find = self.tree.match  # type: ignore[method-assign, assignment]
 
     @classmethod
     def row(cls, page_ids: PageIds, tokens: Tokens, num_cached_tokens: int, page_size: int) -> PageIds:
@@ -56,7 +58,7 @@ class Peer(TreePeer):
         return int(match.result.num_tokens)
 
     def evicted_page_ids(self, evicted: Any) -> PageIds:
-        return evicted.page_ids
+        return cast(PageIds, evicted.page_ids)
 
     def cached_tokens(self) -> int:
         stats = self.tree.stats()

@@ -7,7 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* glibc 2.34 moved these into libc under a second version; asking for the first keeps older systems (see csrc/src/glibc_floor.h). */
+/* glibc 2.34 moved these into libc under a second version; asking for the first keeps older systems (see
+ * csrc/src/glibc_floor.h). */
 #if defined(__gnu_linux__) && (defined(__x86_64__) || defined(__aarch64__))
 #ifdef __x86_64__
 #define FIRST_VERSION "GLIBC_2.2.5"
@@ -49,8 +50,8 @@ enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 10
     X(release, "cuMemFreeAsync", (CUdeviceptr, CUstream)) \
     X(upload, "cuMemcpyHtoDAsync_v2", (CUdeviceptr, const void *, size_t, CUstream)) \
     X(launch, "cuLaunchKernel", \
-      (CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, CUstream, \
-       void **, void **))
+      (CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, \
+       CUstream, void **, void **))
 
 #define DRIVER_FIELD(field, symbol, arguments) CUresult(*field) arguments;
 static struct {
@@ -194,7 +195,8 @@ static rkv_cuda_status make_tables(const rkv_cuda_copy *copy, tables *t)
 }
 
 /* Launch after launch over the pages, with the tables at `at` on the device. */
-static rkv_cuda_status launch_all(rkv_cuda *cuda, const rkv_cuda_copy *copy, const tables *t, CUdeviceptr at, CUstream stream)
+static rkv_cuda_status launch_all(rkv_cuda *cuda, const rkv_cuda_copy *copy, const tables *t, CUdeviceptr at,
+                                  CUstream stream)
 {
     rkv_cuda_launch plan;
     memset(&plan, 0, sizeof plan);

@@ -64,11 +64,14 @@ int64_t rkv_cuda_first_of_run(const void *pages, uint64_t num_pages, uint32_t in
 
 static rkv_cuda_status check_geometry(const rkv_cuda_geometry *g)
 {
-    if (g == NULL || g->struct_size < sizeof *g) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no geometry, or a small one");
+    if (g == NULL || g->struct_size < sizeof *g) {
+        return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no geometry, or a small one");
+    }
     if (g->halves < 1 || g->halves > 2) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "%u halves", g->halves);
     if (!g->num_layers || !g->num_heads || !g->head_bytes || !g->page_size) {
-        return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "%u layers, %u heads, %u head bytes, %u tokens a page: all at least 1",
-                             g->num_layers, g->num_heads, g->head_bytes, g->page_size);
+        return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT,
+                             "%u layers, %u heads, %u head bytes, %u tokens a page: all at least 1", g->num_layers,
+                             g->num_heads, g->head_bytes, g->page_size);
     }
     if (g->halves == 1 && g->num_heads != 1) {
         return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "one half (MLA) has one head, not %u", g->num_heads);
@@ -87,7 +90,9 @@ static rkv_cuda_status check_view(const char *side, const rkv_cuda_geometry *g, 
     if (view == NULL || view->struct_size < sizeof *view || view->bases == NULL) {
         return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no %s view, a small one, or one without bases", side);
     }
-    if (view->num_pages > MAX_UNITS) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "%s has %" PRIu64 " pages", side, view->num_pages);
+    if (view->num_pages > MAX_UNITS) {
+        return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "%s has %" PRIu64 " pages", side, view->num_pages);
+    }
     for (uint64_t i = 0; view->num_pages && i < (uint64_t)g->halves * g->num_layers; i++) {
         if (!view->bases[i]) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "base %" PRIu64 " of %s is NULL", i, side);
     }
@@ -105,8 +110,9 @@ static rkv_cuda_status check_view(const char *side, const rkv_cuda_geometry *g, 
     for (int i = 0; i < 3; i++) {
         if (counts[i] <= 1) continue;
         if (strides[i] < extent || strides[i] > MAX_STRIDE / counts[i]) {
-            return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "%s: a stride of %" PRIu64 " for %" PRIu64 " parts of %" PRIu64 " bytes",
-                                 side, strides[i], counts[i], extent);
+            return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT,
+                                 "%s: a stride of %" PRIu64 " for %" PRIu64 " parts of %" PRIu64 " bytes", side,
+                                 strides[i], counts[i], extent);
         }
         extent += (counts[i] - 1) * strides[i];
     }
@@ -119,8 +125,8 @@ static rkv_cuda_status check_ids(const char *side, const rkv_cuda_copy *copy, co
     for (uint64_t i = 0; i < copy->num_pages; i++) {
         const int64_t id = id_at(pages, i, copy->index_bits);
         if (id < 0 || (uint64_t)id >= pool_pages) {
-            return rkv_cuda_fail(RKV_CUDA_ERR_RANGE, "%s page %" PRId64 " at %" PRIu64 ", and the pool has %" PRIu64, side, id, i,
-                                 pool_pages);
+            return rkv_cuda_fail(RKV_CUDA_ERR_RANGE, "%s page %" PRId64 " at %" PRIu64 ", and the pool has %" PRIu64,
+                                 side, id, i, pool_pages);
         }
     }
     return RKV_CUDA_OK;
@@ -151,12 +157,14 @@ static int same_view(const rkv_cuda_copy *copy)
            memcmp(a->bases, b->bases, (size_t)g->halves * g->num_layers * sizeof *a->bases) == 0;
 }
 
-/* No page is written twice; within one pool none is both read and written; two views that reach into each other are refused.
- * A bit for each page that is written, so that it takes O(pages). */
+/* No page is written twice; within one pool none is both read and written; two views that reach into each other are
+ * refused. A bit for each page that is written, so that it takes O(pages). */
 static rkv_cuda_status check_overlap(const rkv_cuda_copy *copy)
 {
     unsigned char *written = calloc((size_t)(copy->dst->num_pages / 8 + 1), 1);
-    if (written == NULL) return rkv_cuda_fail(RKV_CUDA_ERR_NO_MEMORY, "no memory for %" PRIu64 " bits", copy->dst->num_pages);
+    if (written == NULL) {
+        return rkv_cuda_fail(RKV_CUDA_ERR_NO_MEMORY, "no memory for %" PRIu64 " bits", copy->dst->num_pages);
+    }
     rkv_cuda_status status = RKV_CUDA_OK;
     for (uint64_t i = 0; i < copy->num_pages && status == RKV_CUDA_OK; i++) {
         const uint64_t id = (uint64_t)id_at(copy->dst_pages, i, copy->index_bits);
@@ -169,7 +177,9 @@ static rkv_cuda_status check_overlap(const rkv_cuda_copy *copy)
     reach(copy, copy->src, &src_first, &src_end);
     reach(copy, copy->dst, &dst_first, &dst_end);
     if (status == RKV_CUDA_OK && src_first < dst_end && dst_first < src_end) {
-        if (!same_view(copy)) status = rkv_cuda_fail(RKV_CUDA_ERR_OVERLAP, "source and destination are two views of one memory");
+        if (!same_view(copy)) {
+            status = rkv_cuda_fail(RKV_CUDA_ERR_OVERLAP, "source and destination are two views of one memory");
+        }
         for (uint64_t i = 0; i < copy->num_pages && status == RKV_CUDA_OK; i++) {
             const uint64_t id = (uint64_t)id_at(copy->src_pages, i, copy->index_bits);
             if (id < copy->dst->num_pages && written[id / 8] >> (id % 8) & 1) {
@@ -183,7 +193,9 @@ static rkv_cuda_status check_overlap(const rkv_cuda_copy *copy)
 
 rkv_cuda_status rkv_cuda_check(const rkv_cuda_copy *copy)
 {
-    if (copy == NULL || copy->struct_size < sizeof *copy) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no copy, or a small one");
+    if (copy == NULL || copy->struct_size < sizeof *copy) {
+        return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no copy, or a small one");
+    }
     if (copy->index_bits != 32 && copy->index_bits != 64) {
         return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "page ids of %u bits", copy->index_bits);
     }
@@ -193,7 +205,8 @@ rkv_cuda_status rkv_cuda_check(const rkv_cuda_copy *copy)
     if (status != RKV_CUDA_OK) return status;
     const uint32_t layers = copy->geometry->num_layers;
     if (!copy->num_layers || copy->first_layer >= layers || copy->num_layers > layers - copy->first_layer) {
-        return rkv_cuda_fail(RKV_CUDA_ERR_RANGE, "%u layers from %u on, of %u", copy->num_layers, copy->first_layer, layers);
+        return rkv_cuda_fail(RKV_CUDA_ERR_RANGE, "%u layers from %u on, of %u", copy->num_layers, copy->first_layer,
+                             layers);
     }
     if (!copy->num_pages) return RKV_CUDA_OK;
     status = check_ids("source", copy, copy->src_pages, copy->src->num_pages);
@@ -227,7 +240,9 @@ typedef struct runs {
 static runs coalesce(const rkv_cuda_geometry *g, const rkv_cuda_view *a, const rkv_cuda_view *b)
 {
     const uint64_t head = g->head_bytes, row = head * g->num_heads;
-    if (g->num_heads > 1 && (a->head_stride != head || b->head_stride != head)) return (runs){head, g->num_heads, g->page_size};
+    if (g->num_heads > 1 && (a->head_stride != head || b->head_stride != head)) {
+        return (runs){head, g->num_heads, g->page_size};
+    }
     if (g->page_size > 1 && (a->token_stride != row || b->token_stride != row)) return (runs){row, 1, g->page_size};
     return (runs){row * g->page_size, 1, 1};
 }
@@ -276,12 +291,15 @@ void rkv_cuda_plan_checked(const rkv_cuda_copy *copy, uint64_t first_page, rkv_c
     uint64_t pages = copy->num_pages - first_page;
     if (pages > MAX_UNITS / units_a_page) pages = MAX_UNITS / units_a_page;
     const uint64_t units = pages * units_a_page, units_a_block = THREADS >> lanes_log2;
-    const uint64_t blocks = (units + units_a_block - 1) / units_a_block, quota = copy->max_blocks ? copy->max_blocks : DEFAULT_BLOCKS;
+    const uint64_t blocks = (units + units_a_block - 1) / units_a_block;
+    const uint64_t quota = copy->max_blocks ? copy->max_blocks : DEFAULT_BLOCKS;
 
     rkv_copy_params params;
     memset(&params, 0, sizeof params);
-    params.src = plan_side(copy->src, rkv_cuda_first_of_run(copy->src_pages, copy->num_pages, copy->index_bits), first_page);
-    params.dst = plan_side(copy->dst, rkv_cuda_first_of_run(copy->dst_pages, copy->num_pages, copy->index_bits), first_page);
+    params.src =
+        plan_side(copy->src, rkv_cuda_first_of_run(copy->src_pages, copy->num_pages, copy->index_bits), first_page);
+    params.dst =
+        plan_side(copy->dst, rkv_cuda_first_of_run(copy->dst_pages, copy->num_pages, copy->index_bits), first_page);
     params.num_units = (uint32_t)units;
     params.base_pitch = g->num_layers;
     params.first_layer = copy->first_layer;
@@ -306,7 +324,9 @@ _Static_assert(sizeof(rkv_copy_params) <= RKV_CUDA_PARAMS_BYTES, "rkv_cuda_launc
 
 rkv_cuda_status rkv_cuda_plan(const rkv_cuda_copy *copy, uint64_t first_page, rkv_cuda_launch *out)
 {
-    if (out == NULL || out->struct_size < sizeof *out) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no launch, or a small one");
+    if (out == NULL || out->struct_size < sizeof *out) {
+        return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no launch, or a small one");
+    }
     const rkv_cuda_status status = rkv_cuda_check(copy);
     if (status != RKV_CUDA_OK) return status;
     out->num_pages = 0;

@@ -2,10 +2,10 @@
  *
  *   cc -std=c99 gather.c -I<include> <lib>/libradixkv_cuda.so.1 -Wl,-rpath,<lib> && ./a.out
  *
- * with <include> from radixkv.get_include() and <lib> the folder of radixkv.get_library_path(). Nothing of CUDA is needed to build it.
- * Without a GPU it says what is missing, and that is no failure.
+ * with <include> from radixkv.get_include() and <lib> the folder of radixkv.get_library_path(). Nothing of CUDA is
+ * needed to build it. Without a GPU it says what is missing, and that is no failure.
  *
- * Both pools are page-locked host memory here, for they come from cuMemHostAlloc, found in the driver as radixkv finds it. */
+ * Both pools are page-locked host memory here, for they come from cuMemHostAlloc, which dlopen finds. */
 #define _POSIX_C_SOURCE 200809L
 #include <radixkv/radixkv_cuda.h>
 
@@ -62,7 +62,7 @@ static unsigned char *page_locked(size_t bytes)
     return memory;
 }
 
-/* A GPU of which this thread holds the context: rkv_cuda_open keeps the primary context, cuMemHostAlloc wants it current. */
+/* A GPU of which this thread holds the context: rkv_cuda_open keeps it, cuMemHostAlloc wants it current. */
 static void make_current(void)
 {
     int (*retain)(void **, int), (*push)(void *);
@@ -122,7 +122,8 @@ int main(void)
     for (part = 0; part < 2 * LAYERS; part++) {
         for (i = 0; i < GATHERED; i++) {
             const unsigned char *got = to + part * LAYER_BYTES + i * PAGE * ROW;
-            expect(memcmp(got, from + part * LAYER_BYTES + scattered[i] * PAGE * ROW, PAGE * ROW) == 0, "a page differs");
+            expect(memcmp(got, from + part * LAYER_BYTES + scattered[i] * PAGE * ROW, PAGE * ROW) == 0,
+                   "a page differs");
         }
         expect(to[part * LAYER_BYTES + GATHERED * PAGE * ROW] == 0xEE, "a byte beyond the pages was written");
     }

@@ -45,6 +45,32 @@ static void check_pages(rkv_tree *tree, const int32_t *free_page_ids, uint64_t n
     }
 }
 
+/* Which worker holds how much of a prompt? Page keys are hashes chained over the prompt, such as those of rkv_event. */
+static void ask_the_index(uint32_t *pages_of_first, uint32_t *pages_of_second)
+{
+    const uint64_t prompt[4] = {11, 22, 33, 44};
+    uint32_t workers[8], pages[8];
+    uint64_t changed;
+    rkv_index *index = NULL;
+    rkv_index_hit hit;
+    expect(rkv_index_create(NULL, &index) == RKV_OK, "create an index");
+    expect(rkv_index_insert(index, 7, prompt, 3, NULL, &changed) == RKV_OK && changed == 3, "worker 7 holds three pages");
+    expect(rkv_index_insert(index, 9, prompt, 2, NULL, &changed) == RKV_OK && changed == 2, "worker 9 holds two");
+    RKV_INIT(&hit);
+    hit.workers = workers;
+    hit.pages = pages;
+    hit.max_workers = 8;
+    expect(rkv_index_find(index, prompt, 4, &hit) == RKV_OK && hit.num_workers == 2, "find");
+    expect(workers[0] == 7 && workers[1] == 9, "both workers are found, in ascending order");
+    *pages_of_first = pages[0];
+    *pages_of_second = pages[1];
+    expect(rkv_index_remove(index, 7, prompt, 1, &changed) == RKV_OK && changed == 1, "worker 7 drops its first page");
+    expect(rkv_index_find(index, prompt, 4, &hit) == RKV_OK && hit.num_workers == 1, "what follows a gap does not count");
+    expect(rkv_index_insert(index, 7, prompt + 1, 1, prompt + 3, NULL) == RKV_ERR_ARGUMENT, "a page has one parent");
+    expect(rkv_index_check_integrity(index, NULL, 0) == RKV_OK, "the index is sound");
+    rkv_index_destroy(index);
+}
+
 int main(void)
 {
     const int32_t first[TOKENS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -61,6 +87,7 @@ int main(void)
     rkv_event events[32];
     int32_t event_tokens[32 * PAGE], duplicates[PAGES], page_ids[PAGES];
     int64_t delta, shared, duplicated, under_lock, after;
+    uint32_t pages_of_first, pages_of_second;
     size_t num_events;
 
     RKV_INIT(&config);
@@ -109,7 +136,12 @@ int main(void)
 
     rkv_freed_release(&freed);
     rkv_tree_destroy(tree);
-    printf("radixkv %s from C: %d tokens shared, %d duplicates, %d evicted under a lock, %d after, %d events\n", rkv_version(),
-           (int)shared, (int)duplicated, (int)under_lock, (int)after, (int)num_events);
+
+    /* 5. A router asks who holds the prompt. */
+    ask_the_index(&pages_of_first, &pages_of_second);
+    printf("radixkv %s from C: %d tokens shared, %d duplicates, %d evicted under a lock, %d after, %d events, "
+           "index: %u and %u pages\n",
+           rkv_version(), (int)shared, (int)duplicated, (int)under_lock, (int)after, (int)num_events, (unsigned)pages_of_first,
+           (unsigned)pages_of_second);
     return 0;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <exception>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -108,6 +109,49 @@ private:
     int32_t page_size_;
 };
 
+class Index {
+public:
+    Index()
+    {
+        rkv_index *index = nullptr;
+        check(rkv_index_create(nullptr, &index));
+        index_.reset(index);
+    }
+
+    void insert(uint32_t worker, const std::vector<uint64_t> &page_keys)
+    {
+        check(rkv_index_insert(index_.get(), worker, page_keys.data(), page_keys.size(), nullptr, nullptr));
+    }
+
+    // Worker -> leading pages of the prompt that it holds. Asks again with larger buffers until the answer fits.
+    std::map<uint32_t, uint32_t> find(const std::vector<uint64_t> &page_keys)
+    {
+        std::vector<uint32_t> workers, pages;
+        auto hit = sized<rkv_index_hit>();
+        rkv_status status;
+        do {
+            workers.resize(hit.num_workers);
+            pages.resize(hit.num_workers);
+            hit.workers = workers.data();
+            hit.pages = pages.data();
+            hit.max_workers = workers.size();
+            status = rkv_index_find(index_.get(), page_keys.data(), page_keys.size(), &hit);
+        } while (status == RKV_ERR_CAPACITY);
+        check(status);
+        std::map<uint32_t, uint32_t> found;
+        for (size_t i = 0; i < hit.num_workers; i++) {
+            found[workers[i]] = pages[i];
+        }
+        return found;
+    }
+
+private:
+    struct Destroy {
+        void operator()(rkv_index *index) const { rkv_index_destroy(index); }
+    };
+    std::unique_ptr<rkv_index, Destroy> index_;
+};
+
 void expect(bool fine, const char *what)
 {
     if (!fine) {
@@ -146,9 +190,16 @@ void run()
     tree.check_integrity();
     tree.evict(1000, freed);
     expect(freed.raw.num_tokens == 16, "evict the rest");
-    std::printf("radixkv %s from C++: %d tokens shared, %zu duplicates, %d evicted under a lock, unlock twice: %s\n",
+
+    Index index;
+    index.insert(7, {11, 22});
+    index.insert(9, {11});
+    const auto found = index.find({11, 22, 33});
+    expect(found == std::map<uint32_t, uint32_t>({{7, 2}, {9, 1}}), "who holds the prompt");
+    std::printf("radixkv %s from C++: %d tokens shared, %zu duplicates, %d evicted under a lock, unlock twice: %s, "
+                "index: %u pages\n",
                 rkv_version(), static_cast<int>(inserted.prefix_tokens), duplicates.size(), static_cast<int>(under_lock),
-                refused.c_str());
+                refused.c_str(), static_cast<unsigned>(found.at(7)));
 }
 
 } // namespace

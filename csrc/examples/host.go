@@ -57,6 +57,21 @@ static rkv_status evict(rkv_tree *tree, int64_t num_tokens, int32_t *page_ids, s
     rkv_freed_release(&freed);
     return status;
 }
+
+// Who holds the prompt: up to max_workers ids and the leading pages that each holds.
+static rkv_status find(rkv_index *index, const uint64_t *page_keys, size_t num_pages, uint32_t *workers, uint32_t *pages,
+                       size_t max_workers, size_t *num_workers)
+{
+    rkv_index_hit hit;
+    rkv_status status;
+    RKV_INIT(&hit);
+    hit.workers = workers;
+    hit.pages = pages;
+    hit.max_workers = max_workers;
+    status = rkv_index_find(index, page_keys, num_pages, &hit);
+    *num_workers = hit.num_workers;
+    return status;
+}
 */
 import "C"
 
@@ -151,6 +166,39 @@ func (t *Tree) CheckIntegrity() error {
 	return call(func() C.rkv_status { return C.rkv_tree_check_integrity(t.raw, nil, nil, nil, 0) })
 }
 
+// Index owns a C index; Close destroys it.
+type Index struct{ raw *C.rkv_index }
+
+func newIndex() (*Index, error) {
+	index := &Index{}
+	err := call(func() C.rkv_status { return C.rkv_index_create(nil, &index.raw) })
+	return index, err
+}
+
+// Close destroys the index.
+func (x *Index) Close() { C.rkv_index_destroy(x.raw) }
+
+// Insert says that a worker holds these pages of a prompt.
+func (x *Index) Insert(worker uint32, pageKeys []uint64) error {
+	return call(func() C.rkv_status {
+		return C.rkv_index_insert(x.raw, C.uint32_t(worker), (*C.uint64_t)(&pageKeys[0]), C.size_t(len(pageKeys)), nil, nil)
+	})
+}
+
+// Find returns worker -> leading pages of the prompt that it holds, for at most 64 workers.
+func (x *Index) Find(pageKeys []uint64) (map[uint32]uint32, error) {
+	var workers, pages [64]C.uint32_t
+	var numWorkers C.size_t
+	err := call(func() C.rkv_status {
+		return C.find(x.raw, (*C.uint64_t)(&pageKeys[0]), C.size_t(len(pageKeys)), &workers[0], &pages[0], 64, &numWorkers)
+	})
+	found := map[uint32]uint32{}
+	for i := 0; i < int(numWorkers); i++ {
+		found[uint32(workers[i])] = uint32(pages[i])
+	}
+	return found, err
+}
+
 func must(err error) {
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "host.go:", err)
@@ -198,6 +246,16 @@ func main() {
 	rest, err := tree.Evict(1000)
 	must(err)
 	expect(len(rest), 4, "evict the rest")
-	fmt.Printf("radixkv %s from Go: %d tokens shared, %d duplicates, %d evicted under a lock, unlock twice: %s\n",
-		C.GoString(C.rkv_version()), shared, len(duplicates), len(underLock)*page, C.GoString(C.rkv_status_string(refused.Status)))
+
+	index, err := newIndex()
+	must(err)
+	defer index.Close()
+	must(index.Insert(7, []uint64{11, 22}))
+	must(index.Insert(9, []uint64{11}))
+	found, err := index.Find([]uint64{11, 22, 33})
+	must(err)
+	expect(found, map[uint32]uint32{7: 2, 9: 1}, "who holds the prompt")
+	fmt.Printf("radixkv %s from Go: %d tokens shared, %d duplicates, %d evicted under a lock, unlock twice: %s, index: %d pages\n",
+		C.GoString(C.rkv_version()), shared, len(duplicates), len(underLock)*page,
+		C.GoString(C.rkv_status_string(refused.Status)), found[7])
 }

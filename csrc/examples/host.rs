@@ -83,7 +83,39 @@ struct Freed {
     allocator_ctx: *mut c_void,
 }
 
+#[repr(C)]
+struct RawIndex {
+    _private: [u8; 0],
+}
+
+#[repr(C)]
+struct IndexHit {
+    struct_size: u32,
+    reserved: u32,
+    workers: *mut u32,
+    pages: *mut u32,
+    max_workers: usize,
+    num_workers: usize,
+    nodes: *mut c_void,
+    max_nodes: usize,
+    num_nodes: usize,
+    holders: *mut u32,
+    max_holders: usize,
+    num_holders: usize,
+}
+
 extern "C" {
+    fn rkv_index_create(config: *const c_void, out: *mut *mut RawIndex) -> i32;
+    fn rkv_index_destroy(index: *mut RawIndex);
+    fn rkv_index_insert(
+        index: *mut RawIndex,
+        worker: u32,
+        page_keys: *const u64,
+        num_pages: usize,
+        parent_key: *const u64,
+        num_added: *mut u64,
+    ) -> i32;
+    fn rkv_index_find(index: *mut RawIndex, page_keys: *const u64, num_pages: usize, hit: *mut IndexHit) -> i32;
     fn rkv_version() -> *const c_char;
     fn rkv_last_error() -> *const c_char;
     fn rkv_status_string(status: i32) -> *const c_char;
@@ -231,6 +263,40 @@ impl Tree {
     }
 }
 
+/// Owns the index; dropping it destroys the index.
+struct Index(*mut RawIndex);
+
+impl Drop for Index {
+    fn drop(&mut self) {
+        unsafe { rkv_index_destroy(self.0) }
+    }
+}
+
+impl Index {
+    fn new() -> Result<Index, Error> {
+        let mut raw = null_mut();
+        check(unsafe { rkv_index_create(null(), &mut raw) })?;
+        Ok(Index(raw))
+    }
+
+    fn insert(&self, worker: u32, page_keys: &[u64]) -> Result<(), Error> {
+        check(unsafe { rkv_index_insert(self.0, worker, page_keys.as_ptr(), page_keys.len(), null(), null_mut()) })
+    }
+
+    /// (worker, leading pages of the prompt that it holds), for at most 64 workers.
+    fn find(&self, page_keys: &[u64]) -> Result<Vec<(u32, u32)>, Error> {
+        let (mut workers, mut pages) = ([0u32; 64], [0u32; 64]);
+        // SAFETY: all zeros but the size is what RKV_INIT makes.
+        let mut hit: IndexHit = unsafe { std::mem::zeroed() };
+        hit.struct_size = size_of::<IndexHit>() as u32;
+        hit.workers = workers.as_mut_ptr();
+        hit.pages = pages.as_mut_ptr();
+        hit.max_workers = workers.len();
+        check(unsafe { rkv_index_find(self.0, page_keys.as_ptr(), page_keys.len(), &mut hit) })?;
+        Ok((0..hit.num_workers).map(|i| (workers[i], pages[i])).collect())
+    }
+}
+
 fn main() -> Result<(), Error> {
     let first: Vec<i32> = (0..16).collect();
     let second: Vec<i32> = (0..16).map(|i| if i < 8 { i } else { 100 + i }).collect();
@@ -251,13 +317,20 @@ fn main() -> Result<(), Error> {
     assert!(refused.message.len() > text(unsafe { rkv_status_string(RKV_ERR_LOCK) }).len() + 2, "with words");
     tree.check_integrity()?;
     assert_eq!(tree.evict(1000)?.len(), 4, "evict the rest");
+
+    let index = Index::new()?;
+    index.insert(7, &[11, 22])?;
+    index.insert(9, &[11])?;
+    let found = index.find(&[11, 22, 33])?;
+    assert_eq!(found, [(7, 2), (9, 1)], "who holds the prompt");
     println!(
-        "radixkv {} from Rust: {} tokens shared, {} duplicates, {} evicted under a lock, unlock twice: {}",
+        "radixkv {} from Rust: {} tokens shared, {} duplicates, {} evicted under a lock, unlock twice: {}, index: {} pages",
         text(unsafe { rkv_version() }),
         inserted.prefix_tokens,
         duplicates.len(),
         under_lock.len() * PAGE,
-        text(unsafe { rkv_status_string(RKV_ERR_LOCK) })
+        text(unsafe { rkv_status_string(RKV_ERR_LOCK) }),
+        found[0].1
     );
     Ok(())
 }

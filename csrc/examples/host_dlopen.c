@@ -39,6 +39,24 @@ static const rkv_api *load(const char *path)
     return get_api(RKV_ABI_VERSION);
 }
 
+/* Leading pages of a prompt that the only worker holds. */
+static uint32_t ask_the_index(void)
+{
+    const uint64_t prompt[3] = {11, 22, 33};
+    uint32_t worker, pages;
+    rkv_index *index = NULL;
+    rkv_index_hit hit;
+    expect(api->index_create(NULL, &index) == RKV_OK, "create an index");
+    expect(api->index_insert(index, 7, prompt, 2, NULL, NULL) == RKV_OK, "worker 7 holds two pages");
+    RKV_INIT(&hit);
+    hit.workers = &worker;
+    hit.pages = &pages;
+    hit.max_workers = 1;
+    expect(api->index_find(index, prompt, 3, &hit) == RKV_OK && hit.num_workers == 1 && worker == 7, "find");
+    api->index_destroy(index);
+    return pages;
+}
+
 int main(int argc, char **argv)
 {
     int32_t tokens[TOKENS], page_ids[PAGES] = {0, 1, 2, 3}, other_ids[PAGES] = {10, 11, 12, 13}, duplicates[PAGES];
@@ -86,7 +104,8 @@ int main(int argc, char **argv)
 
     api->freed_release(&freed);
     api->tree_destroy(tree);
-    printf("radixkv %s from dlopen: %d tokens shared, %d duplicates, %d evicted under a lock, unlock twice: %s\n",
-           api->version(), (int)shared, (int)duplicated, (int)under_lock, api->status_string(RKV_ERR_LOCK));
+    printf("radixkv %s from dlopen: %d tokens shared, %d duplicates, %d evicted under a lock, unlock twice: %s, index: %u pages\n",
+           api->version(), (int)shared, (int)duplicated, (int)under_lock, api->status_string(RKV_ERR_LOCK),
+           (unsigned)ask_the_index());
     return 0;
 }

@@ -1,6 +1,6 @@
 /* Runs the kernels of kernels/ on a CPU, block after block. Build (tests/kernels/simulator.py does):
  *
- *   g++ -std=c++20 -O1 -shared -fPIC -pthread -DRKV_HOST_SIM -Icsrc/hostsim -Ikernels csrc/hostsim/hostsim.cpp -o libhostsim.so
+ *   g++ -std=c++20 -O1 -shared -fPIC -pthread -DRKV_HOST_SIM -Icsrc/hostsim -Ikernels csrc/hostsim/hostsim.cpp
  *
  * Modes
  *   LOOP    the threads of a block are a loop: fast, refuses __syncthreads
@@ -76,7 +76,9 @@ void perform(const Copy &copy)
 void check_bulk(const void *global, const void *shared, uint32_t bytes)
 {
     const bool aligned = ((uintptr_t)global | (uintptr_t)shared | bytes) % 16 == 0;
-    if (!aligned || bytes == 0) fail("a bulk copy of " + std::to_string(bytes) + " bytes that is not of aligned 16-byte units");
+    if (!aligned || bytes == 0) {
+        fail("a bulk copy of " + std::to_string(bytes) + " bytes that is not of aligned 16-byte units");
+    }
 }
 
 /* Shared memory starts as rubbish, and no bulk copy outlives its block. */
@@ -322,8 +324,9 @@ void bulk_wait_read(unsigned keep)
 
 } // namespace hostsim
 
-/* Returns NULL, or what was wrong (valid until the next launch). params: the kernel's arguments, as for cuLaunchKernel. */
-extern "C" const char *rkv_sim_launch(const char *name, unsigned grid, unsigned block, void **args, int mode, unsigned seed)
+/* Returns NULL, or what was wrong (valid until the next launch). args: as for cuLaunchKernel. */
+extern "C" const char *rkv_sim_launch(const char *name, unsigned grid, unsigned block, void **args, int mode,
+                                      unsigned seed)
 {
     hostsim::failure.clear();
     const auto found = hostsim::kernels.find(name);

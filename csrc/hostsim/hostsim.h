@@ -1,9 +1,9 @@
 /* The CUDA subset that kernels/ uses, on a CPU. Tests only; included by kernels/device.cuh under -DRKV_HOST_SIM.
  *
- * A simulated launch runs one block after another, so a function-local static is a block's shared memory. Loads and stores are
- * plain dereferences of types with CUDA's alignment: ASan sees what lies out of bounds, UBSan what is misaligned. Bulk
- * copies happen as late as the rules allow (a load at its barrier's wait, a store when somebody waits for it to have read), so a
- * missing wait shows as wrong bytes. */
+ * A simulated launch runs one block after another, so a function-local static is a block's shared memory. Loads and
+ * stores are plain dereferences of types with CUDA's alignment: ASan sees what lies out of bounds, UBSan what is
+ * misaligned. Bulk copies happen as late as the rules allow (a load at its barrier's wait, a store when somebody waits
+ * for it to have read), so a missing wait shows as wrong bytes. */
 #ifndef RADIXKV_HOSTSIM_H
 #define RADIXKV_HOSTSIM_H
 
@@ -15,8 +15,8 @@
 #define __launch_bounds__(...)
 #define RKV_GRID_CONSTANT
 
-/* All shared memory in one section, which the simulator poisons before each block. Not under ASan, which puts its red zones
- * around ordinary statics only. */
+/* All shared memory in one section, which the simulator poisons before each block. Not under ASan, which puts its red
+ * zones around ordinary statics only. */
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else

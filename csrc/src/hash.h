@@ -17,10 +17,11 @@ static inline uint64_t rkv_leaf_mix(uint64_t x)
 }
 
 /* Hash of (parent node, first page) for the child table. Four lanes, so that a page of 16 tokens costs two dependent multiplications and
- * not eight. Never leaves the process: it may change at will. */
-static inline uint32_t rkv_leaf_child_hash(uint32_t parent, const int32_t *tokens, size_t page_size)
+ * not eight. Keyed: who does not know the seed can't send pages that all fall into one place. Never leaves the process. */
+static inline uint32_t rkv_leaf_child_hash(uint64_t seed, uint32_t parent, const int32_t *tokens, size_t page_size)
 {
-    uint64_t lane[4] = {parent * 0x9e3779b97f4a7c15ull, 0x8ebc6af09c88c6e3ull, 0x589965cc75374cc3ull, 0x1d8e4e27c47d124full};
+    uint64_t lane[4] = {seed ^ parent * 0x9e3779b97f4a7c15ull, seed * 0x8ebc6af09c88c6e3ull, ~seed * 0x589965cc75374cc3ull,
+                        (seed >> 32 | seed << 32) * 0x1d8e4e27c47d124full};
     size_t i = 0;
     uint64_t word;
     for (; i + 8 <= page_size; i += 8) {

@@ -8,6 +8,9 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
 
 typedef pthread_rwlock_t rkv_rwlock;
 typedef pthread_mutex_t rkv_mutex;
@@ -31,6 +34,7 @@ static inline void rkv_rwlock_destroy(rkv_rwlock *lock) { pthread_rwlock_destroy
 static inline void rkv_lock_shared(rkv_rwlock *lock) { pthread_rwlock_rdlock(lock); }
 static inline int rkv_try_lock_shared(rkv_rwlock *lock) { return pthread_rwlock_tryrdlock(lock) == 0; }
 static inline void rkv_lock_exclusive(rkv_rwlock *lock) { pthread_rwlock_wrlock(lock); }
+static inline int rkv_try_lock_exclusive(rkv_rwlock *lock) { return pthread_rwlock_trywrlock(lock) == 0; }
 static inline void rkv_unlock(rkv_rwlock *lock) { pthread_rwlock_unlock(lock); }
 
 static inline int rkv_mutex_init(rkv_mutex *mutex) { return pthread_mutex_init(mutex, NULL); }
@@ -50,10 +54,35 @@ static inline uint64_t rkv_unique_id(const void *address)
     return (serial << 48 | serial >> 16) ^ (uint64_t)(uintptr_t)address * 0x9e3779b97f4a7c15ull;
 }
 
+/* A number that nobody outside this process knows: the system's random bytes for it. */
+static inline uint64_t rkv_process_secret(void)
+{
+    uint64_t secret = 0;
+#ifdef AT_RANDOM
+    const void *bytes = (const void *)(uintptr_t)getauxval(AT_RANDOM);
+    if (bytes != NULL) {
+        memcpy(&secret, bytes, sizeof secret);
+    }
+#endif
+    return secret;
+}
+
 /* x != 0 */
 static inline int rkv_log2(uint64_t x) { return 63 - __builtin_clzll(x); }
 static inline int rkv_lowest_bit(uint64_t x) { return __builtin_ctzll(x); }
 static inline int rkv_count_bits(uint64_t x) { return __builtin_popcountll(x); }
-static inline void rkv_prefetch(const void *p) { __builtin_prefetch(p); }
+
+/* Ask for a cache line; any address will do. As volatile assembly, because gcc takes a function that does nothing but __builtin_prefetch for
+ * one without effect, and drops the calls to it. */
+static inline void rkv_prefetch(const void *p)
+{
+#if defined(__x86_64__)
+    __asm__ volatile("prefetcht0 %0" : : "m"(*(const char *)p));
+#elif defined(__aarch64__)
+    __asm__ volatile("prfm pldl1keep, %0" : : "Q"(*(const char *)p));
+#else
+    __builtin_prefetch(p);
+#endif
+}
 
 #endif

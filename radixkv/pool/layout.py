@@ -1,7 +1,8 @@
 """L1: where a token's KV lies. Shapes, strides, and the four layouts of a host pool.
 
-Dimension letters, defined once: L layers, P slots a page (page_size), S slots of a pool, H heads (of this rank), D bytes of one head
-of one token (head_dim * itemsize; a packed row of quantised KV counts whole). A *row* is H * D bytes: one token, one layer, one half.
+Dimension letters, defined once: L layers, P slots a page (page_size), S slots of a pool, H heads (of this rank), D
+bytes of one head of one token (head_dim * itemsize; a packed row of quantised KV counts whole). A *row* is H * D
+bytes: one token, one layer, one half.
 Halves: K and V for MHA, one latent buffer for MLA.
 
 Any layout is, for each half, a base address for each layer and three strides in bytes:
@@ -150,8 +151,9 @@ def view_of_layout(
 def contiguous_dims(geometry: KVGeometry, a: KVView, b: KVView) -> tuple[int, int, int]:
     """How far a copy between two views coalesces: (run_bytes, runs a token, runs a page).
 
-    run_bytes: bytes that are contiguous on *both* sides. D when heads are apart on either; H * D when they are not; P * H * D
-    when tokens of a page follow each other on both. runs a token: H, 1, or 1; tokens to walk a page: P, P, or 1.
+    run_bytes: bytes that are contiguous on *both* sides. D when heads are apart on either; H * D when they are not; P
+    * H * D when tokens of a page follow each other on both. runs a token: H, 1, or 1; tokens to walk a page: P, P, or
+    * 1.
     """
     g = geometry
     if not (a.head_stride == b.head_stride == g.head_bytes or g.num_heads == 1):

@@ -1,4 +1,5 @@
 """L1: hands out the pages of one pool, by number. Bookkeeping only: the bytes are in ``host.py`` or on the device.
+Engines ask for slots of a device pool by tokens: that is ``paged.py``.
 
 ids:    0 ........... fresh ............ capacity
         [ handed out once, maybe freed ][ never handed out: one contiguous run ]

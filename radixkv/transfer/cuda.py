@@ -10,13 +10,14 @@ import ctypes
 import functools
 import importlib
 import re
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import DeviceUnavailableError, InvalidArgumentError
+from ..errors import DeviceUnavailableError, InvalidArgumentError, TransferError
 from ..pool.layout import KVView
 from .launch import DEFAULT_CTAS, Addresses, Family, Launch, common_ids, first_of_run, launches_of
 from .plan import CopyPlan, Ids
@@ -54,7 +55,7 @@ def kernel_source(name: str = "all.cu") -> str:
 
 
 class CudaKernels:
-    """The kernels on one GPU. May be shared by threads that hold the GIL; copies on one stream happen in order.
+    """The kernels on one GPU. May be shared by threads; copies on one stream happen in order.
 
     Host memory that takes part must be page-locked, and stay so until the stream has passed the copy.
     """
@@ -66,7 +67,7 @@ class CudaKernels:
             prebuilt: load the fatbin that the build left, if it did; False: compile with NVRTC in any case.
         Raises: DeviceUnavailableError that says what is missing.
         """
-        self.device, self._prebuilt = device, prebuilt
+        self.device, self._name, self._prebuilt = device, f"cuda:{device}", prebuilt
         self._cupy = _import_cupy()
         self._runtime: Any = self._cupy.cuda.runtime
         try:
@@ -79,6 +80,7 @@ class CudaKernels:
         self._module: Any = None
         self._functions: dict[str, int] = {}
         self._tables: OrderedDict[bytes, int] = OrderedDict()
+        self._lock = threading.Lock()  # a table in use must not be dropped for another thread's
 
     def run(
         self,
@@ -98,7 +100,7 @@ class CudaKernels:
         Returns: what was launched; empty for no pages.
         Raises: InvalidArgumentError for views of another device, host memory that is not page-locked, or a family that
             the device or the plan does not allow, all before any launch. DeviceUnavailableError if the kernels cannot
-            be compiled.
+            be compiled. TransferError if CUDA refuses a step.
         """
         self._check_devices(plan)
         if family == "bulk" and self.capability < 90:
@@ -106,27 +108,36 @@ class CudaKernels:
         launches = launches_of(plan, family=family, ctas=ctas, vector_bytes=vector_bytes)
         if not launches:
             return []
-        with self._cupy.cuda.Device(self.device):
-            functions = [self._function(launch.kernel) for launch in launches]
-            bases = self._bases(plan.src), self._bases(plan.dst)
-            ids, pages = self._upload(common_ids(plan), stream)
-            try:
-                addresses = Addresses(src_bases=bases[0], dst_bases=bases[1], src_pages=pages[0], dst_pages=pages[1])
-                for launch, function in zip(launches, functions, strict=True):
-                    self._launch(function, launch, launch.bind(addresses), stream)
-            finally:
-                if ids:
-                    self._runtime.freeAsync(ids, stream)
+        try:
+            with self._lock, self._cupy.cuda.Device(self.device):
+                self._run(plan, launches, stream)
+        except (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError) as error:
+            raise TransferError(f"{launches[0].kernel} of {plan.num_pages} pages on {self._name}: {error}") from error
         return launches
+
+    def _run(self, plan: CopyPlan, launches: list[Launch], stream: int) -> None:
+        functions = [self._function(launch.kernel) for launch in launches]
+        bases = self._bases(plan.src), self._bases(plan.dst)
+        ids = common_ids(plan)
+        uploads = [side for side in (0, 1) if first_of_run(ids[side]) is None]
+        memory = int(self._runtime.mallocAsync(sum(ids[side].nbytes for side in uploads), stream)) if uploads else 0
+        try:
+            pages = self._upload(ids, uploads, memory, stream)
+            addresses = Addresses(src_bases=bases[0], dst_bases=bases[1], src_pages=pages[0], dst_pages=pages[1])
+            for launch, function in zip(launches, functions, strict=True):
+                self._launch(function, launch, launch.bind(addresses), stream)
+        finally:
+            if memory:
+                self._runtime.freeAsync(memory, stream)  # in stream order: after the kernels
 
     def close(self) -> None:
         """Free the tables on the device. Waits for it. The object may be used again."""
-        with self._cupy.cuda.Device(self.device):
+        with self._lock, self._cupy.cuda.Device(self.device):
             while self._tables:
                 self._runtime.free(self._tables.popitem()[1])
 
     def _check_devices(self, plan: CopyPlan) -> None:
-        here = f"cuda:{self.device}"
+        here = self._name
         sides = {"src": plan.src.device, "dst": plan.dst.device}
         for side, device in sides.items():
             if device not in ("cpu", here):
@@ -154,29 +165,29 @@ class CudaKernels:
         while len(self._tables) >= CACHED_TABLES:
             self._runtime.free(self._tables.popitem(last=False)[1])  # waits for kernels that read it
         table = np.ascontiguousarray(view.bases)
-        address = int(self._runtime.malloc(table.nbytes))
-        # memcpy returns once the driver has read the table; every stream may read it once it has arrived
-        self._runtime.memcpy(address, table.ctypes.data, table.nbytes, self._runtime.memcpyHostToDevice)
-        self._runtime.streamSynchronize(0)
-        self._tables[key] = address
+        address = self._tables[key] = int(self._runtime.malloc(table.nbytes))
+        try:
+            # memcpy returns once the driver has read the table; every stream may read it once it has arrived
+            self._runtime.memcpy(address, table.ctypes.data, table.nbytes, self._runtime.memcpyHostToDevice)
+            self._runtime.streamSynchronize(0)
+        except BaseException:
+            self._runtime.free(self._tables.pop(key))
+            raise
         return address
 
-    def _upload(self, ids: tuple[Ids, Ids], stream: int) -> tuple[int, tuple[int, int]]:
-        """Page ids to the device, in stream order.
+    def _upload(self, ids: tuple[Ids, Ids], sides: list[int], memory: int, stream: int) -> tuple[int, int]:
+        """Copy the page ids of ``sides``, one after the other, in stream order.
 
-        Returns: the allocation, 0 for none, and the address of each side's ids, 0 where they are a run.
+        Returns: the address of each side's ids; 0 where they are a run and stay here.
         """
-        needed = [side for side in (0, 1) if first_of_run(ids[side]) is None]
-        if not needed:
-            return 0, (0, 0)
-        both = np.concatenate([ids[side] for side in needed])
-        memory = int(self._runtime.mallocAsync(both.nbytes, stream))
-        # from pageable memory: the driver has read it all when this returns
-        self._runtime.memcpyAsync(memory, both.ctypes.data, both.nbytes, self._runtime.memcpyHostToDevice, stream)
         addresses = [0, 0]
-        for at, side in enumerate(needed):
-            addresses[side] = memory + at * ids[side].nbytes
-        return memory, (addresses[0], addresses[1])
+        for side in sides:
+            addresses[side] = memory
+            # from pageable memory: the driver has read it all when this returns
+            size, kind = ids[side].nbytes, self._runtime.memcpyHostToDevice
+            self._runtime.memcpyAsync(memory, ids[side].ctypes.data, size, kind, stream)
+            memory += size
+        return addresses[0], addresses[1]
 
     def _launch(self, function: int, launch: Launch, params: ctypes.Structure, stream: int) -> None:
         args = (ctypes.c_void_p * 1)(ctypes.addressof(params))

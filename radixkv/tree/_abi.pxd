@@ -161,6 +161,18 @@ cdef extern from "radixkv/radixkv.h" nogil:
     const char *rkv_version()
 
 
+cdef extern from "abi_tree.h" nogil:
+    enum:
+        TREE_CONFIG_SIZE "RKV_TREE_CONFIG_SIZE_V1"
+        KEY_SIZE "RKV_KEY_SIZE_V1"
+        MATCH_SIZE "RKV_MATCH_SIZE_V1"
+        INSERT_SIZE "RKV_INSERT_SIZE_V1"
+        FREED_SIZE "RKV_FREED_SIZE_V1"
+        NODE_INFO_SIZE "RKV_NODE_INFO_SIZE_V1"
+        TREE_STATS_SIZE "RKV_TREE_STATS_SIZE_V1"
+        TIER_CHECK_SIZE "RKV_TIER_CHECK_SIZE_V1"
+
+
 cdef extern from "status.h" nogil:
     rkv_status fail "rkv_leaf_fail"(rkv_status status, const char *format, ...)
 
@@ -175,11 +187,20 @@ cdef extern from "compare.h" nogil:
 
 cdef extern from "hash.h" nogil:
     uint64_t mix "rkv_leaf_mix"(uint64_t x)
-    uint32_t child_hash "rkv_leaf_child_hash"(uint32_t parent, const int32_t *tokens, size_t page_size)
+    uint32_t child_hash "rkv_leaf_child_hash"(uint64_t seed, uint32_t parent, const int32_t *tokens, size_t page_size)
     uint64_t namespace_seed "rkv_leaf_namespace_seed"(const uint8_t *bytes, size_t n)
     uint64_t page_chain "rkv_leaf_page_chain"(uint64_t parent, const int32_t *tokens, size_t page_size)
     void store_be64 "rkv_leaf_store_be64"(uint8_t *out, uint64_t x)
     uint64_t load_be64 "rkv_leaf_load_be64"(const uint8_t *bytes)
+
+
+cdef extern from "order.h" nogil:
+    ctypedef struct Entry "rkv_order_entry":
+        uint64_t minor
+        uint32_t major
+        uint32_t node
+    bint before "rkv_order_before"(const Entry *a, const Entry *b)
+    uint32_t first_of_four "rkv_order_first_of_four"(const Entry *siblings)
 
 
 cdef extern from "sync.h" nogil:
@@ -189,7 +210,9 @@ cdef extern from "sync.h" nogil:
     void rwlock_destroy "rkv_rwlock_destroy"(rkv_rwlock *lock)
     void rwlock_read "rkv_lock_shared"(rkv_rwlock *lock)
     void rwlock_write "rkv_lock_exclusive"(rkv_rwlock *lock)
+    bint rwlock_try_write "rkv_try_lock_exclusive"(rkv_rwlock *lock)
     void rwlock_release "rkv_unlock"(rkv_rwlock *lock)
+    uint64_t process_secret "rkv_process_secret"()
     uint64_t unique_id "rkv_unique_id"(const void *address)
     int ctz64 "rkv_lowest_bit"(uint64_t x)
     int log2_32 "rkv_log2"(uint64_t x)

@@ -3,12 +3,12 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 from radixkv.tree._abi cimport (
-    RKV_ERR_INTEGRITY, RKV_ERR_NO_MEMORY, RKV_OK, child_hash, fail, rkv_status, rkv_tier_check,
+    RKV_ERR_INTEGRITY, RKV_ERR_NO_MEMORY, RKV_OK, Entry, before, child_hash, fail, rkv_status, rkv_tier_check,
 )
 from radixkv.tree._memory cimport reallocate
 from radixkv.tree._nodes cimport (
     DEVICE, HASHED, HEAP_ROOT, HOST, LIVE, LOADING, NO_INDEX, NUM_ORDERS, OP_HEAD, ORDER_MASK, ORDER_SHIFT, PENDING, ROOT_NODE,
-    Entry, Node, Order, Tree, before, entry_of, find_child, is_gone, is_protected, is_root, wanted_order,
+    Node, Order, Tree, entry_of, find_child, is_gone, is_protected, is_root, wanted_order,
 )
 from radixkv.tree._store cimport (
     ADD_OK, NO_UNIT, NUM_BINS, PageSet, bin_of, is_edge, pageset_add, pageset_count, pageset_has, pageset_release, unit_key,
@@ -110,7 +110,7 @@ cdef inline rkv_status check_pages(const Tree *t, Audit *a, uint32_t i) noexcept
     cdef uint64_t k
     if not mark_units(t, a, n.start, n.num_pages):
         return broken(b"its pages overlap others in the store", i)
-    if n.key_hash != child_hash(n.parent, unit_key(&t.store, n.start), t.page_size) or \
+    if n.key_hash != child_hash(t.hash_seed, n.parent, unit_key(&t.store, n.start), t.page_size) or \
             find_child(t, n.parent, unit_key(&t.store, n.start), n.key_hash) != i:
         return broken(b"the child table does not find it", i)
     for k in range(n.start, <uint64_t>n.start + n.num_pages):
@@ -203,7 +203,7 @@ cdef inline rkv_status check_totals(const Tree *t, const Audit *a) noexcept nogi
         o = &t.orders[k]
         ordered += o.end - HEAP_ROOT
         for p in range(HEAP_ROOT + 1, o.end):
-            if before(t, &o.entries[p], &o.entries[(p >> 2) + 2]):
+            if before(&o.entries[p], &o.entries[(p >> 2) + 2]):
                 return fail(RKV_ERR_INTEGRITY, b"eviction order %u is out of order at %u", k, p)
     if ordered != a.ordered:
         return fail(RKV_ERR_INTEGRITY, b"eviction orders hold %u entries for %llu nodes", ordered, <unsigned long long>a.ordered)

@@ -4,13 +4,13 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from radixkv.tree._abi cimport (
     RKV_ERR_ARGUMENT, RKV_ERR_LOCK, RKV_ERR_NO_MEMORY, RKV_ERR_STATE, RKV_EVENT_CLEARED, RKV_EVENT_REMOVED,
-    RKV_MEDIUM_DEVICE, RKV_MEDIUM_HOST, RKV_OK, fail, prefetch, rkv_allocator, rkv_backup, rkv_event, rkv_freed, rkv_status,
+    RKV_MEDIUM_DEVICE, RKV_MEDIUM_HOST, RKV_OK, Entry, before, fail, prefetch, rkv_allocator, rkv_backup, rkv_event, rkv_freed, rkv_status,
 )
 from radixkv.tree._events cimport emit, push_event
 from radixkv.tree._memory cimport drop, grow, reallocate
 from radixkv.tree._nodes cimport (
     DEVICE, HARD, HEAP_ROOT, HOST, HOST_LEAF, LIVE, LOADING, NO_INDEX, NUM_ORDERS, OP_HEAD, ORDER_MASK, ORDER_SHIFT, PENDING,
-    ROOT_NODE, SOFT, Entry, Namespace, Node, Order, Pin, Slot, Tree, before, child_changed, drop_root_if_empty, handle_of, is_gone, is_protected,
+    ROOT_NODE, SOFT, Namespace, Node, Order, Pin, Slot, Tree, child_changed, drop_root_if_empty, handle_of, is_gone, is_protected,
     is_root, node_give, order_remove, pin_place, pin_remove, refresh, refresh_if_ordered, set_pending, table_remove,
     unlink_child,
 )
@@ -187,20 +187,24 @@ cdef inline void forget_device(Tree *t, rkv_freed *out, uint32_t i) noexcept nog
 
 
 cdef inline void lose_device(Tree *t, rkv_freed *out, uint32_t i) noexcept nogil:
-    """[device, host]  ->  [host]"""
+    """[device, host]  ->  [host], backup finished if one was pending: in one step, so that the parent never looks less gone than it is."""
+    cdef Node *n = &t.nodes[i]
+    cdef bint was_gone = is_gone(n)
+    if n.flags & PENDING:
+        t.pending -= n.num_pages
     forget_device(t, out, i)
-    t.nodes[i].flags &= ~<uint32_t>DEVICE
+    n.flags &= ~<uint32_t>(DEVICE | PENDING | OP_HEAD)
     refresh(t, i)
-    child_changed(t, t.nodes[i].parent, -1, 0)
+    child_changed(t, n.parent, -1, -1 if was_gone else 0)
 
 
 cdef inline void delete_leaf(Tree *t, rkv_freed *out, uint32_t i) noexcept nogil:
-    """Take a childless node with nothing in flight out of the tree; its pages of both tiers go to the result."""
+    """Take a childless node without pin or lock out of the tree; its pages of both tiers go to the result."""
     cdef Node *n = &t.nodes[i]
     cdef uint32_t parent = n.parent
-    cdef bint was_device = (n.flags & DEVICE) != 0
-    if n.pin_slot:
-        unpin(t, i)
+    cdef bint was_device = (n.flags & DEVICE) != 0, was_gone = is_gone(n)
+    if n.flags & PENDING:
+        t.pending -= n.num_pages
     if was_device:
         forget_device(t, out, i)
     if n.flags & HOST:
@@ -214,7 +218,7 @@ cdef inline void delete_leaf(Tree *t, rkv_freed *out, uint32_t i) noexcept nogil
     node_give(t, i)
     t.num_nodes -= 1
     if was_device:
-        child_changed(t, parent, -1, 0)
+        child_changed(t, parent, -1, -1 if was_gone else 0)
     else:
         refresh(t, parent)
 
@@ -271,7 +275,7 @@ cdef inline uint32_t first_in_order(const Tree *t, bint backup) noexcept nogil:
     cdef const Order *soft = &t.orders[SOFT]
     cdef bint has_hard = hard.end > HEAP_ROOT
     if backup and soft.end > HEAP_ROOT and not (
-            has_hard and before(t, &hard.entries[HEAP_ROOT], &soft.entries[HEAP_ROOT])):
+            has_hard and before(&hard.entries[HEAP_ROOT], &soft.entries[HEAP_ROOT])):
         return soft.entries[HEAP_ROOT].node
     return hard.entries[HEAP_ROOT].node if has_hard else NO_INDEX
 
@@ -382,6 +386,11 @@ cdef inline rkv_status find_operation(const Tree *t, uint32_t i, uint32_t kind, 
     return RKV_OK
 
 
+cdef inline bint may_leave(const Node *n) noexcept nogil:
+    """May a node whose backup found no room be dropped, with its host-only descendants?"""
+    return n.num_device_children == 0 and not is_protected(n) and n.sub_host_ref == 0
+
+
 cdef inline rkv_status finish_backup(Tree *t, uint32_t i, const int32_t *ids, uint64_t num_ids, rkv_freed *out) noexcept nogil:
     """Settle the node and the parts that splits moved above it, from the bottom up.
 
@@ -399,7 +408,7 @@ cdef inline rkv_status finish_backup(Tree *t, uint32_t i, const int32_t *ids, ui
         return fail(RKV_ERR_ARGUMENT, b"finish_backup: %llu host page ids for %llu pages", <unsigned long long>num_ids,
                     <unsigned long long>left)
     freed_begin(t, out)
-    if ids == NULL:
+    if ids == NULL and may_leave(n):
         up = i
         while t.nodes[up].end_page - t.nodes[up].num_pages + left > n.end_page:
             up = t.nodes[up].parent
@@ -416,13 +425,13 @@ cdef inline rkv_status finish_backup(Tree *t, uint32_t i, const int32_t *ids, ui
         left -= n.num_pages
         up = n.parent
         n.op_pages_above = 0
-        set_pending(t, i, False)
-        if n.num_device_children == 0 and not is_protected(n):
-            if ids != NULL:
-                lose_device(t, out, i)
-            elif n.sub_host_ref == 0:
-                delete_below(t, out, i)
-                delete_leaf(t, out, i)
+        if ids != NULL and n.num_device_children == 0 and not is_protected(n):
+            lose_device(t, out, i)
+        elif ids == NULL and may_leave(n):
+            delete_below(t, out, i)
+            delete_leaf(t, out, i)
+        else:
+            set_pending(t, i, False)
         i = up
     drop_root_if_empty(t, root)
     return RKV_OK
@@ -513,9 +522,27 @@ cdef inline rkv_status finish_load(Tree *t, uint32_t i, bint success, rkv_freed 
 
 # ---- deletion --------------------------------------------------------------------------------------------------------
 
+cdef inline void drop_pins(Tree *t, uint32_t top, uint32_t pins) noexcept nogil:
+    """Remove all pins of a subtree in one walk over it and one up from it; what else protects a node there is known to be nothing."""
+    cdef uint32_t i = top
+    cdef Node *n
+    while i != NO_INDEX:
+        n = &t.nodes[i]
+        if n.pin_slot:
+            pin_remove(t, i)
+        if n.pin_ref:
+            t.protected_ -= n.num_pages
+            t.evictable += n.num_pages
+            n.pin_ref = 0
+        i = next_after(t, i, top)
+    if not is_root(t, top):
+        protect_path(t, t.nodes[top].parent, 0, -<int>pins)
+
+
 cdef inline rkv_status prepare_delete(Tree *t, uint32_t top, rkv_freed *out) noexcept nogil:
     """Refuse if anything in the subtree is in use; make room for all its pages; drop its pins."""
     cdef uint64_t in_use = 0, pages = 0, host_pages = 0
+    cdef uint32_t pins = 0
     cdef uint32_t i = top
     cdef const Node *n
     while i != NO_INDEX:
@@ -527,12 +554,15 @@ cdef inline rkv_status prepare_delete(Tree *t, uint32_t top, rkv_freed *out) noe
                 pages += n.num_pages
             if n.flags & HOST:
                 host_pages += n.num_pages
+            pins += n.pin_slot != 0
         i = next_after(t, i, top)
     if in_use:
         return fail(RKV_ERR_LOCK, b"delete: %llu nodes are locked, protected, loading or pending", <unsigned long long>in_use)
     freed_begin(t, out)
     if not freed_reserve(out, pages, host_pages, 0, 0):
         return fail(RKV_ERR_NO_MEMORY, b"delete: no memory for the list of freed pages")
+    if pins:
+        drop_pins(t, top, pins)
     return RKV_OK
 
 

@@ -11,8 +11,8 @@
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 from radixkv.tree._abi cimport (
-    RKV_OK, RKV_POLICY_FIFO, RKV_POLICY_FILO, RKV_POLICY_LFU, RKV_POLICY_MRU, RKV_POLICY_PRIORITY, RKV_POLICY_SLRU,
-    child_hash, mix, prefetch, rkv_allocator, rkv_event, rkv_node, rkv_page_hash_fn, rkv_rwlock,
+    RKV_OK, Entry, RKV_POLICY_FIFO, RKV_POLICY_FILO, RKV_POLICY_LFU, RKV_POLICY_MRU, RKV_POLICY_PRIORITY, RKV_POLICY_SLRU,
+    before, child_hash, first_of_four, mix, prefetch, rkv_allocator, rkv_event, rkv_node, rkv_page_hash_fn, rkv_rwlock,
 )
 from radixkv.tree._memory cimport drop, grow, reallocate, resident
 from radixkv.tree._store cimport (
@@ -40,43 +40,40 @@ cdef enum:
     NO_INDEX = 0
 
 
-cdef struct Node:
+cdef struct Node:                   # two cache lines: a walk needs the first only
     uint32_t start                  # first unit in the store
     uint32_t num_pages
     uint32_t parent                 # index
     uint32_t first_child
     uint32_t next_sibling           # in the free list: the next free slot
     uint32_t prev_sibling
-    uint32_t key_hash               # of (parent, first page): its place in the child table
+    uint32_t flags
     uint32_t end_page               # pages from the root to this node's end
+    uint64_t access
+    uint32_t hit_count
     uint32_t num_device_children    # pending ones too
     uint32_t num_gone_children      # of those, the ones that are as good as gone; see is_gone()
     uint32_t lock_ref               # locks of this node and of all below
-    uint32_t own_locks              # locks of this very node
     uint32_t pin_ref                # pins and loads in this node's subtree, itself included
+    int32_t priority
+    # ---- second line
+    uint64_t created
+    uint32_t key_hash               # of (parent, first page): its place in the child table
+    uint32_t generation
+    uint32_t root                   # index of the namespace's root
+    uint32_t own_locks              # locks of this very node
     uint32_t host_ref
     uint32_t sub_host_ref           # descendants with host_ref > 0
-    uint32_t hit_count
-    int32_t priority
-    uint32_t root                   # index of the namespace's root
     uint32_t op_pages_above         # OP_HEAD: pages of its load or backup that splits moved into nodes above
     uint32_t pin_slot               # place in the pin heap + 1, or 0
-    uint32_t generation
-    uint64_t access
-    uint64_t created
-    uint32_t flags
-
-
-cdef struct Entry:                  # of an eviction order: compared by (major, minor), then younger first
-    uint64_t minor
-    uint32_t major
-    uint32_t node
+    uint32_t spare[6]
 
 
 cdef struct Order:
     Entry *entries                  # from HEAP_ROOT on
     uint64_t capacity
     uint32_t end                    # one past the last entry; HEAP_ROOT when empty
+    uint32_t touched                # highest end so far: what is resident
 
 
 cdef struct Slot:                   # of the child table
@@ -102,6 +99,7 @@ cdef struct Tree:
     rkv_allocator allocator
     uint64_t id_
     uint32_t salt                   # first generation of every slot
+    uint64_t hash_seed              # keys the child table and the namespaces
     uint32_t page_size
     int32_t policy
     bint events_on
@@ -190,6 +188,8 @@ cdef inline bint is_gone(const Node *n) noexcept nogil:
 # ---- eviction orders -------------------------------------------------------------------------------------------------
 
 cdef inline Entry entry_of(const Tree *t, uint32_t i) noexcept nogil:
+    """A node's place in its order. No two candidates are equal: a stamp is on the nodes of one path only (splits included), as is a
+    time of creation, and of a path at most one node is a candidate of each tier. So "ties: the younger first" needs no code."""
     cdef const Node *n = &t.nodes[i]
     cdef Entry e
     e.major = 0
@@ -210,19 +210,11 @@ cdef inline Entry entry_of(const Tree *t, uint32_t i) noexcept nogil:
     return e
 
 
-cdef inline bint before(const Tree *t, const Entry *a, const Entry *b) noexcept nogil:
-    if a.major != b.major:
-        return a.major < b.major
-    if a.minor != b.minor:
-        return a.minor < b.minor
-    return t.nodes[a.node].created > t.nodes[b.node].created
-
-
 cdef inline void sift_up(Tree *t, Order *o, uint32_t p, Entry e) noexcept nogil:
     cdef uint32_t up
     while p > HEAP_ROOT:
         up = (p >> 2) + 2
-        if not before(t, &e, &o.entries[up]):
+        if not before(&e, &o.entries[up]):
             break
         o.entries[p] = o.entries[up]
         t.heap_pos[o.entries[p].node] = p
@@ -231,18 +223,25 @@ cdef inline void sift_up(Tree *t, Order *o, uint32_t p, Entry e) noexcept nogil:
     t.heap_pos[e.node] = p
 
 
+cdef inline uint32_t first_child(const Order *o, uint32_t child) noexcept nogil:
+    """Of the siblings at child .. child + 3 (fewer at the end), the one that leaves first."""
+    cdef uint32_t best = child, c
+    if child + 4 <= o.end:
+        return child + first_of_four(&o.entries[child])
+    for c in range(child + 1, o.end):
+        if before(&o.entries[c], &o.entries[best]):
+            best = c
+    return best
+
+
 cdef inline void sift_down(Tree *t, Order *o, uint32_t p, Entry e) noexcept nogil:
-    cdef uint32_t child, last, best, c
+    cdef uint32_t child, best
     while True:
         child = 4 * p - 8
         if child >= o.end:
             break
-        last = child + 4 if child + 4 < o.end else o.end
-        best = child
-        for c in range(child + 1, last):
-            if before(t, &o.entries[c], &o.entries[best]):
-                best = c
-        if not before(t, &o.entries[best], &e):
+        best = first_child(o, child)
+        if not before(&o.entries[best], &e):
             break
         o.entries[p] = o.entries[best]
         t.heap_pos[o.entries[p].node] = p
@@ -255,19 +254,15 @@ cdef inline void sift_from_top(Tree *t, Order *o, Entry e) noexcept nogil:
     """Fill the hole at the top with what was the last entry. That one almost always belongs near the bottom: so follow the
     smallest children all the way down first, without comparing with e, then let e rise. The next level's four cache lines are
     asked for before this level is compared, which is most of the cost in a heap larger than the cache."""
-    cdef uint32_t p = HEAP_ROOT, child, last, best, c
+    cdef uint32_t p = HEAP_ROOT, child, best, c
     while True:
         child = 4 * p - 8
         if child >= o.end:
             break
-        last = child + 4 if child + 4 < o.end else o.end
         if 4 * child - 8 < o.end:
             for c in range(4):
                 prefetch(&o.entries[4 * (child + c) - 8])
-        best = child
-        for c in range(child + 1, last):
-            if before(t, &o.entries[c], &o.entries[best]):
-                best = c
+        best = first_child(o, child)
         o.entries[p] = o.entries[best]
         t.heap_pos[o.entries[p].node] = p
         p = best
@@ -276,7 +271,7 @@ cdef inline void sift_from_top(Tree *t, Order *o, Entry e) noexcept nogil:
 
 cdef inline void order_place(Tree *t, Order *o, uint32_t p, Entry e) noexcept nogil:
     """Put an entry at a hole, then up or down to where it belongs."""
-    if p > HEAP_ROOT and before(t, &e, &o.entries[(p >> 2) + 2]):
+    if p > HEAP_ROOT and before(&e, &o.entries[(p >> 2) + 2]):
         sift_up(t, o, p, e)
     else:
         sift_down(t, o, p, e)
@@ -324,6 +319,8 @@ cdef inline void refresh(Tree *t, uint32_t i) noexcept nogil:
     o = &t.orders[wanted - 1]
     if now != wanted:
         o.end += 1
+        if o.end > o.touched:
+            o.touched = o.end
         sift_up(t, o, o.end - 1, entry_of(t, i))
     else:
         order_place(t, o, t.heap_pos[i], entry_of(t, i))
@@ -557,7 +554,7 @@ cdef inline uint32_t split(Tree *t, uint32_t i, uint32_t pages) noexcept nogil:
     n.num_pages -= pages
     n.parent = u
     n.prev_sibling = n.next_sibling = NO_INDEX
-    n.key_hash = child_hash(u, unit_key(&t.store, n.start), t.page_size)
+    n.key_hash = child_hash(t.hash_seed, u, unit_key(&t.store, n.start), t.page_size)
     if n.flags & OP_HEAD:
         n.op_pages_above += pages
     table_insert(t, i)
@@ -567,16 +564,16 @@ cdef inline uint32_t split(Tree *t, uint32_t i, uint32_t pages) noexcept nogil:
 
 # ---- namespaces ------------------------------------------------------------------------------------------------------
 
-cdef inline uint64_t hash_name(const uint8_t *name, uint64_t n) noexcept nogil:
-    cdef uint64_t h = <uint64_t>0x2545f4914f6cdd1d ^ n, word, i = 0
+cdef inline uint64_t hash_name(const Tree *t, const uint8_t *name, uint64_t n) noexcept nogil:
+    cdef uint64_t h = mix(t.hash_seed ^ n), word, i = 0
     while i + 8 <= n:
         memcpy(&word, name + i, 8)
-        h = mix(h ^ word)
+        h = mix(h ^ word) + t.hash_seed
         i += 8
     if i < n:
         word = 0
         memcpy(&word, name + i, n - i)
-        h = mix(h ^ word)
+        h = mix(h ^ word) + t.hash_seed
     return mix(h)
 
 
@@ -742,9 +739,9 @@ cdef inline uint64_t tree_memory(const Tree *t) noexcept nogil:
     total += pageset_memory(&t.device_ids) + pageset_memory(&t.host_ids)
     total += resident(<uint64_t>t.node_end * sizeof(Node)) + resident(<uint64_t>t.node_end * 4)
     for k in range(NUM_ORDERS):
-        total += resident(<uint64_t>t.orders[k].end * sizeof(Entry))
+        total += resident(<uint64_t>t.orders[k].touched * sizeof(Entry))
     total += resident(t.table_capacity * sizeof(Slot)) + t.space_table_capacity * 4 + t.name_memory
-    total += t.space_capacity * sizeof(Namespace) + t.num_pins * sizeof(Pin) + t.path_capacity * 4
+    total += t.space_capacity * sizeof(Namespace) + t.pin_capacity * sizeof(Pin) + t.path_capacity * 4
     total += resident(t.event_capacity * sizeof(rkv_event))
     total += resident(t.event_token_capacity * 4 * t.page_size)
     return total

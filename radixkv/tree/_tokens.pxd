@@ -12,7 +12,8 @@ from cpython.long cimport PyLong_AsLongLong
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from radixkv.errors import ArgumentTypeError, TokenRangeError
+from libc.string cimport memcpy
+from radixkv.errors import AllocationError, ArgumentTypeError, TokenRangeError
 
 cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
@@ -38,7 +39,7 @@ cdef inline void release_tokens(TokenView *v) noexcept:
 cdef inline int32_t *own(TokenView *v, size_t n) except NULL:
     v.owned = <int32_t *>malloc(4 * n if n else 4)
     if v.owned == NULL:
-        raise MemoryError
+        raise AllocationError(f"no memory for {n} tokens")
     v.data = v.owned
     v.n = n
     return v.owned
@@ -54,32 +55,30 @@ cdef inline int narrow_items(TokenView *v, const char *data, size_t n, Py_ssize_
     cdef size_t i
     cdef int64_t x
     cdef uint64_t bad = 0
-    if itemsize == 4 and signed_:
-        for i in range(n):
-            out[i] = (<const int32_t *>(data + <Py_ssize_t>i * stride))[0]
-        return 0
     if itemsize == 4:
         for i in range(n):
-            out[i] = (<const int32_t *>(data + <Py_ssize_t>i * stride))[0]
-            bad |= out[i] < 0
+            memcpy(&out[i], data + <Py_ssize_t>i * stride, 4)       # may be unaligned
+            bad |= out[i] < 0 and not signed_
     elif stride == 8 and signed_:
         for i in range(n):
-            x = (<const int64_t *>data)[i]
+            memcpy(&x, data + i * 8, 8)
             out[i] = <int32_t>x
             bad |= out[i] != x
     else:
         for i in range(n):
-            x = (<const int64_t *>(data + <Py_ssize_t>i * stride))[0]
+            memcpy(&x, data + <Py_ssize_t>i * stride, 8)
             out[i] = <int32_t>x
             bad |= out[i] != x or (x < 0 and not signed_)
     if bad:
         for i in range(n):
             if itemsize == 4 and out[i] < 0:
-                out_of_range((<const uint32_t *>(data + <Py_ssize_t>i * stride))[0], i)
-            if itemsize == 8 and not signed_ and (<const uint64_t *>(data + <Py_ssize_t>i * stride))[0] > 0x7fffffff:
-                out_of_range((<const uint64_t *>(data + <Py_ssize_t>i * stride))[0], i)
-            if itemsize == 8 and signed_ and (<const int64_t *>(data + <Py_ssize_t>i * stride))[0] != out[i]:
-                out_of_range((<const int64_t *>(data + <Py_ssize_t>i * stride))[0], i)
+                out_of_range(<uint32_t>out[i], i)
+            if itemsize == 8:
+                memcpy(&x, data + <Py_ssize_t>i * stride, 8)
+                if not signed_ and <uint64_t>x > 0x7fffffff:
+                    out_of_range(<uint64_t>x, i)
+                if signed_ and out[i] != x:
+                    out_of_range(x, i)
     return 0
 
 
@@ -148,7 +147,7 @@ cdef inline int read_buffer(object tokens, TokenView *v) except -1:
         raise ArgumentTypeError(f"a buffer of 4- or 8-byte integers is needed, not format {(<bytes>v.buffer.format).decode()!r}")
     signed_ = format_[0] in b"ilq"
     stride = v.buffer.strides[0] if v.buffer.strides != NULL else v.buffer.itemsize     # ctypes arrays give no strides
-    if v.buffer.itemsize == 4 and stride == 4:
+    if v.buffer.itemsize == 4 and stride == 4 and <size_t>v.buffer.buf % 4 == 0:
         if signed_:
             v.data = <const int32_t *>v.buffer.buf
             v.n = v.buffer.shape[0]

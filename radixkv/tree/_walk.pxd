@@ -72,7 +72,7 @@ cdef inline void walk_down(Tree *t, Walk *w, const int32_t *tokens, uint64_t pag
         if child == NO_INDEX:
             return
         if t.nodes[child].next_sibling != NO_INDEX:
-            child = find_child(t, w.node, rest, child_hash(w.node, rest, P))
+            child = find_child(t, w.node, rest, child_hash(t.hash_seed, w.node, rest, P))
             if child == NO_INDEX:
                 return
         node = &t.nodes[child]
@@ -126,8 +126,8 @@ cdef inline bint path_equals(const Tree *t, uint32_t i, const int32_t *tokens) n
     return True
 
 
-cdef inline uint64_t namespace_id(const rkv_key *key) noexcept nogil:
-    return hash_name(<const uint8_t *>key.ns, key.ns_bytes)
+cdef inline uint64_t namespace_id(const Tree *t, const rkv_key *key) noexcept nogil:
+    return hash_name(t, <const uint8_t *>key.ns, key.ns_bytes)
 
 
 cdef inline void walk(Tree *t, Walk *w, const rkv_key *key, uint64_t space) noexcept nogil:
@@ -199,14 +199,14 @@ cdef inline rkv_status finish_match(Tree *t, Walk *w, uint64_t space, int32_t *p
 
 cdef inline rkv_status match(Tree *t, const rkv_key *key, int32_t *page_ids, rkv_match *out) noexcept nogil:
     cdef Walk w
-    cdef uint64_t space = namespace_id(key)
+    cdef uint64_t space = namespace_id(t, key)
     walk(t, &w, key, space)
     return finish_match(t, &w, space, page_ids, out)
 
 
 cdef inline void peek(Tree *t, const rkv_key *key, int32_t *page_ids, rkv_match *out) noexcept nogil:
     cdef Walk w
-    cdef uint64_t space = namespace_id(key)
+    cdef uint64_t space = namespace_id(t, key)
     walk(t, &w, key, space)
     if page_ids != NULL and w.pages:
         collect_ids(t, &w, page_ids)
@@ -218,7 +218,7 @@ cdef inline rkv_status match_extend(Tree *t, const rkv_match *prior, const rkv_k
     """Stand at the end of the earlier hit and walk on with the tokens that follow it."""
     cdef Walk w
     cdef uint32_t i
-    cdef uint64_t hit = <uint64_t>(prior.num_tokens + prior.host_num_tokens), space = namespace_id(more)
+    cdef uint64_t hit = <uint64_t>(prior.num_tokens + prior.host_num_tokens), space = namespace_id(t, more)
     if prior.tree_id != t.id_:
         return fail(RKV_ERR_HANDLE, b"match_extend: the match is of another tree")
     if prior.namespace_id != space:
@@ -230,6 +230,8 @@ cdef inline rkv_status match_extend(Tree *t, const rkv_match *prior, const rkv_k
         if i == NO_INDEX:
             return fail(RKV_ERR_HANDLE, b"match_extend: the match's last node (%#llx) has left the tree; match again",
                         <unsigned long long>prior.host_node)
+        if t.nodes[i].root != w.root:
+            return fail(RKV_ERR_ARGUMENT, b"match_extend: the match is of another namespace")
         if t.nodes[i].end_page * <uint64_t>t.page_size != hit:
             return fail(RKV_ERR_ARGUMENT, b"match_extend: the match ends inside a node (%llu of %llu tokens): it is a peek's",
                         <unsigned long long>hit, <unsigned long long>t.nodes[i].end_page * t.page_size)
@@ -421,13 +423,6 @@ cdef inline rkv_status claim_insert(Tree *t, const Adding *a) noexcept nogil:
     return claim_failed(verdict, b"insert", culprit)
 
 
-cdef inline void release_claims(Tree *t, const Adding *a) noexcept nogil:
-    """Undo the whole of claim_insert."""
-    cdef uint64_t undone = 0
-    cdef int32_t culprit = 0
-    claim_path(t, a, &undone, <uint64_t>-1, True, &culprit)
-
-
 cdef inline rkv_status reserve_insert(Tree *t, Adding *a, uint64_t space) noexcept nogil:
     """Everything that can fail for lack of memory, before anything changes."""
     cdef Walk *w = &a.walk
@@ -542,7 +537,7 @@ cdef inline void add_tail(Tree *t, Adding *a) noexcept nogil:
     n.access = n.created = t.clock
     n.hit_count = 1 if a.tier == DEVICE else 0
     memcpy(unit_key(&t.store, n.start), tokens, 4 * <size_t>pages * t.page_size)
-    n.key_hash = child_hash(w.node, tokens, t.page_size)
+    n.key_hash = child_hash(t.hash_seed, w.node, tokens, t.page_size)
     link_child(t, w.node, i)
     table_insert(t, i)
     t.num_nodes += 1
@@ -592,7 +587,7 @@ cdef inline rkv_status insert(Tree *t, const rkv_key *key, const int32_t *ids, u
                                [c d]    [x y]   the tail
     """
     cdef Adding a
-    cdef uint64_t space = namespace_id(key)
+    cdef uint64_t space = namespace_id(t, key)
     cdef rkv_status status
     a.key = key
     a.ids = ids

@@ -26,11 +26,11 @@ from ..key import NamespacePart
 from ..types import BackupRequest, Event, NodeInfo, PageIds, TreeStats
 
 Tokens: TypeAlias = Any
-"""int32/uint32/int64/uint64 numpy arrays (any strides), ``array.array``, any buffer of those item types, torch CPU tensors of
-int32/int64, lists and tuples of ints (of anything with ``__index__`` but bool). One-dimensional, native byte order.
-Values must fit int32 (negative ids are allowed), those of an ignored tail too.
-Raises ArgumentTypeError (float, bool, int8..int16, str, bytes, None, range and other sequences, more than one dimension,
-a tensor on a device) or TokenRangeError."""
+"""int32/uint32/int64/uint64 numpy arrays (any strides), ``array.array``, any buffer of those item types, torch CPU
+tensors of int32/int64, lists and tuples of ints (of anything with ``__index__`` but bool). One-dimensional, native
+byte order. Values must fit int32 (negative ids are allowed), those of an ignored tail too.
+Raises ArgumentTypeError (float, bool, int8..int16, str, bytes, None, range and other sequences, more than one
+dimension, a tensor on a device) or TokenRangeError."""
 
 
 class MatchResult(Protocol):
@@ -60,7 +60,8 @@ class MatchResult(Protocol):
 
 
 class InsertResult(Protocol):
-    """What insert did. ``duplicate_page_ids`` stay with the caller; every other id of the call now belongs to the tree."""
+    """What insert did. ``duplicate_page_ids`` stay with the caller; every other id of the call now belongs to the
+    tree."""
 
     @property
     def prefix_tokens(self) -> int:
@@ -96,7 +97,8 @@ class EvictResult(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """evict, finish_backup, delete, delete_namespace, reset: tokens freed on the device, = page_size * len(page_ids).
+        """evict, finish_backup, delete, delete_namespace, reset: tokens freed on the device, = page_size *
+        len(page_ids).
         evict_host: tokens freed on the host, = page_size * len(host_page_ids)."""
 
     @property
@@ -118,16 +120,17 @@ class BaseRadixTree(ABC):
     Args:
         page_size: tokens a page, 1 .. 65,536.
         policy: eviction order, smallest first. lru: access. lfu: (hits, access). fifo: created. mru: -access.
-            filo: -created. priority: (priority, access). slru: (hits >= 2, access). Ties: the younger node (later created) first.
+            filo: -created. priority: (priority, access). slru: (hits >= 2, access). Ties: the younger node (later
+            created) first.
         events: record a KV event for each page that enters or leaves a tier.
         max_events: bound of the event queue, in events; beyond it events are dropped and counted. A consumer that sees
             ``dropped_events`` grow must read ``dump()`` afresh.
 
-    Every method leaves the tree exactly as it was if it raises (no tick either). Handles: an unknown, stale or foreign one
-    raises HandleError, as does an int outside 64 bits; what is no int at all, ArgumentTypeError. ROOT: lock, unlock, unpin,
-    protect_host and release_host do nothing (0), page_keys and page_digests are empty, all else raises InvalidArgumentError.
-    Int arguments outside int64 (priority: int32) raise InvalidArgumentError, what is no int ArgumentTypeError; a ``match``
-    that is no match result ArgumentTypeError, too.
+    Every method leaves the tree exactly as it was if it raises (no tick either). Handles: an unknown, stale or foreign
+    one raises HandleError, as does an int outside 64 bits; what is no int at all, ArgumentTypeError. ROOT: lock,
+    unlock, unpin, protect_host and release_host do nothing (0), page_keys and page_digests are empty, all else raises
+    InvalidArgumentError. Int arguments outside int64 (priority: int32) raise InvalidArgumentError, what is no int
+    ArgumentTypeError; a ``match`` that is no match result ArgumentTypeError, too.
     Namespaces: see ``key.encode_namespace``. Counts are in tokens; a tail shorter than a page is ignored in every key.
     """
 
@@ -139,8 +142,9 @@ class BaseRadixTree(ABC):
     def match(self, tokens: Tokens, extra_key: NamespacePart = None, cache_salt: NamespacePart = None) -> MatchResult:
         """Find the longest cached prefix and stamp its path.
 
-        Splits the node in which the hit ends (on either tier), so that device_node's path is exactly num_tokens long and
-        host_node's exactly num_tokens + host_num_tokens. Nothing found, or an unknown namespace: 0 tokens and ROOT; nothing is created.
+        Splits the node in which the hit ends (on either tier), so that device_node's path is exactly num_tokens long
+        and host_node's exactly num_tokens + host_num_tokens. Nothing found, or an unknown namespace: 0 tokens and
+        ROOT; nothing is created.
         Modifies: access times, and at most two splits.
         """
 
@@ -160,10 +164,12 @@ class BaseRadixTree(ABC):
 
     @abstractmethod
     def match_extend(self, match: MatchResult, tokens: Tokens) -> MatchResult:
-        """Go on from an earlier match: the result is that of match(key + tokens), ``key`` being the whole hit of ``match``.
+        """Go on from an earlier match: the result is that of match(key + tokens), ``key`` being the whole hit of
+        ``match``.
 
-        *Decided*: ``tokens`` are only those *after* the hit (num_tokens + host_num_tokens). The prefix is not compared again, and
-        cannot be the wrong one, because host_node names it. Its page ids are read afresh (they may have moved between tiers).
+        *Decided*: ``tokens`` are only those *after* the hit (num_tokens + host_num_tokens). The prefix is not compared
+        again, and cannot be the wrong one, because host_node names it. Its page ids are read afresh (they may have
+        moved between tiers).
         Raises: HandleError if host_node has left the tree since (match again) or ``match`` is of another tree;
             InvalidArgumentError if ``match`` came from peek and ends inside a node.
         """
@@ -181,10 +187,10 @@ class BaseRadixTree(ABC):
     ) -> InsertResult:
         """Insert a key with its device pages; the tree takes ownership of all ids but the duplicates that it returns.
 
-        Walks the key. On a node with device pages: counted in prefix_tokens, hit_count + 1, ids that differ from the tree's are
-        duplicates. On a host-only node: it adopts the caller's ids, keeps its host pages, is not counted, its hit_count stays. If the key
-        ends or diverges inside a node the node is split first. The rest becomes one new node (hit_count 1). Every node of the
-        path is stamped and its priority raised to at least ``priority``.
+        Walks the key. On a node with device pages: counted in prefix_tokens, hit_count + 1, ids that differ from the
+        tree's are duplicates. On a host-only node: it adopts the caller's ids, keeps its host pages, is not counted,
+        its hit_count stays. If the key ends or diverges inside a node the node is split first. The rest becomes one
+        new node (hit_count 1). Every node of the path is stamped and its priority raised to at least ``priority``.
 
         Args:
             page_ids: exactly len(tokens) // page_size non-negative int32 ids, for the whole key, with ``match`` too.
@@ -192,11 +198,13 @@ class BaseRadixTree(ABC):
                 a stale one costs a full walk.
             priority: int32.
         Raises:
-            InvalidArgumentError: a wrong number of ids, a negative id, ``match`` of another namespace or longer than the key.
+            InvalidArgumentError: a wrong number of ids, a negative id, ``match`` of another namespace or longer than
+            the key.
             HandleError: ``match`` of another tree.
-            PageOwnershipError: an id that the tree owns at another place (among the duplicates too: freeing one of those would
-                free a page in use), or that appears twice in page_ids.
-        *Decided*: the equal-id case is judged by position: an id equal to the tree's at the same page is simply that page.
+            PageOwnershipError: an id that the tree owns at another place (among the duplicates too: freeing one of
+                those would free a page in use), or that appears twice in page_ids.
+        *Decided*: the equal-id case is judged by position: an id equal to the tree's at the same page is simply that
+        page.
         """
 
     @abstractmethod
@@ -211,9 +219,9 @@ class BaseRadixTree(ABC):
     ) -> InsertHostResult:
         """Insert pages that exist on the host only (prefetched from storage).
 
-        Nodes that exist stay as they are, on either tier (*Decided*: a device node without host copy does not adopt one; its
-        ids come back as duplicates). The rest becomes one new host-only node with hit_count 0. Stamps the path and raises
-        priorities, as insert does; hit counts do not change. Arguments and errors as for insert.
+        Nodes that exist stay as they are, on either tier (*Decided*: a device node without host copy does not adopt
+        one; its ids come back as duplicates). The rest becomes one new host-only node with hit_count 0. Stamps the
+        path and raises priorities, as insert does; hit counts do not change. Arguments and errors as for insert.
         """
 
     # ---- protection --------------------------------------------------------------------------------------------------
@@ -229,15 +237,16 @@ class BaseRadixTree(ABC):
         """Undo one lock of this very node. Returns the change of evictable_tokens (>= 0).
 
         *Decided*: unlocking an ancestor of what was locked is an error. It would take the lock of whoever holds the
-        descendant, whose own unlock would then fail, so that its pages could never be freed. After a split the locks are
-        the lower part's.
-        Raises: LockError if each lock of the node is one of a node below (lock_ref - sum of its children's lock_ref is 0);
-            StateError if host-only.
+        descendant, whose own unlock would then fail, so that its pages could never be freed. After a split the locks
+        are the lower part's.
+        Raises: LockError if each lock of the node is one of a node below (lock_ref - sum of its children's lock_ref is
+            0); StateError if host-only.
         """
 
     @abstractmethod
     def protect_host(self, node: int) -> None:
-        """Keep this node's host pages (this node, not the path): host_ref + 1. Raises: StateError without a host copy."""
+        """Keep this node's host pages (this node, not the path): host_ref + 1. Raises: StateError without a host
+        copy."""
 
     @abstractmethod
     def release_host(self, node: int) -> None:
@@ -249,7 +258,8 @@ class BaseRadixTree(ABC):
 
         A second pin replaces the time. A split leaves the pin on the lower part. *Decided*: ``delete``,
         ``reset`` and a failed load override pins.
-        Returns: change of evictable_tokens (<= 0). Raises: StateError if host-only; InvalidArgumentError for ROOT or until_ns outside int64.
+        Returns: change of evictable_tokens (<= 0). Raises: StateError if host-only; InvalidArgumentError for ROOT or
+        until_ns outside int64.
         """
 
     @abstractmethod
@@ -265,17 +275,18 @@ class BaseRadixTree(ABC):
     def evict(self, num_tokens: int, backup: bool = False) -> EvictResult:
         """Free device pages, whole leaves in policy order, until num_tokens are freed. Freeing fewer is an answer.
 
-        Candidate: on the device, not locked, pinned, loading or pending, no child on the device. With a host copy the node
-        becomes host-only. Without one it is deleted together with its descendants, all host-only, whose host pages are
-        returned; but if a descendant has host_ref > 0 it is no candidate (nor with backup=True: its backup could not be
-        dropped). A parent that becomes a candidate joins the order.
+        Candidate: on the device, not locked, pinned, loading or pending, no child on the device. With a host copy the
+        node becomes host-only. Without one it is deleted together with its descendants, all host-only, whose host
+        pages are returned; but if a descendant has host_ref > 0 it is no candidate (nor with backup=True: its backup
+        could not be dropped). A parent that becomes a candidate joins the order.
 
-        backup=True: a candidate without host copy is marked pending instead of deleted and listed in to_backup. It is not counted in
-        num_tokens. *Decided*: it does count towards when to stop (freed + newly pending >= num_tokens), else any call would
-        list the whole tree. A node without host
-        copy whose device descendants are *all* pending is a candidate too, so a chain is listed children first (also one
-        that opens up because the last device node below a pending one left in this very call). *Decided*: a node *with* a host copy waits until its pending children have really left,
-        because device-resident nodes are closed under parent. Pending nodes still match and can be locked.
+        backup=True: a candidate without host copy is marked pending instead of deleted and listed in to_backup. It is
+        not counted in num_tokens. *Decided*: it does count towards when to stop (freed + newly pending >= num_tokens),
+        else any call would list the whole tree. A node without host
+        copy whose device descendants are *all* pending is a candidate too, so a chain is listed children first (also
+        one that opens up because the last device node below a pending one left in this very call). *Decided*: a node
+        *with* a host copy waits until its pending children have really left, because device-resident nodes are closed
+        under parent. Pending nodes still match and can be locked.
 
         Raises: InvalidArgumentError if num_tokens < 0.
         """
@@ -284,27 +295,29 @@ class BaseRadixTree(ABC):
     def finish_backup(self, node: int, host_page_ids: Tokens | None) -> EvictResult:
         """Settle one entry of to_backup, in the order of the list.
 
-        With ids (one a page of the BackupRequest): the node gets its host copy, and its device pages are freed, unless it was locked or
-        pinned meanwhile or has device children (then both stay). None = no room: the node is dropped with its host-only descendants,
-        unless it is locked, pinned, has device children, or a descendant has host_ref > 0 (then it stays as it was before).
-        If the node was split meanwhile the parts are settled together, the lower first, each by these rules; ids are in key order
-        of the original node; call it with the handle from the BackupRequest.
+        With ids (one a page of the BackupRequest): the node gets its host copy, and its device pages are freed, unless
+        it was locked or pinned meanwhile or has device children (then both stay). None = no room: the node is dropped
+        with its host-only descendants, unless it is locked, pinned, has device children, or a descendant has host_ref
+        > 0 (then it stays as it was before). If the node was split meanwhile the parts are settled together, the lower
+        first, each by these rules; ids are in key order of the original node; call it with the handle from the
+        BackupRequest.
 
-        Raises: StateError if not pending (or only the split-off upper part of a pending node); InvalidArgumentError for a wrong number of ids
-        or a negative one; PageOwnershipError as insert.
+        Raises: StateError if not pending (or only the split-off upper part of a pending node); InvalidArgumentError
+        for a wrong number of ids or a negative one; PageOwnershipError as insert.
         """
 
     @abstractmethod
     def evict_host(self, num_tokens: int) -> EvictResult:
-        """Free host pages of host-only leaves (no children, host_ref 0) in policy order until num_tokens are freed; they leave the tree."""
+        """Free host pages of host-only leaves (no children, host_ref 0) in policy order until num_tokens are freed;
+        they leave the tree."""
 
     @abstractmethod
     def set_host(self, node: int, host_page_ids: Tokens) -> None:
         """Record a finished write-through: the last len(host_page_ids) pages of the node's path now have a host copy.
 
-        More ids than the node has pages cover ancestors too (the node was split while the copy ran); the range must end at a node
-        boundary. Raises: InvalidArgumentError if it does not, or is empty, for ROOT, or a negative id; StateError if a covered node
-        has a host copy already, is host-only, or pending; PageOwnershipError as insert.
+        More ids than the node has pages cover ancestors too (the node was split while the copy ran); the range must
+        end at a node boundary. Raises: InvalidArgumentError if it does not, or is empty, for ROOT, or a negative id;
+        StateError if a covered node has a host copy already, is host-only, or pending; PageOwnershipError as insert.
         """
 
     @abstractmethod
@@ -312,26 +325,29 @@ class BaseRadixTree(ABC):
         """Load back: give a host-only node device pages (one id a page of the node). Its parent must be on the device.
 
         loading=True: the copy is still in flight. Until finish_load the node and its path count as protected.
-        Raises: StateError if on the device already or the parent is host-only; InvalidArgumentError for a wrong number of ids or a
-        negative one; PageOwnershipError as insert.
+        Raises: StateError if on the device already or the parent is host-only; InvalidArgumentError for a wrong number
+        of ids or a negative one; PageOwnershipError as insert.
         """
 
     @abstractmethod
     def finish_load(self, node: int, success: bool = True) -> EvictResult:
         """End a load begun with set_device(loading=True); call it with that handle, splits since then included.
 
-        success=False: the node, and what was split from it, is host-only again and its device pages are returned, the lower
-        part's first; pins on it are removed.
-        Raises: StateError if not loading (or only the split-off upper part); LockError on failure if a part is locked or has other children
+        success=False: the node, and what was split from it, is host-only again and its device pages are returned, the
+        lower part's first; pins on it are removed.
+        Raises: StateError if not loading (or only the split-off upper part); LockError on failure if a part is locked
+        or has other children
         on the device: somebody uses pages that never arrived.
         """
 
     # ---- structure ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def split_at(self, node: int, num_tokens: int) -> int:
-        """Split a node so that its first num_tokens become a new upper node; returns the upper one. The handle stays with the rest.
+        """Split a node so that its first num_tokens become a new upper node; returns the upper one. The handle stays
+        with the rest.
 
-        The upper node copies lock_ref, hit_count, priority, times, loading and pending; host_ref and the pin stay below.
+        The upper node copies lock_ref, hit_count, priority, times, loading and pending; host_ref and the pin stay
+        below.
         Raises: InvalidArgumentError unless 0 < num_tokens < the node's own tokens and a multiple of page_size.
         """
 
@@ -352,8 +368,9 @@ class BaseRadixTree(ABC):
         """Drop everything, locked or not; returns the pages of both tiers. Every handle becomes stale.
         The clock and the statistics (dropped_events, too) restart.
 
-        *Decided*: an in-flight backup's device pages are among the returned ones; its finish_backup then raises HandleError and the
-        host pages of that call stay with the caller. Queued events are dropped (and not counted), one "cleared" is queued.
+        *Decided*: an in-flight backup's device pages are among the returned ones; its finish_backup then raises
+        HandleError and the host pages of that call stay with the caller. Queued events are dropped (and not counted),
+        one "cleared" is queued.
         """
 
     # ---- events, hashes, inspection ----------------------------------------------------------------------------------
@@ -362,8 +379,8 @@ class BaseRadixTree(ABC):
         """Drain the queue, oldest first. Raises: InvalidArgumentError if max_events < 0.
 
         Order within an operation: parents are stored before children, children removed before parents (so within a node
-        stored in key order, removed in reverse). What is stored comes before what is removed; a node that leaves both tiers
-        leaves the device first. "removed" has its parent_key, too; "cleared" has key 0.
+        stored in key order, removed in reverse). What is stored comes before what is removed; a node that leaves both
+        tiers leaves the device first. "removed" has its parent_key, too; "cleared" has key 0.
         """
 
     @abstractmethod
@@ -372,7 +389,8 @@ class BaseRadixTree(ABC):
 
     @abstractmethod
     def page_digests(self, node: int) -> npt.NDArray[np.uint8]:
-        """The chained digests of the node's own pages, uint8 [pages, digest_bytes]. The default is a 64-bit chain, for look-up only:
+        """The chained digests of the node's own pages, uint8 [pages, digest_bytes]. The default is a 64-bit chain, for
+        look-up only:
 
         mix(x) = three rounds x ^= x >> 32, with x *= 0xd6e8feb86659fd93 between them (mod 2**64).
         Seed: h = 0x9e3779b97f4a7c15; for each byte of the namespace encoding h = (h ^ byte) * 0x100000001b3; mix(h).
@@ -408,9 +426,10 @@ class BaseRadixTree(ABC):
     @abstractmethod
     def check_integrity(self, capacity: int | None = None, free_page_ids: Tokens | None = None,
                         host_capacity: int | None = None, free_host_page_ids: Tokens | None = None) -> None:
-        """Verify every invariant from scratch, O(tree): structure, counters, lock and pin counts, candidate order, page id uniqueness.
+        """Verify every invariant from scratch, O(tree): structure, counters, lock and pin counts, candidate order,
+        page id uniqueness.
 
         With a capacity (in pages) and the free page ids of that tier: also that tree and free ids are disjoint and that
-        tree + free = capacity (pass what is in flight as free). Raises: IntegrityError naming the first broken invariant;
-        InvalidArgumentError for free ids without a capacity.
+        tree + free = capacity (pass what is in flight as free). Raises: IntegrityError naming the first broken
+        invariant; InvalidArgumentError for free ids without a capacity.
         """

@@ -6,7 +6,8 @@ _walk (match, insert), _evict (protection, eviction, tiers, deletion), _check (i
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from cpython.pycapsule cimport PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_New, PyCapsule_SetContext
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -22,7 +23,7 @@ from radixkv.tree._evict cimport (
 from radixkv.tree._events cimport ensure_hashed, page_key
 from radixkv.tree._memory cimport drop, reallocate, resident
 from radixkv.tree._nodes cimport (
-    DEVICE, HEAP_ROOT, HOST, LIVE, LOADING, NO_INDEX, NUM_ORDERS, PENDING, ROOT_NODE, Entry, Namespace, Node, Order, Pin, Slot,
+    DEVICE, HEAP_ROOT, HOST, LIVE, LOADING, NO_INDEX, NUM_ORDERS, PENDING, ROOT_NODE, Namespace, Node, Order, Pin, Slot,
     Tree, find_root, handle_of, hash_name, index_of, nodes_reserve, split, tree_memory,
 )
 from radixkv.tree._store cimport MAX_UNITS, NO_UNIT, pageset_release, store_init, store_release, unit_digest, unit_key
@@ -39,7 +40,7 @@ cdef enum:
 
 
 cdef bint bad_key(const Tree *t, const rkv_key *key) noexcept nogil:
-    if key == NULL or key.struct_size < sizeof(rkv_key) or (key.ns == NULL and key.ns_bytes > 0) or \
+    if key == NULL or key.struct_size < KEY_SIZE or (key.ns == NULL and key.ns_bytes > 0) or \
             (key.tokens == NULL and key.num_tokens > 0) or key.num_tokens // t.page_size > MAX_UNITS:
         fail(RKV_ERR_ARGUMENT, b"a key with a NULL, a short struct_size or more than %d pages", <int>MAX_UNITS)
         return True
@@ -47,7 +48,7 @@ cdef bint bad_key(const Tree *t, const rkv_key *key) noexcept nogil:
 
 
 cdef bint bad_match(const rkv_match *m) noexcept nogil:
-    if m == NULL or m.struct_size < sizeof(rkv_match) or m.num_tokens < 0 or m.host_num_tokens < 0 or \
+    if m == NULL or m.struct_size < MATCH_SIZE or m.num_tokens < 0 or m.host_num_tokens < 0 or \
             m.num_tokens > INT64_MAX - m.host_num_tokens:
         fail(RKV_ERR_ARGUMENT, b"a match that is NULL, has a short struct_size or negative counts")
         return True
@@ -62,7 +63,7 @@ cdef bint bad_out(const void *out, uint32_t struct_size, size_t needed) noexcept
 
 
 cdef bint bad_freed(const rkv_freed *out) noexcept nogil:
-    return bad_out(out, out.struct_size if out != NULL else 0, sizeof(rkv_freed))
+    return bad_out(out, out.struct_size if out != NULL else 0, FREED_SIZE)
 
 
 cdef bint bad_ids(const int32_t *ids, uint64_t n) noexcept nogil:
@@ -94,9 +95,9 @@ cdef public rkv_status rkv_tree_create(const rkv_tree_config *config, rkv_tree *
     memset(&c, 0, sizeof(c))
     c.page_size = 16
     if config != NULL:
-        if config.struct_size < sizeof(rkv_tree_config):
-            return fail(RKV_ERR_ARGUMENT, b"tree_create: struct_size %u of %zu", config.struct_size, sizeof(rkv_tree_config))
-        c = config[0]
+        if config.struct_size < TREE_CONFIG_SIZE:
+            return fail(RKV_ERR_ARGUMENT, b"tree_create: struct_size %u of %zu", config.struct_size, <size_t>TREE_CONFIG_SIZE)
+        memcpy(&c, config, TREE_CONFIG_SIZE)
     if c.page_size < 1 or c.page_size > MAX_PAGE_SIZE:
         return fail(RKV_ERR_ARGUMENT, b"tree_create: page_size %d is not in 1..%d", c.page_size, <int>MAX_PAGE_SIZE)
     if c.policy < 0 or c.policy >= RKV_POLICY_END:
@@ -120,6 +121,7 @@ cdef public rkv_status rkv_tree_create(const rkv_tree_config *config, rkv_tree *
     t.allocator = c.allocator
     t.id_ = unique_id(t)
     t.salt = <uint32_t>(mix(t.id_) >> 32)
+    t.hash_seed = mix(t.id_ ^ process_secret())
     t.page_size = <uint32_t>c.page_size
     t.policy = c.policy
     t.events_on = (c.flags & RKV_TREE_EVENTS) != 0
@@ -170,7 +172,7 @@ cdef public rkv_status rkv_tree_match(rkv_tree *tree, const rkv_key *key, int32_
     cdef rkv_status status
     if t == NULL:
         return no_tree()
-    if bad_key(t, key) or bad_out(out, out.struct_size if out != NULL else 0, sizeof(rkv_match)):
+    if bad_key(t, key) or bad_out(out, out.struct_size if out != NULL else 0, MATCH_SIZE):
         return RKV_ERR_ARGUMENT
     rwlock_write(&t.lock)
     status = match(t, key, page_ids, out)
@@ -182,7 +184,7 @@ cdef public rkv_status rkv_tree_peek(rkv_tree *tree, const rkv_key *key, int32_t
     cdef Tree *t = <Tree *>tree
     if t == NULL:
         return no_tree()
-    if bad_key(t, key) or bad_out(out, out.struct_size if out != NULL else 0, sizeof(rkv_match)):
+    if bad_key(t, key) or bad_out(out, out.struct_size if out != NULL else 0, MATCH_SIZE):
         return RKV_ERR_ARGUMENT
     rwlock_read(&t.lock)
     peek(t, key, page_ids, out)
@@ -190,19 +192,30 @@ cdef public rkv_status rkv_tree_peek(rkv_tree *tree, const rkv_key *key, int32_t
     return RKV_OK
 
 
+cdef const rkv_key *key_at(const rkv_key *keys, size_t k) noexcept nogil:
+    """Element k of the caller's array, whose elements are as long as the caller's header says."""
+    return <const rkv_key *>(<const char *>keys + k * keys.struct_size)
+
+
+cdef rkv_match *match_at(rkv_match *matches, size_t k) noexcept nogil:
+    return <rkv_match *>(<char *>matches + k * matches.struct_size)
+
+
 cdef public rkv_status rkv_tree_peek_many(rkv_tree *tree, const rkv_key *keys, size_t num_keys, rkv_match *out) noexcept nogil:
     cdef Tree *t = <Tree *>tree
     cdef size_t k
     if t == NULL:
         return no_tree()
-    if num_keys > 0 and (keys == NULL or out == NULL):
-        return fail(RKV_ERR_ARGUMENT, b"peek_many: a NULL")
+    if num_keys == 0:
+        return RKV_OK
+    if bad_key(t, keys) or bad_out(out, out.struct_size if out != NULL else 0, MATCH_SIZE):
+        return RKV_ERR_ARGUMENT
     for k in range(num_keys):
-        if bad_key(t, &keys[k]) or bad_out(&out[k], out[k].struct_size, sizeof(rkv_match)):
+        if bad_key(t, key_at(keys, k)) or bad_out(match_at(out, k), match_at(out, k).struct_size, MATCH_SIZE):
             return RKV_ERR_ARGUMENT
     rwlock_read(&t.lock)
     for k in range(num_keys):
-        peek(t, &keys[k], NULL, &out[k])
+        peek(t, key_at(keys, k), NULL, match_at(out, k))
     rwlock_release(&t.lock)
     return RKV_OK
 
@@ -213,7 +226,7 @@ cdef public rkv_status rkv_tree_match_extend(rkv_tree *tree, const rkv_match *pr
     cdef rkv_status status
     if t == NULL:
         return no_tree()
-    if bad_match(prior) or bad_key(t, more) or bad_out(out, out.struct_size if out != NULL else 0, sizeof(rkv_match)):
+    if bad_match(prior) or bad_key(t, more) or bad_out(out, out.struct_size if out != NULL else 0, MATCH_SIZE):
         return RKV_ERR_ARGUMENT
     rwlock_write(&t.lock)
     status = match_extend(t, prior, more, page_ids, out)
@@ -227,7 +240,7 @@ cdef rkv_status insert_tier(Tree *t, const rkv_key *key, const int32_t *ids, siz
     if t == NULL:
         return no_tree()
     if bad_key(t, key) or bad_ids(ids, num_pages) or (hint != NULL and bad_match(hint)) or \
-            bad_out(out, out.struct_size if out != NULL else 0, sizeof(rkv_insert)):
+            bad_out(out, out.struct_size if out != NULL else 0, INSERT_SIZE):
         return RKV_ERR_ARGUMENT
     if duplicates == NULL and num_pages > 0:
         return fail(RKV_ERR_ARGUMENT, b"insert: duplicates is NULL")
@@ -258,34 +271,35 @@ cdef enum:
     OP_UNPIN
 
 
-cdef rkv_status protect(Tree *t, rkv_node node, int op, int64_t until_ns, int64_t *delta) noexcept nogil:
-    """The six operations on one node that change who may be evicted."""
-    cdef rkv_status status
-    cdef int64_t change = 0
-    cdef uint32_t i
-    if t == NULL:
-        return no_tree()
-    if delta != NULL:
-        delta[0] = 0
+cdef rkv_status protect_locked(Tree *t, rkv_node node, int op, int64_t until_ns, int64_t *delta) noexcept nogil:
+    """The six operations on one node that change who may be evicted; the caller has the lock."""
+    cdef uint32_t i = index_of(t, node)
+    delta[0] = 0
     if node == 0:
         return root_refused(b"pin") if op == OP_PIN else RKV_OK
-    rwlock_write(&t.lock)
-    i = index_of(t, node)
     if i == NO_INDEX:
-        status = bad_handle(node)
-    elif op == OP_LOCK:
-        status = lock(t, i, &change)
-    elif op == OP_UNLOCK:
-        status = unlock(t, i, &change)
-    elif op == OP_PROTECT_HOST:
-        status = protect_host(t, i)
-    elif op == OP_RELEASE_HOST:
-        status = release_host(t, i)
-    elif op == OP_PIN:
-        status = pin(t, i, until_ns, &change)
-    else:
-        change = unpin(t, i) * t.page_size
-        status = RKV_OK
+        return bad_handle(node)
+    if op == OP_LOCK:
+        return lock(t, i, delta)
+    if op == OP_UNLOCK:
+        return unlock(t, i, delta)
+    if op == OP_PROTECT_HOST:
+        return protect_host(t, i)
+    if op == OP_RELEASE_HOST:
+        return release_host(t, i)
+    if op == OP_PIN:
+        return pin(t, i, until_ns, delta)
+    delta[0] = unpin(t, i) * t.page_size
+    return RKV_OK
+
+
+cdef rkv_status protect(Tree *t, rkv_node node, int op, int64_t until_ns, int64_t *delta) noexcept nogil:
+    cdef rkv_status status
+    cdef int64_t change = 0
+    if t == NULL:
+        return no_tree()
+    rwlock_write(&t.lock)
+    status = protect_locked(t, node, op, until_ns, &change)
     rwlock_release(&t.lock)
     if delta != NULL:
         delta[0] = change
@@ -330,7 +344,7 @@ cdef public rkv_status rkv_tree_expire(rkv_tree *tree, int64_t now_ns, uint64_t 
 
 
 cdef public void rkv_freed_release(rkv_freed *freed) noexcept nogil:
-    if freed != NULL and freed.struct_size >= sizeof(rkv_freed):
+    if freed != NULL and freed.struct_size >= FREED_SIZE:
         freed_release(freed)
 
 
@@ -461,7 +475,7 @@ cdef public rkv_status rkv_tree_delete_namespace(rkv_tree *tree, const void *ns,
     if ns == NULL and ns_bytes > 0:
         return fail(RKV_ERR_ARGUMENT, b"delete_namespace: ns is NULL")
     rwlock_write(&t.lock)
-    status = delete_root(t, find_root(t, <const uint8_t *>ns, ns_bytes, hash_name(<const uint8_t *>ns, ns_bytes)), out)
+    status = delete_root(t, find_root(t, <const uint8_t *>ns, ns_bytes, hash_name(t, <const uint8_t *>ns, ns_bytes)), out)
     rwlock_release(&t.lock)
     return status
 
@@ -575,7 +589,7 @@ cdef public rkv_status rkv_tree_node_info(rkv_tree *tree, rkv_node node, rkv_nod
     cdef uint32_t i
     if t == NULL:
         return no_tree()
-    if bad_out(out, out.struct_size if out != NULL else 0, sizeof(rkv_node_info)):
+    if bad_out(out, out.struct_size if out != NULL else 0, NODE_INFO_SIZE):
         return RKV_ERR_ARGUMENT
     if node == 0:
         return root_refused(b"node_info")
@@ -682,7 +696,7 @@ cdef public rkv_status rkv_tree_get_stats(rkv_tree *tree, rkv_tree_stats *out) n
     cdef Tree *t = <Tree *>tree
     if t == NULL:
         return no_tree()
-    if bad_out(out, out.struct_size if out != NULL else 0, sizeof(rkv_tree_stats)):
+    if bad_out(out, out.struct_size if out != NULL else 0, TREE_STATS_SIZE):
         return RKV_ERR_ARGUMENT
     rwlock_read(&t.lock)
     out.page_size = t.page_size
@@ -702,7 +716,7 @@ cdef public rkv_status rkv_tree_get_stats(rkv_tree *tree, rkv_tree_stats *out) n
 
 
 cdef bint bad_tier(const rkv_tier_check *tier) noexcept nogil:
-    if tier != NULL and (tier.struct_size < sizeof(rkv_tier_check) or (
+    if tier != NULL and (tier.struct_size < TIER_CHECK_SIZE or (
             tier.free_page_ids == NULL and tier.num_free_pages > 0)):
         fail(RKV_ERR_ARGUMENT, b"check_integrity: a tier with a NULL or a short struct_size")
         return True
@@ -729,6 +743,88 @@ cdef public rkv_status rkv_tree_check_integrity(rkv_tree *tree, const rkv_tier_c
                 message[k] = why[k]
                 k += 1
         message[k] = 0
+    return status
+
+
+cdef struct SnapshotNode:
+    rkv_node handle
+    rkv_node_info info
+    uint64_t first_page             # its tokens, device and host ids in the snapshot's arrays
+    uint64_t first_name             # its namespace
+
+
+cdef struct Snapshot:
+    uint64_t num_nodes
+    SnapshotNode *nodes
+    int32_t *tokens
+    int32_t *device
+    int32_t *host
+    uint8_t *names
+
+
+cdef void release_snapshot(Snapshot *s) noexcept nogil:
+    free(s.nodes)
+    free(s.tokens)
+    free(s.device)
+    free(s.host)
+    free(s.names)
+    memset(s, 0, sizeof(Snapshot))
+
+
+cdef bint snapshot_memory(const Tree *t, Snapshot *s, uint64_t nodes, uint64_t pages, uint64_t name_bytes) noexcept nogil:
+    s.nodes = <SnapshotNode *>malloc((nodes + 1) * sizeof(SnapshotNode))
+    s.tokens = <int32_t *>malloc((pages * t.page_size + 1) * 4)
+    s.device = <int32_t *>malloc((pages + 1) * 4)
+    s.host = <int32_t *>malloc((pages + 1) * 4)
+    s.names = <uint8_t *>malloc(name_bytes + 1)
+    return s.nodes != NULL and s.tokens != NULL and s.device != NULL and s.host != NULL and s.names != NULL
+
+
+cdef uint64_t copy_node(const Tree *t, uint32_t i, Snapshot *s, uint64_t first_page, uint64_t first_name) noexcept nogil:
+    """Append node i to a snapshot; returns the bytes of its namespace."""
+    cdef const Node *n = &t.nodes[i]
+    cdef const Namespace *space = &t.spaces[t.nodes[n.root].start]
+    cdef SnapshotNode *out = &s.nodes[s.num_nodes]
+    out.handle = handle_of(t, i)
+    out.first_page = first_page
+    out.first_name = first_name
+    fill_info(t, i, &out.info)
+    memcpy(s.tokens + first_page * t.page_size, unit_key(&t.store, n.start), 4 * <size_t>n.num_pages * t.page_size)
+    if n.flags & DEVICE:
+        memcpy(s.device + first_page, t.store.device + n.start, 4 * <size_t>n.num_pages)
+    if n.flags & HOST:
+        memcpy(s.host + first_page, t.store.host + n.start, 4 * <size_t>n.num_pages)
+    if space.name_bytes:
+        memcpy(s.names + first_name, space.name, space.name_bytes)
+    s.num_nodes += 1
+    return space.name_bytes
+
+
+cdef rkv_status snapshot_locked(const Tree *t, uint32_t only, Snapshot *s) noexcept nogil:
+    cdef uint32_t i, first = only if only else 1, end = only + 1 if only else t.node_end
+    cdef uint64_t nodes = 0, pages = 0, name_bytes = 0, page = 0, name = 0
+    for i in range(first, end):
+        if (t.nodes[i].flags & (LIVE | ROOT_NODE)) == LIVE:
+            nodes += 1
+            pages += t.nodes[i].num_pages
+            name_bytes += t.spaces[t.nodes[t.nodes[i].root].start].name_bytes
+    if not snapshot_memory(t, s, nodes, pages, name_bytes):
+        return fail(RKV_ERR_NO_MEMORY, b"dump: no memory for %llu nodes", <unsigned long long>nodes)
+    for i in range(first, end):
+        if (t.nodes[i].flags & (LIVE | ROOT_NODE)) == LIVE:
+            name += copy_node(t, i, s, page, name)
+            page += t.nodes[i].num_pages
+    return RKV_OK
+
+
+cdef rkv_status take_snapshot(Tree *t, rkv_node only, Snapshot *s) noexcept nogil:
+    """Copy one node, or with 0 all of them, at one moment."""
+    cdef rkv_status status
+    cdef uint32_t i
+    rwlock_read(&t.lock)
+    i = index_of(t, only)
+    status = bad_handle(only) if only != 0 and i == NO_INDEX else snapshot_locked(t, i, s)
+    rwlock_release(&t.lock)
     return status
 
 
@@ -765,10 +861,10 @@ ERRORS = {
 
 _C_API = PyCapsule_New(<void *>rkv_get_api(RKV_ABI_VERSION), b"radixkv._C_API", NULL)
 
+# Short calls keep the GIL: whoever takes it in between may keep it for a whole switch interval (5 ms), and the tree is done in
+# microseconds. But nobody waits for the tree's lock with the GIL in hand: they try it, and if it is taken they release the GIL first.
 cdef enum:
-    # Longer keys are handled without the GIL. Below, releasing it costs more than it gives: whoever takes it in between may keep it
-    # for a whole switch interval (5 ms), and the tree is done in microseconds.
-    NOGIL_TOKENS = 65536
+    NOGIL_TOKENS = 65536            # calls about more tokens release it in any case
 
 
 cdef int raise_status(rkv_status status) except -1:
@@ -816,19 +912,29 @@ def page_hash_capsule(function, ctx=0, digest_bytes=8):
     Args:
         function, ctx: addresses as int; both must outlive every tree that uses them. A Python callback (ctypes) works, slowly.
         digest_bytes: 8 .. 64.
+    Raises: InvalidArgumentError for a NULL function or a digest_bytes out of range; ArgumentTypeError for what is no int.
     """
+    cdef int64_t size = read_int64(digest_bytes, "digest_bytes")
+    cdef int64_t address = read_int64(function, "function"), context = read_int64(ctx, "ctx")
     cdef PageHash hash_ = PageHash.__new__(PageHash)
-    hash_.function = <rkv_page_hash_fn><size_t>function
-    hash_.ctx = <void *><size_t>ctx
-    hash_.digest_bytes = digest_bytes
+    if address == 0:
+        raise InvalidArgumentError("the page hash function is NULL")
+    if not 8 <= size <= 64:
+        raise InvalidArgumentError(f"digest_bytes {size} is not in 8..64")
+    hash_.function = <rkv_page_hash_fn><size_t>address
+    hash_.ctx = <void *><size_t>context
+    hash_.digest_bytes = <uint32_t>size
     return hash_
 
 
 cdef class PageHash:
-    """A page-hash callback; made by page_hash_capsule."""
+    """A page-hash callback; made by page_hash_capsule only."""
     cdef rkv_page_hash_fn function
     cdef void *ctx
     cdef readonly uint32_t digest_bytes
+
+    def __init__(self):
+        raise ArgumentTypeError("made by page_hash_capsule")
 
 
 cdef class MatchResult:
@@ -936,6 +1042,10 @@ cdef class EvictResult:
                 f"host_pages={self.freed.num_host_pages}, to_backup={self.freed.num_backups})")
 
 
+cdef void release_capsule(object capsule) noexcept:
+    Py_DECREF(<object>PyCapsule_GetContext(capsule))
+
+
 cdef class RadixTree:
     """The compiled radix tree; the contract, arguments and errors are those of ``radixkv.tree.base.BaseRadixTree``.
 
@@ -968,7 +1078,7 @@ cdef class RadixTree:
         config.flags = RKV_TREE_EVENTS if events else 0
         config.max_events = most
         if page_hash is not None:
-            if not isinstance(page_hash, PageHash):
+            if not isinstance(page_hash, PageHash) or (<PageHash>page_hash).function == NULL:
                 raise ArgumentTypeError("page_hash is None or made by page_hash_capsule")
             config.page_hash = (<PageHash>page_hash).function
             config.page_hash_ctx = (<PageHash>page_hash).ctx
@@ -989,6 +1099,14 @@ cdef class RadixTree:
         """Tokens a page."""
         return self.c_page_size
 
+    @property
+    def capsule(self):
+        """A PyCapsule "radixkv.tree" with the rkv_tree * of this tree, for C code in this process (see _C_API); it keeps the tree alive."""
+        cdef object capsule = PyCapsule_New(self.c, b"radixkv.tree", release_capsule)
+        PyCapsule_SetContext(capsule, <void *>self)
+        Py_INCREF(self)
+        return capsule
+
     # ---- look-up ----
 
     cdef int make_key(self, rkv_key *key, TokenView *view, object tokens, bytes namespace) except -1:
@@ -1002,6 +1120,13 @@ cdef class RadixTree:
             key.ns = PyBytes_AS_STRING(namespace)
             key.ns_bytes = PyBytes_GET_SIZE(namespace)
         return 0
+
+    cdef bint try_lock(self, int64_t num_tokens) noexcept nogil:
+        """The tree's lock, if it is free and the call is short. True: the caller works with the GIL, and releases the lock."""
+        return num_tokens <= NOGIL_TOKENS and not self.release_gil and rwlock_try_write(&(<Tree *>self.c).lock)
+
+    cdef void release(self) noexcept nogil:
+        rwlock_release(&(<Tree *>self.c).lock)
 
     cdef rkv_status find(self, const rkv_key *key, MatchResult result, bint read_only) noexcept nogil:
         if read_only:
@@ -1024,11 +1149,12 @@ cdef class RadixTree:
             result.ids = <int32_t *>malloc(4 * (key.num_tokens // self.c_page_size + 1))
             if result.ids == NULL:
                 raise AllocationError("no memory for the page ids of a match")
-            if key.num_tokens > NOGIL_TOKENS or self.release_gil:
+            if not read_only and self.try_lock(key.num_tokens):
+                status = match(<Tree *>self.c, &key, result.ids, &result.found)
+                self.release()
+            else:
                 with nogil:
                     status = self.find(&key, result, read_only)
-            else:
-                status = self.find(&key, result, read_only)
         finally:
             release_tokens(&view)
         if status != RKV_OK:
@@ -1143,11 +1269,12 @@ cdef class RadixTree:
                 buffer = <int32_t *>malloc(4 * ids.n)
                 if buffer == NULL:
                     raise AllocationError(f"no memory for up to {ids.n} duplicate page ids")
-            if key.num_tokens > NOGIL_TOKENS or self.release_gil:
+            if self.try_lock(key.num_tokens):
+                status = insert(<Tree *>self.c, &key, ids.data, ids.n, hint, <int32_t>wanted, HOST if host else DEVICE, buffer, out)
+                self.release()
+            else:
                 with nogil:
                     status = self.add_pages(&key, &ids, hint, <int32_t>wanted, buffer, host, out)
-            else:
-                status = self.add_pages(&key, &ids, hint, <int32_t>wanted, buffer, host, out)
             if status != RKV_OK:
                 raise_status(status)
             return int32_array(buffer, out.num_duplicates)
@@ -1188,11 +1315,12 @@ cdef class RadixTree:
         cdef int64_t delta
         cdef rkv_status status
         read_node(node, &handle)
-        if self.release_gil:
+        if self.try_lock(0):
+            status = protect_locked(<Tree *>self.c, handle, op, until_ns, &delta)
+            self.release()
+        else:
             with nogil:
                 status = protect(<Tree *>self.c, handle, op, until_ns, &delta)
-        else:
-            status = protect(<Tree *>self.c, handle, op, until_ns, &delta)
         if status != RKV_OK:
             raise_status(status)
         return delta
@@ -1237,11 +1365,12 @@ cdef class RadixTree:
         cdef int64_t n = read_int64(num_tokens, "num_tokens")
         cdef int32_t with_backup = 1 if backup else 0
         cdef rkv_status status
-        if n > NOGIL_TOKENS or self.release_gil:
+        if self.try_lock(n):
+            status = evict(<Tree *>self.c, n, with_backup, &result.freed)
+            self.release()
+        else:
             with nogil:
                 status = rkv_tree_evict(self.c, n, with_backup, &result.freed)
-        else:
-            status = rkv_tree_evict(self.c, n, with_backup, &result.freed)
         if status != RKV_OK:
             raise_status(status)
         return result
@@ -1401,7 +1530,7 @@ cdef class RadixTree:
                 status = rkv_tree_page_keys(self.c, handle, &out[0], n, &n)
             if status != RKV_OK:
                 raise_status(status)
-        return result
+        return result[:n]           # another thread may have split the node since it was asked for its length
 
     def page_digests(self, node):
         """The digests of the node's own pages: uint8 [pages, digest_bytes]."""
@@ -1416,51 +1545,45 @@ cdef class RadixTree:
                 status = rkv_tree_page_digests(self.c, handle, &out[0, 0], n, &n)
             if status != RKV_OK:
                 raise_status(status)
-        return result
+        return result[:n]
 
     def node_info(self, node):
         """A snapshot of one node: a NodeInfo."""
         cdef rkv_node handle
-        cdef rkv_node_info info
-        cdef rkv_status status
-        cdef size_t pages, n = 0
         read_node(node, &handle)
-        info.struct_size = sizeof(info)
-        with nogil:
-            status = rkv_tree_node_info(self.c, handle, &info)
-        if status != RKV_OK:
-            raise_status(status)
-        pages = info.num_tokens // self.c_page_size
-        tokens = np.empty(info.num_tokens, dtype=np.int32)
-        device = np.empty(pages, dtype=np.int32) if info.on_device else None
-        host = np.empty(pages, dtype=np.int32) if info.on_host else None
-        namespace = bytearray(info.ns_bytes)
-        status = rkv_tree_node_data(
-            self.c, handle, pages, <int32_t *>cnp.PyArray_DATA(tokens),
-            <int32_t *>cnp.PyArray_DATA(device) if device is not None else NULL,
-            <int32_t *>cnp.PyArray_DATA(host) if host is not None else NULL)
-        if status == RKV_OK:
-            status = rkv_tree_node_namespace(self.c, handle, <char *>namespace, info.ns_bytes, &n)
-        if status != RKV_OK:
-            raise_status(status)
-        return NodeInfo(
-            handle, info.parent, bytes(namespace), tokens, info.path_tokens, device, host, info.lock_ref, info.host_ref,
-            info.hit_count, info.priority, info.access_time, info.created_time,
-            info.pinned_until_ns if info.pinned else None, bool(info.loading), bool(info.backup_pending))
+        if handle == 0:
+            raise InvalidArgumentError("node_info: not possible for the root")
+        return self.snapshot(handle)[0]
 
     def dump(self):
-        """Every node, parents first, siblings by their tokens, namespaces by their encoding: a list of NodeInfo."""
-        cdef size_t n = 0
+        """Every node at one moment, parents first, siblings by their tokens, namespaces by their encoding: a list of NodeInfo."""
+        return in_dump_order(self.snapshot(0))
+
+    cdef list snapshot(self, rkv_node only):
+        """One node (all, for ROOT), copied under one lock, then made into Python objects without it."""
+        cdef Snapshot s
+        cdef uint64_t k
         cdef rkv_status status
-        cdef uint64_t[::1] out
-        while True:
-            rkv_tree_nodes(self.c, NULL, 0, &n)
-            handles = np.empty(n + 1, dtype=np.uint64)
-            out = handles
-            status = rkv_tree_nodes(self.c, &out[0], n + 1, &n)
-            if status == RKV_OK:
-                break
-        return in_dump_order([self.node_info(handle) for handle in handles[:n].tolist()])
+        memset(&s, 0, sizeof(s))
+        try:
+            with nogil:
+                status = take_snapshot(<Tree *>self.c, only, &s)
+            if status != RKV_OK:
+                raise_status(status)
+            return [self.make_info(&s, &s.nodes[k]) for k in range(s.num_nodes)]
+        finally:
+            release_snapshot(&s)
+
+    cdef object make_info(self, const Snapshot *s, const SnapshotNode *n):
+        cdef const rkv_node_info *info = &n.info
+        cdef uint64_t pages = info.num_tokens // self.c_page_size
+        return NodeInfo(
+            n.handle, info.parent, (<const char *>s.names + n.first_name)[:info.ns_bytes],
+            int32_array(s.tokens + n.first_page * self.c_page_size, info.num_tokens), info.path_tokens,
+            int32_array(s.device + n.first_page, pages) if info.on_device else None,
+            int32_array(s.host + n.first_page, pages) if info.on_host else None,
+            info.lock_ref, info.host_ref, info.hit_count, info.priority, info.access_time, info.created_time,
+            info.pinned_until_ns if info.pinned else None, bool(info.loading), bool(info.backup_pending))
 
     def to_dot(self):
         """The tree as a Graphviz digraph."""

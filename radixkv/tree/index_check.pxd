@@ -9,9 +9,6 @@ from .index_sets cimport *
 from .index_nodes cimport *
 from .index_insert cimport preorder, waiting
 
-cdef enum:
-    ALL_SHARDS_BITS = 33
-
 cdef struct Found:      # what a walk over all shards adds up
     uint64_t pages
     uint64_t entries
@@ -185,6 +182,27 @@ cdef inline const char *check_arena(Shard *s) noexcept nogil:
     return NULL
 
 
+cdef inline const char *check_registry(Index *index) noexcept nogil:
+    """Each worker's count is the number of shards that know it. All shards are locked."""
+    cdef uint32_t b, i, j, known
+    cdef uint64_t total = 0, counted = 0, workers = 0
+    for j in range(NUM_SHARDS):
+        total += index.shards[j].num_workers
+    for b in range(NUM_BLOCKS):
+        for i in range(BLOCK_IDS if index.blocks[b] != NULL else 0):
+            if index.blocks[b][i]:
+                known = 0
+                for j in range(NUM_SHARDS):
+                    known += worker_of(&index.shards[j], b * BLOCK_IDS + i) != NULL
+                if known != index.blocks[b][i]:
+                    return "the registry counts a worker's shards wrong"
+                counted += known
+                workers += 1
+    if counted != total or workers != rkv_load(&index.num_workers):
+        return "the registry lacks a worker, or counts them wrong"
+    return NULL
+
+
 cdef inline const char *check_all(Index *index) noexcept nogil:
     cdef Found found
     cdef const char *broken
@@ -207,12 +225,13 @@ cdef inline const char *check_all(Index *index) noexcept nogil:
         if used != index.parts[i].used:
             return "a part of the directory is counted wrong"
         live += index.parts[i].live
+    broken = check_registry(index)
+    if broken != NULL:
+        return broken
     if live != found.pages:
         return "the directory has a page that no node has"
     if found.pages != rkv_load(&index.pages):
         return "the number of pages is wrong"
-    if index.max_pages and found.pages > index.max_pages:
-        return "there are more pages than max_pages"
     return NULL
 
 

@@ -1,5 +1,7 @@
 """insert: find out, claim, reserve, then change what cannot fail any more.
 
+    0. under the shared lock: if the worker holds the whole chain already, as most workers do that say again what they hold, stamp it
+       and be done. Else the exclusive lock from here on, and from the start
     1. the chain's shard is locked, and the part of the chain that is known there is walked
     2. the new keys are written to the arena and claimed in the directory. A claim that meets a known key finds a contradiction, or an
        orphan that the key before it joins. Only from here on can other shards be affected, so the orphans are locked if there are any
@@ -107,7 +109,7 @@ cdef inline bint place_new(Insert *op) noexcept nogil:
     op.behind = False
     op.slack = 0
     if grows(op):
-        slack = minimum(MAX_SLACK, x.num_pages)
+        slack = minimum(MAX_SLACK, 2 * x.num_pages + 6)
         room = x.capacity - x.num_pages
         if room < pages:
             room += take_behind(s, x.pos + x.capacity, pages - room + slack)
@@ -175,6 +177,7 @@ cdef inline rkv_status claim_new(Insert *op) noexcept nogil:
     cdef uint64_t missing = 0
     cdef rkv_status status
     for j in range(op.known, op.n):
+        prefetch_ahead(op.index, op.keys + op.known, j - op.known, op.n - op.known)
         while True:
             status = claim(op.index, op.keys[j], shard_bits | (op.base + (j - op.known)), &known)
             if status != RKV_OK:
@@ -205,7 +208,7 @@ cdef inline bint reserve_insert(Insert *op) noexcept nogil:
     """Step 3."""
     cdef Shard *s = op.s
     cdef Shard *o = op.orphans
-    cdef uint64_t workers = 1, pages = 0, members
+    cdef uint64_t others = 0, pages = 0, members
     cdef uint32_t j, i, id, at
     s.want_nodes += 4
     want_set(s, 1)
@@ -224,12 +227,12 @@ cdef inline bint reserve_insert(Insert *op) noexcept nogil:
                         want_set(s, members + 1)
                         if o != s:
                             s.want_nodes += 1
-                            workers += members
+                            others += members
                             pages += o.nodes[id].num_pages
                         id = preorder(o, id, at)
                 i = (i + 1) & o.waits.mask
     if not (reserve_nodes(op.index, s, s.want_nodes) and reserve_sets(op.index, s, s.want_sets, s.want_members)
-            and reserve_workers(op.index, s, workers)):
+            and reserve_worker(op.index, s, op.worker, others)):
         return False
     if op.head and not table_reserve(op.index, s, WAITS, 1):
         return False
@@ -267,7 +270,7 @@ cdef inline void move_orphans(Insert *op, uint32_t head, uint32_t parent) noexce
         s.nodes[copy].stamp = x.stamp
         table_put(s, HEADS, copy)
         link_child(s, parent if id == head else <uint32_t>o.nodes[x.parent].word, copy)
-        join_set(s, copy, copy_set(s, o, x.set))
+        join_set(s, copy, copy_set(index, s, o, x.set))
         x.word = copy
         if x.first_child == 0:
             heap_put(index, s, copy)
@@ -379,7 +382,7 @@ cdef inline void apply_insert(Insert *op) noexcept nogil:
     """Steps 4 and 5."""
     cdef Shard *s = op.s
     cdef uint32_t x = op.start, k = op.start_offset, idx = 0, c, touched = 1
-    register_worker(s, op.worker)
+    register_worker(op.index, s, op.worker)
     while True:
         while idx < op.n:                                               # 4a. known: gains the holder
             if k == s.nodes[x].num_pages:
@@ -450,9 +453,61 @@ cdef inline rkv_status insert_locked(Insert *op) noexcept nogil:
     return RKV_OK
 
 
-cdef inline rkv_status index_insert(
-    Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent, uint64_t *added
+cdef inline bint stands(
+    Shard *s, uint32_t worker, const uint64_t *keys, uint32_t n, uint32_t x, uint32_t k, uint64_t now
 ) noexcept nogil:
+    """Whether the worker holds keys[0..n), a chain that starts behind k pages of node x (0, 0: at a root). now: stamp it; 0: don't."""
+    cdef uint32_t i = 0, c, last = NOWHERE
+    while i < n:
+        if k == s.nodes[x].num_pages:
+            x = child_at(s, x, keys[i])
+            if x == 0:
+                return False
+            k = 0
+        c = common(s.nodes[x].keys + k, keys + i, minimum(s.nodes[x].num_pages - k, n - i))
+        if c == 0 or s.nodes[x].set != last and not holds(s, s.nodes[x].set, worker):
+            return False
+        last = s.nodes[x].set
+        k += c
+        i += c
+        if now:
+            rkv_store(&s.nodes[x].stamp, now)
+    return True
+
+
+cdef inline bint nothing_new(Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent) noexcept nogil:
+    """Step 0. False: the exclusive lock must find out."""
+    cdef uint32_t place = 0, x = 0, k = 0
+    cdef Shard *s
+    cdef bint held
+    if n == 0:
+        return False
+    if parent == NULL:
+        s = shard_of(index, keys[0])
+    else:
+        place = place_of(index, parent[0])
+        if place == NOWHERE:
+            return False
+        s = &index.shards[place >> POS_BITS]
+    rkv_lock_shared(&s.lock)
+    held = s.nodes != NULL
+    if held and parent != NULL:         # it may have moved before the lock was there
+        place = place_of(index, parent[0])
+        held = place != NOWHERE and place >> POS_BITS == s.id
+        if held:
+            x = owners_at(s, place & POS_MASK)[0]
+            k = (place & POS_MASK) - s.nodes[x].pos + 1
+    held = held and stands(s, worker, keys, n, x, k, 0)
+    if held and index.max_pages:
+        stands(s, worker, keys, n, x, k, rkv_add(&index.clock, 1))
+    rkv_unlock(&s.lock)
+    return held
+
+
+cdef inline rkv_status insert_once(
+    Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent, uint64_t *added, bint *head
+) noexcept nogil:
+    """*head: the parent was unknown."""
     cdef Insert op
     cdef uint32_t place, again
     cdef rkv_status status = RKV_OK
@@ -485,8 +540,8 @@ cdef inline rkv_status index_insert(
             rkv_add(&index.orphan_heads, ~<uint64_t>0)
         rkv_unlock(&op.s.lock)
     if n == 0:
-        if reserve_workers(index, op.s, 1):
-            register_worker(op.s, worker)
+        if reserve_worker(index, op.s, worker, 0):
+            register_worker(index, op.s, worker)
         else:
             status = rkv_leaf_fail(RKV_ERR_NO_MEMORY, "no memory to register worker %u", worker)
         rkv_unlock(&op.s.lock)
@@ -505,4 +560,21 @@ cdef inline rkv_status index_insert(
         rkv_unlock(&op.orphans.lock)
     rkv_unlock(&op.s.lock)
     added[0] = op.added
+    head[0] = op.head
+    return status
+
+
+cdef inline rkv_status index_insert(
+    Index *index, uint32_t worker, const uint64_t *keys, uint32_t n, const uint64_t *parent, uint64_t *added
+) noexcept nogil:
+    """Again if the parent was unknown, but the keys were not: then another worker has just entered both, the parent first."""
+    cdef bint head = False
+    cdef rkv_status status
+    added[0] = 0
+    if nothing_new(index, worker, keys, n, parent):
+        return RKV_OK
+    status = insert_once(index, worker, keys, n, parent, added, &head)
+    while status == RKV_ERR_ARGUMENT and head and place_of(index, parent[0]) != NOWHERE:
+        head = False
+        status = insert_once(index, worker, keys, n, parent, added, &head)
     return status

@@ -42,12 +42,15 @@ cdef inline uint64_t shards_of(Index *index, const uint64_t *keys, uint32_t n) n
     return mask
 
 
-cdef inline bint next_stretch(Index *index, const uint64_t *keys, uint32_t n, Stretch *out) noexcept nogil:
-    """The keys' next pages that lie side by side in one node, in rising or falling order. False: keys[0] is unknown (length 1)."""
+cdef inline bint next_stretch(
+    Index *index, uint64_t mask, const uint64_t *keys, uint32_t n, Stretch *out
+) noexcept nogil:
+    """The keys' next pages that lie side by side in one node, in rising or falling order. False: keys[0] is unknown (length 1),
+    or in a shard that is not locked: then it became known after the locks were taken, so after this removal."""
     cdef uint32_t place = place_of(index, keys[0]), at, i = 1
     cdef Node *x
     out.length = 1
-    if place == NOWHERE:
+    if place == NOWHERE or not mask >> (place >> POS_BITS) & 1:
         return False
     out.s = &index.shards[place >> POS_BITS]
     out.node = owners_at(out.s, place & POS_MASK)[0]
@@ -106,7 +109,7 @@ cdef inline rkv_status index_remove(
             index.shards[i].want_members = 0
     i = 0
     while i < n:
-        if next_stretch(index, keys + i, n - i, &t) and holds(t.s, t.s.nodes[t.node].set, worker):
+        if next_stretch(index, mask, keys + i, n - i, &t) and holds(t.s, t.s.nodes[t.node].set, worker):
             t.s.want_nodes += 2
             want_set(t.s, t.s.sets[t.s.nodes[t.node].set].size)
         i += t.length
@@ -117,7 +120,7 @@ cdef inline rkv_status index_remove(
                 index, &index.shards[i], index.shards[i].want_sets, index.shards[i].want_members)
     i = 0
     while enough and i < n:
-        if next_stretch(index, keys + i, n - i, &t) and holds(t.s, t.s.nodes[t.node].set, worker):
+        if next_stretch(index, mask, keys + i, n - i, &t) and holds(t.s, t.s.nodes[t.node].set, worker):
             removed[0] += t.last - t.first
             drop_stretch(index, &t, worker)
         i += t.length
@@ -162,15 +165,18 @@ cdef inline uint64_t clear_shard(Index *index, Shard *s, uint32_t id, bint forge
     while worker.first:
         removed += clear_set(index, s, s.members[worker.first].set, id)
     if forget_id:
-        forget_worker(s, worker)
+        forget_worker(index, s, worker)
     return removed
 
 
 cdef inline void index_clear(Index *index, uint32_t worker, bint forget_id, uint64_t *removed) noexcept nogil:
-    cdef uint32_t i
+    """The orphans first, which are in the last shard: an insert of another worker may move them to a shard that has its turn later,
+    and nothing moves the other way."""
+    cdef uint32_t i = NUM_SHARDS
     cdef bint known
     removed[0] = 0
-    for i in range(NUM_SHARDS):
+    while i > 0:
+        i -= 1
         rkv_lock_shared(&index.shards[i].lock)
         known = worker_of(&index.shards[i], worker) != NULL
         rkv_unlock(&index.shards[i].lock)

@@ -94,7 +94,33 @@ cdef inline Worker *worker_of(Shard *s, uint32_t id) noexcept nogil:
     return NULL
 
 
-cdef inline void register_worker(Shard *s, uint32_t id) noexcept nogil:
+cdef inline void count_worker(Index *index, uint32_t id, int shards) noexcept nogil:
+    """One shard more (1) or less (-1) knows the worker. Its block is reserved."""
+    cdef uint8_t *count
+    rkv_mutex_lock(&index.registering)
+    count = index.blocks[id // BLOCK_IDS] + id % BLOCK_IDS
+    rkv_add(&index.num_workers, -<uint64_t>(count[0] == 1) if shards < 0 else count[0] == 0)
+    count[0] += shards
+    rkv_mutex_unlock(&index.registering)
+
+
+cdef inline size_t list_workers(Index *index, uint32_t *ids, size_t max_ids) noexcept nogil:
+    """The registered ids, ascending, as many as fit. Returns how many there are."""
+    cdef uint32_t b, i
+    cdef size_t total = 0
+    rkv_mutex_lock(&index.registering)
+    for b in range(NUM_BLOCKS):
+        for i in range(BLOCK_IDS if index.blocks[b] != NULL else 0):
+            if index.blocks[b][i]:
+                if total < max_ids:
+                    ids[total] = b * BLOCK_IDS + i
+                total += 1
+    rkv_mutex_unlock(&index.registering)
+    return total
+
+
+cdef inline void register_worker(Index *index, Shard *s, uint32_t id) noexcept nogil:
+    """Reserved before."""
     cdef uint32_t i
     if worker_of(s, id) == NULL:
         i = <uint32_t>mix(id) & s.worker_mask
@@ -103,11 +129,13 @@ cdef inline void register_worker(Shard *s, uint32_t id) noexcept nogil:
         s.workers[i].id_plus_1 = id + 1
         s.workers[i].first = 0
         s.num_workers += 1
+        count_worker(index, id, 1)
 
 
-cdef inline void forget_worker(Shard *s, Worker *worker) noexcept nogil:
+cdef inline void forget_worker(Index *index, Shard *s, Worker *worker) noexcept nogil:
     """Take a worker that holds nothing out of the table; shift back what probed past it."""
     cdef uint32_t hole = <uint32_t>(worker - s.workers), i = hole, home
+    count_worker(index, worker.id_plus_1 - 1, -1)
     while True:
         i = (i + 1) & s.worker_mask
         if s.workers[i].id_plus_1 == 0:
@@ -144,6 +172,25 @@ cdef inline bint reserve_workers(Index *index, Shard *s, uint64_t more) noexcept
     if size:
         resize(index, old, size * sizeof(Worker), 0)
     return True
+
+
+cdef inline bint reserve_block(Index *index, uint32_t id) noexcept nogil:
+    """Room in the registry for a worker."""
+    cdef uint8_t **block = &index.blocks[id // BLOCK_IDS]
+    cdef bint there
+    rkv_mutex_lock(&index.registering)
+    if block[0] == NULL:
+        block[0] = <uint8_t *>resize(index, NULL, 0, BLOCK_IDS)
+        if block[0] != NULL:
+            memset(block[0], 0, BLOCK_IDS)
+    there = block[0] != NULL
+    rkv_mutex_unlock(&index.registering)
+    return there
+
+
+cdef inline bint reserve_worker(Index *index, Shard *s, uint32_t id, uint64_t others) noexcept nogil:
+    """Room to register a worker, and `others` that another shard knows."""
+    return reserve_workers(index, s, 1 + others) and (worker_of(s, id) != NULL or reserve_block(index, id))
 
 
 # --------------------------------------------------------------------------------------------------------------- sets
@@ -322,7 +369,7 @@ cdef inline uint32_t changed_set(Shard *s, uint32_t base, uint32_t worker, bint 
     return set
 
 
-cdef inline uint32_t copy_set(Shard *s, Shard *other, uint32_t base) noexcept nogil:
+cdef inline uint32_t copy_set(Index *index, Shard *s, Shard *other, uint32_t base) noexcept nogil:
     """The set of s that has the members of another shard's set; its workers are registered, too. All reserved before."""
     cdef uint64_t h = other.sets[base].hash
     cdef uint32_t i = <uint32_t>(mix(h) >> 8) & s.by_members.mask, j, set, size = other.sets[base].size
@@ -340,7 +387,7 @@ cdef inline uint32_t copy_set(Shard *s, Shard *other, uint32_t base) noexcept no
         i = (i + 1) & s.by_members.mask
     set = new_set(s, size)
     for j in range(size):
-        register_worker(s, from_[j].worker)
+        register_worker(index, s, from_[j].worker)
         members_of(s, set)[j].worker = from_[j].worker
     enter_set(s, set)
     return set

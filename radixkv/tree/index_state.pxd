@@ -10,8 +10,9 @@
         sets       holder sets, interned: equal sets are one set; each links the nodes that have it
         members    the (worker, set) pairs of all sets; linked by worker, so that a worker's sets and nodes are at hand
         heap       leaves by the time they were found last, with max_pages only
+    registry     for each worker id, how many shards know it, so that ids are counted and listed without a look at the shards
 
-Locks are taken in this order: shards ascending (ORPHANS last), then one directory part; the GIL never inside them.
+Locks are taken in this order: shards ascending (ORPHANS last), then one directory part or the registry; the GIL never inside them.
 What a shard holds changes under its exclusive lock only, and so do the directory's entries that point into it. Hence a look-up in the
 directory is a hint until that shard is locked and the look-up repeated. A reader of the directory confirms a key in the arena
 of a shard that it has not locked: that is sound, because a key is written before its entry appears and kept until it is gone.
@@ -82,6 +83,13 @@ cdef extern from "radixkv/radixkv.h" nogil:
 cdef extern from "status.h" nogil:
     rkv_status rkv_leaf_fail(rkv_status status, const char *format, ...)
 
+cdef extern from "abi_sizes.h" nogil:
+    uint32_t RKV_INDEX_CONFIG_SIZE_V1
+    uint32_t RKV_INDEX_HIT_SIZE_V1
+    uint32_t RKV_INDEX_STATS_SIZE_V1
+    void rkv_read_struct(void *ours, size_t our_bytes, const void *callers, uint32_t their_bytes)
+    void rkv_write_struct(void *callers, uint32_t their_bytes, const void *ours, size_t our_bytes)
+
 cdef extern from "memory.h" nogil:
     void *rkv_leaf_reallocate(void *ctx, void *ptr, size_t old_bytes, size_t new_bytes)
 
@@ -106,6 +114,7 @@ cdef extern from "sync.h" nogil:
     uint64_t rkv_load(const uint64_t *word)
     void rkv_store(uint64_t *word, uint64_t value)
     uint64_t rkv_add(uint64_t *word, uint64_t value)
+    uint64_t rkv_unique_id(const void *address)
     int rkv_log2(uint64_t x)
     int rkv_lowest_bit(uint64_t x)
     void rkv_prefetch(const void *p)
@@ -126,6 +135,8 @@ cdef enum:
     NO_PAGES = 0xffffffff
     MAX_SLACK = 64          # pages kept behind a run that grows
     GEN_MASK = 0x3ffffff
+    NUM_BLOCKS = 1024       # of the registry: RKV_INDEX_MAX_WORKERS / BLOCK_IDS
+    BLOCK_IDS = 1024
 
 cdef struct Node:
     uint64_t *keys          # its run, in the arena at pos
@@ -181,10 +192,13 @@ cdef struct Part:
     uint32_t live
     uint32_t used           # live and tombstones
     uint32_t unused
+    uint64_t hint_places    # atomic: places and capacity for whoever prefetches without the mutex. May be old, and not of a pair
+    uint64_t hint_capacity
 
 cdef struct Shard:
     rkv_rwlock lock
     uint32_t id
+    uint32_t first_generation           # of every node slot; differs from index to index
     uint32_t num_nodes      # slots ever used, node 0 included
     uint32_t max_nodes
     uint32_t free_node
@@ -227,7 +241,9 @@ cdef struct Index:
     uint64_t evicted        # atomic
     uint64_t clock          # atomic
     uint64_t orphan_heads   # atomic; changes under the orphans' lock. Those being inserted count already
-    uint64_t salt
+    rkv_mutex registering   # the registry's
+    uint64_t num_workers    # atomic; ids whose count is not 0
+    uint8_t *blocks[NUM_BLOCKS]     # counts of BLOCK_IDS worker ids each; NULL: none of them was ever registered
     rkv_mutex evicting      # taken before any shard: evictions go one by one, so that none frees more than it must
     Part parts[NUM_PARTS]
     Shard shards[NUM_SHARDS]

@@ -14,7 +14,7 @@ import itertools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from ..errors import (
 from ..key import NamespacePart, encode_namespace
 from ..types import POLICIES, ROOT, BackupRequest, Event, Medium, NodeInfo, TreeStats
 from .base import BaseRadixTree, Tokens
+from .base import MatchResult as AnyMatch
 from .reference_check import check_tree
 from .reference_node import (
     POLICY_KEYS,
@@ -44,11 +45,13 @@ from .reference_node import (
     id_array,
     namespace_digest,
     page_digest,
+    parent_of,
     path_length,
     path_tokens,
     path_up,
     subtree,
 )
+from .render import render_dot
 from .tokens import INT32_MAX, INT32_MIN, read_int, read_tokens
 
 __all__ = ["ReferenceTree"]
@@ -103,8 +106,8 @@ class ReferenceTree(BaseRadixTree):
         hits = [self.peek(key, extra_key, cache_salt) for key in keys]
         return np.array([(hit.num_tokens, hit.host_num_tokens) for hit in hits], dtype=np.int64).reshape(len(hits), 2)
 
-    def match_extend(self, match: MatchResult, tokens: Tokens) -> MatchResult:
-        self._check_match(match)
+    def match_extend(self, match: AnyMatch, tokens: Tokens) -> MatchResult:
+        match = self._own_match(match)
         more = self._read_key(tokens)
         end = self._node(match.host_node)
         hit = match.num_tokens + match.host_num_tokens
@@ -167,7 +170,7 @@ class ReferenceTree(BaseRadixTree):
         self,
         tokens: Tokens,
         page_ids: Tokens,
-        match: MatchResult | None = None,
+        match: AnyMatch | None = None,
         extra_key: NamespacePart = None,
         cache_salt: NamespacePart = None,
         priority: int = 0,
@@ -204,7 +207,7 @@ class ReferenceTree(BaseRadixTree):
         self,
         tokens: Tokens,
         host_page_ids: Tokens,
-        match: MatchResult | None = None,
+        match: AnyMatch | None = None,
         extra_key: NamespacePart = None,
         cache_salt: NamespacePart = None,
         priority: int = 0,
@@ -236,7 +239,7 @@ class ReferenceTree(BaseRadixTree):
         self,
         tokens: Tokens,
         ids: Tokens,
-        match: MatchResult | None,
+        match: AnyMatch | None,
         extra_key: NamespacePart,
         cache_salt: NamespacePart,
         priority: int,
@@ -247,7 +250,7 @@ class ReferenceTree(BaseRadixTree):
         priority = read_int(priority, "priority", INT32_MIN, INT32_MAX)
         if match is not None:
             # The hint has no other use here: this implementation always walks from the root.
-            self._check_match(match)
+            match = self._own_match(match)
             hit = match.num_tokens + match.host_num_tokens
             if match.namespace != namespace:
                 raise InvalidArgumentError(f"the match is of namespace {match.namespace!r}, the key of {namespace!r}")
@@ -356,17 +359,17 @@ class ReferenceTree(BaseRadixTree):
         queue = self._queue(lambda node: self._may_leave_device(node, backup))
         while queue and out.device_tokens + out.backup_tokens < wanted:
             node = heapq.heappop(queue)[-1]
-            parent = node.parent
+            parent = parent_of(node)
             if node.host_pages is not None:
                 self._leave_device(node, out)
             elif backup:
                 node.pending = True
-                out.to_backup.append(BackupRequest(node.handle, id_array(node.pages)))
+                out.to_backup.append(BackupRequest(node.handle, id_array(node.pages or ())))
             else:
                 self._remove_subtree(node, out)
             # The parent may be a candidate now. If it is pending already, then what it counts as gone for may be one.
             while parent.pending:
-                parent = parent.parent
+                parent = parent_of(parent)
             if self._may_leave_device(parent, backup):
                 heapq.heappush(queue, self._queue_entry(parent))
         return out.result()
@@ -379,7 +382,7 @@ class ReferenceTree(BaseRadixTree):
         queue = self._queue(self._may_leave_host)
         while queue and out.host_tokens < wanted:
             node = heapq.heappop(queue)[-1]
-            parent = node.parent
+            parent = parent_of(node)
             self._remove(node, out)
             if self._may_leave_host(parent):
                 heapq.heappush(queue, self._queue_entry(parent))
@@ -704,14 +707,7 @@ class ReferenceTree(BaseRadixTree):
         return [self._info(node) for node in self._all_nodes()]
 
     def to_dot(self) -> str:
-        lines = ["digraph radixkv {", "  node [shape=box];"]
-        for at, (namespace, root) in enumerate(sorted(self._roots.items())):
-            lines.append(f'  root{at} [shape=ellipse, label="{namespace.hex() or "default"}"];')
-            for node in subtree(root, in_order=True)[1:]:
-                parent = f"root{at}" if node.parent is root else f"n{node.parent.handle:x}"
-                lines.append(f'  n{node.handle:x} [label="{_dot_label(node)}"];')
-                lines.append(f"  {parent} -> n{node.handle:x};")
-        return "\n".join([*lines, "}", ""])
+        return render_dot(self.dump())
 
     def __iter__(self) -> Iterator[int]:
         return iter([node.handle for node in self._all_nodes()])
@@ -797,11 +793,12 @@ class ReferenceTree(BaseRadixTree):
             if page != here and page in owned:
                 raise PageOwnershipError(f"{what} id {page}, at {at} of {len(ids)}, is owned by the tree elsewhere")
 
-    def _check_match(self, match: Any) -> None:
+    def _own_match(self, match: AnyMatch) -> MatchResult:
         if not isinstance(match, MatchResult):
             raise ArgumentTypeError(f"match must be a MatchResult, not {type(match).__name__}")
         if match.tree_id != self._tree_id:
             raise HandleError(f"the match is of tree {match.tree_id}, not of this one ({self._tree_id})")
+        return match
 
     def _node(self, handle: int) -> Node | None:
         """The node of a handle; None for ROOT, which stands for the roots of all namespaces."""
@@ -828,12 +825,3 @@ def _nothing_host_protected(node: Node) -> bool:
 
 def _divide(run: list[int] | None, at: int) -> tuple[list[int] | None, list[int] | None]:
     return (None, None) if run is None else (run[:at], run[at:])
-
-
-def _dot_label(node: Node) -> str:
-    shown = " ".join(map(str, node.tokens[:8])) + (" ..." if len(node.tokens) > 8 else "")
-    tiers = "+".join(name for name, pages in (("device", node.pages), ("host", node.host_pages)) if pages is not None)
-    flags = "".join(f" {name}" for name in ("loading", "pending") if getattr(node, name))
-    pinned = "" if node.pin_until is None else f" pinned until {node.pin_until}"
-    return (f"{len(node.tokens)} tokens: {shown}\\n{tiers}{flags}{pinned}\\n"
-            f"lock {node.lock_ref} host_ref {node.host_ref} hits {node.hit_count}")

@@ -109,7 +109,7 @@ class ReferencePrefixIndex(PrefixIndexBase):
         while above is not None and above not in seen:
             seen.add(above)
             page = self._pages.get(above)
-            above = links[above] if above in links else page.parent if page else None
+            above = links.get(above, page.parent if page else None)
         if above is not None:
             raise InvalidArgumentError(f"page key {above:#018x} would be its own ancestor")
 

@@ -72,6 +72,12 @@ def path_tokens(node: Node) -> tuple[int, ...]:
     return tuple(token for run in reversed(runs) for token in run)
 
 
+def parent_of(node: Node) -> Node:
+    """The parent of a node that is no root."""
+    assert node.parent is not None
+    return node.parent
+
+
 def path_length(node: Node) -> int:
     return sum(len(part.tokens) for part in path_up(node))
 

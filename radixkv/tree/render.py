@@ -32,7 +32,7 @@ def _last_first(siblings: list[NodeInfo]) -> list[NodeInfo]:
 
 
 def render_dot(nodes: Iterable[NodeInfo]) -> str:
-    """A Graphviz digraph of nodes in dump order: one box a node; solid on the device, dashed on the host only, bold when locked."""
+    """A Graphviz digraph of nodes in dump order: one box a node; dashed on the host only, bold when locked."""
     lines = ["digraph radix_tree {", '  node [shape=box, fontname="monospace"];']
     roots: dict[bytes, str] = {}
     for info in nodes:
@@ -59,4 +59,5 @@ def _label(info: NodeInfo) -> str:
         )
         if shown
     )
-    return f"[{tokens}] {len(info.tokens)} tokens\\n{tiers} lock {info.lock_ref} host_ref {info.host_ref} hits {info.hit_count}{flags}"
+    counts = f"lock {info.lock_ref} host_ref {info.host_ref} hits {info.hit_count}"
+    return f"[{tokens}] {len(info.tokens)} tokens\\n{tiers} {counts}{flags}"

@@ -78,7 +78,8 @@ def _as_array(tokens: Any, what: str) -> npt.NDArray[Any]:
     if torch is not None and isinstance(tokens, torch.Tensor):
         if tokens.device.type != "cpu" or tokens.dtype not in (torch.int32, torch.int64):
             raise ArgumentTypeError(f"{what} must be int32 or int64 on the CPU, not {tokens.dtype} on {tokens.device}")
-        return tokens.numpy()
+        array: npt.NDArray[Any] = tokens.numpy()
+        return array
     try:
         view = memoryview(tokens)
     except TypeError:

@@ -284,6 +284,11 @@ static void test_match_extend(void)
     more.ns = "other";
     more.ns_bytes = 5;
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    /* the same with a namespace_id that claims to be that one's: the node's own namespace is what counts */
+    CHECK(rkv_tree_peek(tree, &more, NULL, &match) == RKV_OK && match.namespace_id != prior.namespace_id);
+    prior.namespace_id = match.namespace_id;
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    prior = match_of_b;
     more = key_of(NULL, NULL, 4);
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
     /* a peek that ends inside a node names a node whose path is longer than the hit */

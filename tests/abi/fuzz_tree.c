@@ -38,6 +38,7 @@ typedef struct engine {
     failing_allocator memory;
     rkv_tree *tree;
     int page_size;
+    uint32_t digest_bytes;      /* 0: the library's own digests */
     pool device, host;
     rkv_node handles[NUM_HANDLES];
     int next_handle;
@@ -582,17 +583,37 @@ static void op_delete(engine *e)
     }
 }
 
+/* Each page's digest is that of its whole prefix, whatever splits and joins there were. */
+static void check_digests(engine *e, rkv_node node)
+{
+    int32_t page_ids[CAPACITY * 2], host_page_ids[CAPACITY * 2];
+    uint8_t digests[CAPACITY * 64];
+    int own, end = path_pages(e, node, page_ids, host_page_ids, &own), i;
+    size_t count;
+    if (e->digest_bytes == 0 || end == 0 || rkv_tree_page_digests(e->tree, node, digests, CAPACITY, &count) != RKV_OK) {
+        return;
+    }
+    CHECK(count == (size_t)own);
+    for (i = 0; i < own; i++) {
+        int32_t id = page_ids[end - own + i], host_id = host_page_ids[end - own + i];
+        uint64_t expected = id >= 0 ? e->device.content[id] : e->host.content[host_id];
+        CHECK(memcmp(digests + (size_t)i * e->digest_bytes, &expected, sizeof expected) == 0);
+        CHECK(e->digest_bytes == 8 || digests[(size_t)(i + 1) * e->digest_bytes - 1] == e->digest_bytes - 1);
+    }
+}
+
 static void op_inspect(engine *e)
 {
     rkv_event events[8];
     rkv_node nodes[CAPACITY * 2], node = any_handle(e);
     int32_t tokens[MAX_KEY_PAGES * 2 * MAX_PAGE], page_ids[CAPACITY * 2], host_page_ids[CAPACITY * 2];
     uint64_t keys[CAPACITY];
-    uint8_t digests[CAPACITY * 8];
+    uint8_t digests[CAPACITY * 64];
     char ns[16];
     size_t count = 0, room_for = take(e) % 8, i;
     check_status(e, rkv_tree_page_keys(e->tree, node, keys, room_for, &count));
     check_status(e, rkv_tree_page_digests(e->tree, node, digests, room_for, &count));
+    check_digests(e, node);
     check_status(e, rkv_tree_node_data(e->tree, node, room_for, tokens, page_ids, host_page_ids));
     check_status(e, rkv_tree_node_namespace(e->tree, node, ns, room_for, &count));
     check_status(e, rkv_tree_nodes(e->tree, nodes, CAPACITY * 2, &count));
@@ -609,8 +630,28 @@ static void op_inspect(engine *e)
     }
 }
 
+/* Digests of the engine's own, of a width that the input chooses: chained like those of a cryptographic hash. */
+static void hash_pages(void *ctx, const rkv_page_run *run)
+{
+    engine *e = ctx;
+    uint64_t hash = hash_bytes(0xcbf29ce484222325ull, run->ns, run->ns_bytes);
+    size_t i, j;
+    CHECK(run->struct_size == sizeof *run && run->page_size == e->page_size && run->num_pages > 0);
+    if (run->parent != NULL) {
+        memcpy(&hash, run->parent, sizeof hash);
+    }
+    for (i = 0; i < run->num_pages; i++) {
+        hash = hash_bytes(hash, run->tokens + i * (size_t)e->page_size, (size_t)e->page_size * 4);
+        memcpy(run->digests + i * e->digest_bytes, &hash, sizeof hash);
+        for (j = sizeof hash; j < e->digest_bytes; j++) {
+            run->digests[i * e->digest_bytes + j] = (uint8_t)j;
+        }
+    }
+}
+
 static void start(engine *e)
 {
+    static const uint32_t digest_widths[] = {0, 0, 8, 9, 32, 64};
     static const int page_sizes[] = {1, 2, 3, 4};
     rkv_tree_config config;
     RKV_INIT(&config);
@@ -621,6 +662,12 @@ static void start(engine *e)
     config.max_events = take(e) % 2 ? 16 : 0;
     config.allocator.reallocate = failing_reallocate;
     config.allocator.ctx = &e->memory;
+    e->digest_bytes = digest_widths[take(e) % 6];
+    if (e->digest_bytes > 0) {
+        config.page_hash = hash_pages;
+        config.page_hash_ctx = e;
+        config.digest_bytes = e->digest_bytes;
+    }
     e->memory.random = 88172645463325252ull + take(e);
     CHECK(rkv_tree_create(&config, &e->tree) == RKV_OK);
     fill_pool(&e->device);

@@ -9,7 +9,7 @@ import radixkv
 from .toolchain import EXAMPLES, INCLUDE, STRICT, library, run, tool
 
 TREE = "8 tokens shared, 2 duplicates, 8 evicted under a lock"
-REFUSED = "unlock twice: lock count violated"
+REFUSED = "unlock twice: lock count violated, index: 2 pages"
 
 
 def _pkg_config(*what: str) -> list[str]:
@@ -40,7 +40,7 @@ def test_c_links_through_pkg_config(tmp_path: Path) -> None:
             program,
         ]
     )
-    assert _said(program) == f"radixkv {radixkv.__version__} from C: {TREE}, 16 after, 12 events"
+    assert _said(program) == f"radixkv {radixkv.__version__} from C: {TREE}, 16 after, 12 events, index: 3 and 2 pages"
 
 
 def test_c_loads_the_table_at_run_time(tmp_path: Path) -> None:

@@ -25,7 +25,13 @@ def _run_sanitized(program: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("source", "arguments"),
-    [("bad_input.c", []), ("alloc_failure.c", ["3"]), ("thread_stress.c", ["4", "3000", "2"])],
+    [
+        ("bad_input.c", []),
+        ("bad_index.c", []),
+        ("alloc_failure.c", ["3"]),
+        ("thread_stress.c", ["4", "3000", "2"]),
+        ("index_stress.c", ["4", "3000", "2", "0"]),
+    ],
 )
 def test_address_and_undefined_behaviour(tmp_path: Path, source: str, arguments: list[str]) -> None:
     program = compile_flavour("asan", HERE / source, tmp_path / "program")
@@ -37,10 +43,19 @@ def test_address_and_undefined_behaviour_at_random(tmp_path: Path) -> None:
     assert _run_sanitized(program, "100000", "1500", "2000") == "1500 runs from seed 100000\n"
 
 
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_data_races(tmp_path: Path, seed: str) -> None:
-    program = compile_flavour("tsan", HERE / "thread_stress.c", tmp_path / "program")
-    assert "no page lost" in _run_sanitized(program, "4", "4000", seed)
+@pytest.mark.parametrize(
+    ("source", "arguments", "said"),
+    [
+        ("thread_stress.c", ["4", "4000", "1"], "no page lost"),
+        ("thread_stress.c", ["3", "4000", "2"], "no page lost"),
+        ("index_stress.c", ["4", "4000", "1", "0"], "every find was right"),
+        ("index_stress.c", ["3", "4000", "2", "0"], "every find was right"),
+        ("index_stress.c", ["4", "4000", "3", "200"], "every find was right"),
+    ],
+)
+def test_data_races(tmp_path: Path, source: str, arguments: list[str], said: str) -> None:
+    program = compile_flavour("tsan", HERE / source, tmp_path / "program")
+    assert said in _run_sanitized(program, *arguments)
 
 
 def test_the_thread_sanitizer_would_find_a_race(tmp_path: Path) -> None:
@@ -79,7 +94,14 @@ def _valgrind(program: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("source", "arguments"), [("bad_input.c", []), ("alloc_failure.c", ["1"]), ("thread_stress.c", ["3", "500", "3"])]
+    ("source", "arguments"),
+    [
+        ("bad_input.c", []),
+        ("bad_index.c", []),
+        ("alloc_failure.c", ["1"]),
+        ("thread_stress.c", ["3", "500", "3"]),
+        ("index_stress.c", ["3", "500", "3", "200"]),
+    ],
 )
 def test_valgrind(tmp_path: Path, source: str, arguments: list[str]) -> None:
     assert _valgrind(compile_linked(HERE / source, tmp_path / "program"), *arguments)

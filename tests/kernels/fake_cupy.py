@@ -18,10 +18,15 @@ class CUDARuntimeError(RuntimeError):
     pass
 
 
+class CUDADriverError(RuntimeError):
+    pass
+
+
 class FakeCupy:
     def __init__(self, gpus: int = 1, capability: str = "90", driver: bool = True) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.known: dict[int, tuple[int, int]] = {}  # host address: device, and the address there
+        self.failing = ""  # the call that fails from now on
         self._memory: dict[int, Any] = {}
         self._names: dict[int, str] = {}
         self._gpus, self._capability, self._driver = gpus, capability, driver
@@ -40,7 +45,7 @@ class FakeCupy:
             streamSynchronize=lambda stream: self.log.append(("streamSynchronize",)),
             memcpyAsync=lambda to, come, size, kind, stream: self._copy("memcpyAsync", to, come, size, stream),
         )
-        driver_api = SimpleNamespace(launchKernel=self._launch_kernel)
+        driver_api = SimpleNamespace(launchKernel=self._launch_kernel, CUDADriverError=CUDADriverError)
         self.cuda = SimpleNamespace(runtime=runtime, driver=driver_api, Device=self._device)
 
     def place(self, content: np.ndarray[Any, Any], device: int) -> int:
@@ -70,7 +75,12 @@ class FakeCupy:
         device, seen = self.known.get(address, (-2, 0))
         return SimpleNamespace(device=device, devicePointer=seen, type=2 if seen else 0)
 
+    def _fail(self, name: str) -> None:
+        if self.failing == name:
+            raise CUDARuntimeError(f"cudaError of {name}")
+
     def _allocate(self, name: str, size: int, *stream: int) -> int:
+        self._fail(name)
         memory = ctypes.create_string_buffer(size)
         address = ctypes.addressof(memory)
         self._memory[address] = memory
@@ -82,6 +92,7 @@ class FakeCupy:
         self.log.append((name, *stream))
 
     def _copy(self, name: str, to: int, come: int, size: int, *stream: int) -> None:
+        self._fail(name)
         ctypes.memmove(to, come, size)
         self.log.append((name, size, *stream))
 
@@ -90,6 +101,8 @@ class FakeCupy:
         extra: int
     ) -> None:  # fmt: skip
         assert (gy, gz, by, bz, shared, extra) == (1, 1, 1, 1, 0, 0)
+        if self.failing == "launchKernel":
+            raise CUDADriverError("CUDA_ERROR_LAUNCH_FAILED")
         name = self._names[function]
         self.log.append(("launch", name, stream))
         mode = FIBRE if name.startswith("rkv_relayout") else LOOP

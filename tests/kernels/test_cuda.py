@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radixkv.errors import DeviceUnavailableError, InvalidArgumentError
+from radixkv.errors import DeviceUnavailableError, InvalidArgumentError, TransferError
 from radixkv.pool.layout import KVGeometry, view_of_layout
 from radixkv.transfer import cuda
 from radixkv.transfer.cuda import CudaKernels
@@ -69,7 +69,8 @@ def test_a_copy_goes_on_the_callers_stream_in_order(cupy: FakeCupy) -> None:
     ordered = [entry for entry in cupy.log if entry[-1] == STREAM]
     assert ordered == [
         ("mallocAsync", 48, STREAM),
-        ("memcpyAsync", 48, STREAM),
+        ("memcpyAsync", 24, STREAM),
+        ("memcpyAsync", 24, STREAM),
         ("launch", launch.kernel, STREAM),
         ("freeAsync", STREAM),
     ]
@@ -83,7 +84,27 @@ def test_what_is_uploaded_once_stays(cupy: FakeCupy) -> None:
     kernels.run(pools.backup([5, 1, 7], [2, 0, 6]), stream=STREAM)
     cupy.log.clear()
     kernels.run(pools.backup([3, 6, 0], [1, 4, 7]), stream=STREAM)
-    assert [entry[0] for entry in cupy.log] == ["mallocAsync", "memcpyAsync", "launch", "freeAsync"]
+    assert [entry[0] for entry in cupy.log] == ["mallocAsync", "memcpyAsync", "memcpyAsync", "launch", "freeAsync"]
+
+
+@pytest.mark.parametrize("call", ["malloc", "memcpy", "mallocAsync", "memcpyAsync", "launchKernel"])
+def test_what_cuda_refuses_leaves_nothing_behind(cupy: FakeCupy, call: str) -> None:
+    pools, kernels = Pools(cupy), CudaKernels()
+    cupy.failing = call
+    with pytest.raises(TransferError, match=r"rkv_\w+ of 2 pages on cuda:0: (cudaError of|CUDA_ERROR)"):
+        kernels.run(pools.backup([5, 1], [2, 0]), stream=STREAM)
+    kernels.close()
+    assert cupy.allocated == 0
+    cupy.failing = ""
+    kernels.run(pools.backup([5, 1], [2, 0]), stream=STREAM)
+    assert (pools.host == pools.expected([5, 1], [2, 0])).all()
+
+
+def test_one_list_of_pages_may_be_a_run_and_the_other_not(cupy: FakeCupy) -> None:
+    for src, dst in (([3, 4, 5], [6, 1, 0]), ([6, 1, 0], [3, 4, 5])):
+        pools = Pools(cupy)
+        CudaKernels().run(pools.backup(src, dst), stream=STREAM)
+        assert (pools.host == pools.expected(src, dst)).all()
 
 
 def test_runs_of_pages_need_no_upload(cupy: FakeCupy) -> None:

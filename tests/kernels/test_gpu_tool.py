@@ -89,5 +89,6 @@ def test_a_required_gpu_that_is_missing_is_a_failure(monkeypatch: pytest.MonkeyP
 
 
 def test_help_needs_nothing() -> None:
-    done = subprocess.run([sys.executable, ROOT / "tools" / "gpu.py", "--help"], capture_output=True, text=True, check=True)
+    command = [sys.executable, ROOT / "tools" / "gpu.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "compute-sanitizer" in done.stdout

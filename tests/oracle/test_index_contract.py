@@ -95,7 +95,19 @@ def test_every_64_bit_value_is_a_key(index: Any) -> None:
         lambda k: np.frombuffer(b"x" + np.array(k, dtype=np.uint64).tobytes(), dtype=np.uint8)[1:].view(np.uint64),
         lambda k: [np.uint64(x) for x in k],
     ],
-    ids="list tuple arrayQ arrayq uint64 int64 memoryview strided reversed unaligned numpy-scalars".split(),
+    ids=[
+        "list",
+        "tuple",
+        "arrayQ",
+        "arrayq",
+        "uint64",
+        "int64",
+        "memoryview",
+        "strided",
+        "reversed",
+        "unaligned",
+        "numpy-scalars",
+    ],
 )
 def test_key_types(index: Any, convert: Callable[[list[int]], Any]) -> None:
     index.insert(1, convert([5, 6, 7]))
@@ -105,8 +117,24 @@ def test_key_types(index: Any, convert: Callable[[list[int]], Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [None, "ab", b"12345678", 5, {1, 2}, [1.5], ["a"], [None], [True], np.array([1.0]), np.array([[1]], dtype=np.uint64),
-             np.array([1], dtype=np.int32), np.array([1], dtype=">u8"), array.array("i", [1])], ids=repr,
+    "keys",
+    [
+        None,
+        "ab",
+        b"12345678",
+        5,
+        {1, 2},
+        [1.5],
+        ["a"],
+        [None],
+        [True],
+        np.array([1.0]),
+        np.array([[1]], dtype=np.uint64),
+        np.array([1], dtype=np.int32),
+        np.array([1], dtype=">u8"),
+        array.array("i", [1]),
+    ],
+    ids=repr,
 )
 def test_wrong_key_types(index: Any, keys: Any) -> None:
     index.insert(1, [1])
@@ -122,8 +150,18 @@ def test_keys_out_of_range(index: Any, keys: Any) -> None:
     unchanged(index, lambda: index.find(keys), InvalidArgumentError)
 
 
-@pytest.mark.parametrize(("worker", "error"), [(-1, InvalidArgumentError), (1 << 20, InvalidArgumentError), (1 << 70, InvalidArgumentError),
-                                               ("a", ArgumentTypeError), (1.0, ArgumentTypeError), (True, ArgumentTypeError), (None, ArgumentTypeError)])
+@pytest.mark.parametrize(
+    ("worker", "error"),
+    [
+        (-1, InvalidArgumentError),
+        (1 << 20, InvalidArgumentError),
+        (1 << 70, InvalidArgumentError),
+        ("a", ArgumentTypeError),
+        (1.0, ArgumentTypeError),
+        (True, ArgumentTypeError),
+        (None, ArgumentTypeError),
+    ],
+)
 def test_wrong_workers(index: Any, worker: Any, error: type[Exception]) -> None:
     unchanged(index, lambda: index.insert(worker, [1]), error)
     unchanged(index, lambda: index.remove(worker, [1]), error)
@@ -131,7 +169,10 @@ def test_wrong_workers(index: Any, worker: Any, error: type[Exception]) -> None:
     unchanged(index, lambda: index.remove_worker(worker), error)
 
 
-@pytest.mark.parametrize(("bound", "error"), [(0, InvalidArgumentError), (-1, InvalidArgumentError), (1.5, ArgumentTypeError), (True, ArgumentTypeError)])
+@pytest.mark.parametrize(
+    ("bound", "error"),
+    [(0, InvalidArgumentError), (-1, InvalidArgumentError), (1.5, ArgumentTypeError), (True, ArgumentTypeError)],
+)
 def test_wrong_bounds(make: Callable[..., Any], bound: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         make(max_pages=bound)
@@ -221,7 +262,9 @@ def test_gaps_are_forgotten_with_their_last_descendant(index: Any) -> None:
     assert index.insert(1, [3, 1]) == 2  # forgotten keys are free to come back elsewhere
 
 
-@pytest.mark.parametrize("order", [[1, 2, 3, 4, 5], [5, 4, 3, 2, 1], [3, 1, 5, 2, 4], [3, 3, 9, 4, 5, 2, 1, 1]], ids=repr)
+@pytest.mark.parametrize(
+    "order", [[1, 2, 3, 4, 5], [5, 4, 3, 2, 1], [3, 1, 5, 2, 4], [3, 3, 9, 4, 5, 2, 1, 1]], ids=repr
+)
 @pytest.mark.parametrize("at_once", [True, False])
 def test_pages_are_removed_in_any_order(index: Any, order: list[int], at_once: bool) -> None:
     index.insert(1, [1, 2, 3, 4, 5])
@@ -283,6 +326,21 @@ def test_orphans_join_in_the_middle_of_a_run(index: Any) -> None:
     assert index.stats()[:3] == (116, 116, 0)
     assert index.find([*chain[:51], 5000, 5001, 5]) == {1: 53}
     assert index.find(chain) == {1: 100}
+
+
+def test_orphans_of_many_workers_join(index: Any) -> None:
+    """They bring their workers and holder sets along to where their parent is."""
+    for root in range(0, 4000, 100):  # in as many places as there may be
+        for w in range(60):
+            index.insert(1000 + root + w, [root + 2, root + 3][: 1 + w % 2], parent_key=root + 1)
+        index.insert(1, [root, root + 1])
+        for w in range(60):
+            assert index.insert(1000 + root + w, [root, root + 1]) == 2
+        assert index.find([root, root + 1, root + 2, root + 3]) == {
+            1: 2,
+            **{1000 + root + w: 3 + w % 2 for w in range(60)},
+        }
+    assert index.stats().orphan_pages == 0
 
 
 def test_orphans_can_be_removed(index: Any) -> None:

@@ -1,7 +1,7 @@
 """The fast index beside the reference: the same calls, the same answers, the same content, after every step.
 
-Keys are drawn from a fixed forest ("the truth": chained hashes allow no other), and now and then at random, which contradicts. ``run``
-is the long form: ``python tests/oracle/test_index_side_by_side.py SEED OPERATIONS``.
+Keys are drawn from a fixed forest ("the truth": chained hashes allow no other), and now and then at random, which
+contradicts. ``run`` is the long form: ``python tests/oracle/test_index_side_by_side.py SEED OPERATIONS``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Pair:
         return got
 
     def adopt_evictions(self) -> None:
-        """Pages that only the reference knows have been evicted. That they were leaves shows in the dumps being equal afterwards."""
+        """Pages that only the reference knows have been evicted: leaves, or the dumps would differ afterwards."""
         evicted = self.slow.dump().keys() - self.fast.dump().keys()
         for worker in self.slow.workers():
             self.slow.remove(worker, list(evicted))
@@ -71,7 +71,9 @@ class Pair:
         counts, nodes = self.fast.find(np.array(keys, dtype=np.uint64), nodes=True)
         expected, pages = self.slow.find(keys, nodes=True)
         assert counts == expected == self.fast.find(keys)
-        assert [(n.first_page + i, n.holders) for n in nodes for i in range(n.num_pages)] == [(p.first_page, p.holders) for p in pages]
+        assert [(n.first_page + i, n.holders) for n in nodes for i in range(n.num_pages)] == [
+            (p.first_page, p.holders) for p in pages
+        ]
         for n in nodes:
             assert self.fast.get_word(n.node) == n.word
         if nodes and self.random.random() < 0.3:
@@ -149,7 +151,9 @@ places = st.integers(0, NUM_KEYS - 1)
 
 
 class SideBySide(RuleBasedStateMachine):
-    @initialize(seed=st.integers(0, 1 << 32), bound=st.sampled_from([None, None, 6]), branch=st.sampled_from([0.1, 0.5]))
+    @initialize(
+        seed=st.integers(0, 1 << 32), bound=st.sampled_from([None, None, 6]), branch=st.sampled_from([0.1, 0.5])
+    )
     def start(self, seed: int, bound: int | None, branch: float) -> None:
         self.pair = Pair(seed, NUM_KEYS, bound, branch)
 
@@ -197,7 +201,8 @@ class SideBySide(RuleBasedStateMachine):
 
 TestSideBySide = SideBySide.TestCase
 TestSideBySide.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ EXPECTED = {
     "StateError": RuntimeError,
     "PageOwnershipError": ValueError,
     "AllocationError": MemoryError,
+    "HostMemoryError": MemoryError,
+    "PageLockError": RuntimeError,
+    "UnsupportedLayoutError": ValueError,
     "IntegrityError": AssertionError,
     "TransferError": RuntimeError,
 }

@@ -1,7 +1,7 @@
 """rkv_index_* with an allocator that fails: at every site, one at a time, the call says so and the index is as it was.
 
-Through ctypes on libradixkv.so.1, as the allocator is the C caller's to give. The allocator also proves that each block is resized and
-freed with the size that it has, and that destroy frees them all.
+Through ctypes on libradixkv.so.1, as the allocator is the C caller's to give. The allocator also proves that each
+block is resized and freed with the size that it has, and that destroy frees them all.
 """
 
 from __future__ import annotations
@@ -24,12 +24,23 @@ class Allocator(c.Structure):
 
 
 class Config(c.Structure):
-    _fields_ = (("struct_size", c.c_uint32), ("reserved", c.c_uint32), ("max_pages", c.c_uint64), ("allocator", Allocator))
+    _fields_ = (
+        ("struct_size", c.c_uint32),
+        ("reserved", c.c_uint32),
+        ("max_pages", c.c_uint64),
+        ("allocator", Allocator),
+    )
 
 
 class Page(c.Structure):
-    _fields_ = (("key", c.c_uint64), ("parent_key", c.c_uint64), ("has_parent", c.c_uint32), ("orphan", c.c_uint32),
-                ("first_holder", c.c_uint64), ("num_holders", c.c_uint64))
+    _fields_ = (
+        ("key", c.c_uint64),
+        ("parent_key", c.c_uint64),
+        ("has_parent", c.c_uint32),
+        ("orphan", c.c_uint32),
+        ("first_holder", c.c_uint64),
+        ("num_holders", c.c_uint64),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,11 @@ class Memory:
     def __init__(self) -> None:
         libc = c.CDLL(None)
         libc.malloc.restype = libc.realloc.restype = c.c_void_p
-        libc.malloc.argtypes, libc.realloc.argtypes, libc.free.argtypes = [c.c_size_t], [c.c_void_p, c.c_size_t], [c.c_void_p]
+        libc.malloc.argtypes, libc.realloc.argtypes, libc.free.argtypes = (
+            [c.c_size_t],
+            [c.c_void_p, c.c_size_t],
+            [c.c_void_p],
+        )
         self.libc, self.sizes, self.fail_at, self.wrong = libc, {}, 0, []
         self.function = REALLOC(self.reallocate)
 
@@ -73,10 +88,14 @@ class Index:
 
     def insert(self, worker: int, keys: list[int], parent: int | None = None) -> int:
         at = None if parent is None else c.byref(c.c_uint64(parent))
-        return self.lib.rkv_index_insert(self.handle, c.c_uint32(worker), (c.c_uint64 * len(keys))(*keys), c.c_size_t(len(keys)), at, None)
+        return self.lib.rkv_index_insert(
+            self.handle, c.c_uint32(worker), (c.c_uint64 * len(keys))(*keys), c.c_size_t(len(keys)), at, None
+        )
 
     def remove(self, worker: int, keys: list[int]) -> int:
-        return self.lib.rkv_index_remove(self.handle, c.c_uint32(worker), (c.c_uint64 * len(keys))(*keys), c.c_size_t(len(keys)), None)
+        return self.lib.rkv_index_remove(
+            self.handle, c.c_uint32(worker), (c.c_uint64 * len(keys))(*keys), c.c_size_t(len(keys)), None
+        )
 
     def clear_worker(self, worker: int) -> int:
         return self.lib.rkv_index_clear_worker(self.handle, c.c_uint32(worker), None)
@@ -95,8 +114,15 @@ class Index:
         ids = (c.c_uint32 * 4096)()
         assert self.lib.rkv_index_workers(self.handle, ids, c.c_size_t(4096), c.byref(w)) == OK
         rows = sorted(
-            (p.key, p.has_parent, p.parent_key, p.orphan, tuple(holders[p.first_holder : p.first_holder + p.num_holders]))
-            for p in pages[: n.value])
+            (
+                p.key,
+                p.has_parent,
+                p.parent_key,
+                p.orphan,
+                tuple(holders[p.first_holder : p.first_holder + p.num_holders]),
+            )
+            for p in pages[: n.value]
+        )
         return rows, ids[: w.value]
 
     def close(self) -> None:
@@ -119,6 +145,8 @@ CALLS: list[tuple[Any, ...]] = [
     ("insert", 5, [88, 89], 87),
     ("insert", 5, [87], 86),  # orphans that join orphans
     ("insert", 6, C),
+    *(("insert", 300 + w, [201, 202][: w % 3], 200) for w in range(30)),
+    ("insert", 2, [199, 200]),  # orphans of many workers move to a shard that knows none of these
     ("remove", 1, B[5:10]),
     ("remove", 6, [*C[::3], *B]),
     ("insert", 1, B),

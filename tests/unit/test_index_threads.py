@@ -1,7 +1,8 @@
 """The index under many threads at once, then still: integrity, and the same content as the oracle given the same calls.
 
-A worker's calls all come from one thread and never contradict the truth, so what it holds at the end does not depend on the other threads.
-Which gaps and orphans are known in between does; a last worker that inserts everything from the roots makes that equal, too.
+A worker's calls all come from one thread and never contradict the truth, so what it holds at the end does not depend
+on the other threads. Which gaps and orphans are known in between does; a last worker that inserts everything from the
+roots makes that equal, too.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def test_the_documented_form() -> None:
     assert encode_namespace("a") == b"s" + eight + b"a" + b"n"
     assert encode_namespace(None, "a") == b"n" + b"s" + eight + b"a"
     assert encode_namespace(b"\xff", 7) == b"b" + eight + b"\xff" + b"i" + eight + b"7"
-    assert encode_namespace(-12) == b"i" + (3).to_bytes(8, "little") + b"-12" + b"n"
+    assert encode_namespace(-12) == b"i" + (2).to_bytes(8, "little") + b"-c" + b"n"
+    assert len(encode_namespace(10**5000)) > 4000, "beyond the digits that int allows in decimal"
     assert encode_namespace("é") == b"s" + (2).to_bytes(8, "little") + "é".encode() + b"n"
 
 

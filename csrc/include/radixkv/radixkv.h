@@ -11,7 +11,10 @@
  *   Status     Functions return RKV_OK (0) or a negative rkv_status. A call that fails leaves the object as it was, and its
  *              outputs undefined. rkv_last_error() then says in words, with the numbers, what was wrong.
  *   Structs    Structs that cross this border begin with struct_size. The caller sets it to sizeof(struct) before the
- *              call, for inputs and outputs alike (RKV_INIT does). Structs and the table grow only at their end.
+ *              call, for inputs and outputs alike (RKV_INIT does). Structs and the table grow only at their end, and a library takes
+ *              the shorter structs of every host built against an earlier header of its ABI version. The few that are elements of an
+ *              array or part of another struct (rkv_allocator, rkv_backup, rkv_event, rkv_index_node, rkv_index_page) have no
+ *              struct_size and never change within a version.
  *   Ownership  Inputs are copied, never kept. Outputs go to buffers of the caller, but for rkv_freed, which the library
  *              grows and rkv_freed_release frees. The tree never calls the engine's allocator: what leaves the tree is
  *              returned, and belongs to the caller from then on.
@@ -82,7 +85,8 @@ RKV_API const char *rkv_version(void);
 /* --------------------------------------------------------------------------------------------------------- memory */
 
 /* One function for all of a tree's memory: like realloc(ptr, new_bytes), with old_bytes passed in.
- * ptr NULL: allocate. new_bytes 0: free, returns NULL. Failure: returns NULL and ptr stays valid. Results are aligned to 16 bytes.
+ * Called from any thread that uses the tree, and from several at once: it must be thread-safe, and outlive the tree and every rkv_freed
+ * that the tree has filled. ptr NULL: allocate. new_bytes 0: free, returns NULL. Failure: returns NULL and ptr stays valid. Results are aligned to 16 bytes.
  * NULL in a config: the default, malloc for small blocks and mmap/mremap for large ones (so growth copies nothing and
  * untouched memory costs nothing). */
 typedef void *(*rkv_realloc_fn)(void *ctx, void *ptr, size_t old_bytes, size_t new_bytes);
@@ -227,7 +231,8 @@ typedef struct rkv_backup {
 } rkv_backup;
 
 /* Pages that left the tree. RKV_INIT it once, reuse it for any number of calls (each call replaces the content), then
- * rkv_freed_release. The arrays belong to the library; do not free or resize them. */
+ * rkv_freed_release. The arrays belong to the library; do not free or resize them. They come from the allocator of the first tree that
+ * fills the struct, whichever trees fill it later: release it before that allocator goes. */
 typedef struct rkv_freed {
     uint32_t struct_size;
     uint32_t reserved;
@@ -371,10 +376,16 @@ RKV_API rkv_status rkv_tree_check_integrity(rkv_tree *tree, const rkv_tier_check
  *   Meaning    radixkv/tree/index_base.py is the contract: gaps, orphans, contradictions, eviction. All of it holds here.
  *   Threads    Every rkv_index_* function may run beside every other on the same index, but for rkv_index_destroy, which must
  *              come last. Chains are spread over 32 shards by their first key, each with a reader-writer lock of its own; orphans
- *              have a 33rd. find and the words share one shard's lock; insert excludes one (two when it joins orphans); remove
- *              those that its keys are in; clear_worker and remove_worker one after the other. Calls that touch one shard are
+ *              have a 33rd. find and the words share one shard's lock, and so does an insert of what the worker holds already;
+ *              any other insert excludes one (two when it joins orphans); remove those that its keys are in; clear_worker and
+ *              remove_worker one after the other; get_stats and dump share all, workers none. Calls that touch one shard are
  *              atomic; clear_worker and remove_worker are atomic a shard. An allocator is called under locks and by many
  *              threads at once: it must be thread-safe and must not call back into the index.
+ *   Limit      If all chains begin with one page (one system prompt), they are all in one shard: inserts that change something
+ *              then go one at a time. Fix: several indexes, chosen by a page behind the common ones.
+ *   Handles    As the tree's, but for orphans, which have none until they are found. A handle of another index, one that is destroyed
+ *              included, is refused save for a chance of about 2^-26 (a random start of 26-bit generations; none comes twice).
+ *   Growth     rkv_index_config, _hit and _stats may grow at their end. rkv_index_node and rkv_index_page never do: they come in arrays.
  *   Failure    A call that fails leaves every page, holder and word as it was. */
 typedef struct rkv_index rkv_index;
 
@@ -387,7 +398,8 @@ typedef struct rkv_index_config {
     rkv_allocator allocator;    /* reallocate NULL: the default */
 } rkv_index_config;
 
-/* Create an index; config NULL is no bound. Destroy with rkv_index_destroy (NULL is allowed there). */
+/* Create an index; config NULL is no bound. Destroy with rkv_index_destroy (NULL is allowed there). *out is NULL on failure:
+ * RKV_ERR_ARGUMENT, or RKV_ERR_NO_MEMORY (of the allocator, or of the system for a lock). */
 RKV_API rkv_status rkv_index_create(const rkv_index_config *config, rkv_index **out);
 RKV_API void rkv_index_destroy(rkv_index *index);
 
@@ -415,7 +427,8 @@ typedef struct rkv_index_node {
     uint64_t num_holders;
 } rkv_index_node;
 
-/* The answer of a find; the buffers are the caller's. nodes NULL: no path wanted. */
+/* The answer of a find; the buffers are the caller's. nodes NULL: no path wanted, and holders is not looked at. A buffer that is NULL with
+ * room for some is RKV_ERR_ARGUMENT. */
 typedef struct rkv_index_hit {
     uint32_t struct_size;
     uint32_t reserved;

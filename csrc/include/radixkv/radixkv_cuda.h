@@ -1,17 +1,18 @@
 /* radixkv_cuda.h -- copies of KV pages on an NVIDIA GPU, from C: device to host, host to device, within the device.
  *
- * libradixkv_cuda.so.1 holds the kernels and needs libc alone; it finds the driver (libcuda.so.1) at run time, with dlopen. On
- * a machine without one, rkv_cuda_open says so and everything else still works. It is built where nvcc is.
+ * libradixkv_cuda.so.1 holds the kernels and needs libc alone; it finds the driver (libcuda.so.1) at run time, with
+ * dlopen. On a machine without one, rkv_cuda_open says so and everything else still works. It is built where nvcc is.
  *
  * RULES THAT HOLD EVERYWHERE
  *   Units      page ids count pages of page_size tokens; strides and sizes are bytes.
  *   Status     Functions return RKV_CUDA_OK (0) or a negative rkv_cuda_status. Arguments are checked before anything is
  *              launched. rkv_cuda_last_error() then says in words, with the numbers, what was wrong.
  *   Structs    begin with struct_size, which the caller sets to sizeof(struct); they grow only at their end.
- *   Ownership  Inputs are copied during the call. The memory behind a view's bases must live until the stream has passed
- *              the copy; host memory there must be page-locked and have the same address on the device (cuMemHostAlloc and
- *              cuMemHostRegister give that on every 64-bit Linux).
- *   Threads    Every function may be called from any thread. Copies on one stream happen in order. rkv_cuda_close comes last.
+ *   Ownership  Inputs are copied during the call. The memory behind a view's bases must live until the stream has
+ *              passed the copy; host memory there must be page-locked and have the same address on the device
+ *              (cuMemHostAlloc and cuMemHostRegister give that on every 64-bit Linux).
+ *   Threads    Every function may be called from any thread. Copies on one stream happen in order. rkv_cuda_close
+ *              comes last.
  */
 #ifndef RADIXKV_RADIXKV_CUDA_H
 #define RADIXKV_RADIXKV_CUDA_H
@@ -49,8 +50,8 @@ enum {
 /* A constant English string for a status, never NULL ("unknown status" for others). Never freed. Any thread. */
 RKV_CUDA_API const char *rkv_cuda_status_string(rkv_cuda_status status);
 
-/* What the last failing call of THIS thread was about, with its numbers; "" before any. Valid until the next failure in this
- * thread. */
+/* What the last failing call of THIS thread was about, with its numbers; "" before any. Valid until the next failure in
+ * this thread. */
 RKV_CUDA_API const char *rkv_cuda_last_error(void);
 
 /* ------------------------------------------------------------------------------------------------------------ copy */
@@ -66,7 +67,7 @@ typedef struct rkv_cuda_geometry {
 } rkv_cuda_geometry;
 
 /* One pool. Address of (half, layer, page, token, head):
- *     bases[half * L + layer] + page * page_stride + token * token_stride + head * head_stride, and D bytes from there. */
+ *     bases[half * L + layer] + page * page_stride + token * token_stride + head * head_stride, and D bytes on. */
 typedef struct rkv_cuda_view {
     uint32_t struct_size;
     uint32_t reserved;
@@ -100,27 +101,29 @@ typedef struct rkv_cuda_launch {
     uint32_t struct_size;
     uint32_t grid;          /* blocks */
     uint32_t block;         /* threads a block */
-    uint32_t params_bytes;  /* of params that are used: the kernel's only argument, by value (rkv_copy_params of params.h) */
+    uint32_t params_bytes;  /* of params that are used: the kernel's only argument, rkv_copy_params of params.h */
     uint64_t num_pages;     /* of the copy that this launch does */
     char kernel[RKV_CUDA_KERNEL_NAME_BYTES];
     unsigned char params[RKV_CUDA_PARAMS_BYTES];
 } rkv_cuda_launch;
 
-/* Check a copy and plan the launch that does its pages from first_page on. Needs no GPU. Most copies take one launch; where
- * out->num_pages is less than what was left, plan again from first_page + out->num_pages. No pages left: out->num_pages is 0.
+/* Check a copy and plan the launch that does its pages from first_page on. Needs no GPU. Most copies take one launch;
+ * where out->num_pages is less than what was left, plan again from first_page + out->num_pages. No pages left:
+ * out->num_pages is 0.
  * Errors: ARGUMENT, RANGE, OVERLAP, NO_MEMORY. */
 RKV_CUDA_API rkv_cuda_status rkv_cuda_plan(const rkv_cuda_copy *copy, uint64_t first_page, rkv_cuda_launch *out);
 
 /* A GPU with the kernels loaded. */
 typedef struct rkv_cuda rkv_cuda;
 
-/* Find the driver, retain the primary context of a GPU, load the kernels. Destroy with rkv_cuda_close (NULL is allowed there).
+/* Find the driver, retain the primary context of a GPU, load the kernels. Destroy with rkv_cuda_close (NULL is allowed
+ * there).
  * Errors: ARGUMENT, NO_DRIVER, NO_DEVICE, NO_KERNELS, DRIVER, NO_MEMORY. */
 RKV_CUDA_API rkv_cuda_status rkv_cuda_open(int32_t device, rkv_cuda **out);
 RKV_CUDA_API void rkv_cuda_close(rkv_cuda *cuda);
 
-/* Put a copy on a stream (a CUstream or cudaStream_t of that GPU; NULL: the legacy default stream) and return. The context that is
- * current in this thread is restored. No pages: nothing happens.
+/* Put a copy on a stream (a CUstream or cudaStream_t of that GPU; NULL: the legacy default stream) and return. The
+ * context that is current in this thread is restored. No pages: nothing happens.
  * Errors: those of rkv_cuda_plan, before any launch; DRIVER, NO_MEMORY. */
 RKV_CUDA_API rkv_cuda_status rkv_cuda_copy_pages(rkv_cuda *cuda, const rkv_cuda_copy *copy, void *stream);
 
