@@ -97,6 +97,10 @@ cdef class Progress:
                     return False
             # back in Python between two slices: pending signals are handled here
 
+    def wait_until(self, int layer):
+        """``wait`` without a limit: a device pool's layer_transfer_counter, for layers counted from 0."""
+        self.wait(layer)
+
 
 class CpuTransfer(Transfer):
     """Copies in host memory.
