@@ -23,6 +23,7 @@ RKV_FLOOR(pthread_rwlock_destroy);
 RKV_FLOOR(pthread_rwlock_rdlock);
 RKV_FLOOR(pthread_rwlock_tryrdlock);
 RKV_FLOOR(pthread_rwlock_wrlock);
+RKV_FLOOR(pthread_rwlock_trywrlock);
 RKV_FLOOR(pthread_rwlock_unlock);
 RKV_FLOOR(pthread_rwlockattr_init);
 RKV_FLOOR(pthread_rwlockattr_destroy);
