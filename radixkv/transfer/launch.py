@@ -12,7 +12,7 @@ Nothing here touches a device: addresses are numbers.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -23,6 +23,7 @@ from .plan import CopyPlan, Ids
 
 __all__ = [
     "BULK_SLOT_BYTES",
+    "DEFAULT_CTAS",
     "TILE_BYTES",
     "VECTOR_BYTES",
     "Addresses",
@@ -33,6 +34,7 @@ __all__ = [
     "common_ids",
     "first_of_run",
     "launches_of",
+    "layer_launches",
     "vector_bytes_of",
 ]
 
@@ -168,6 +170,12 @@ class Launch:
             side.pages = pages + skip if pages else 0
         return bound
 
+    def of_layer(self, layer: int) -> Launch:
+        """The launch of one layer, for another one."""
+        params = type(self.params).from_buffer_copy(self.params)
+        params.first_layer = layer
+        return replace(self, params=params)
+
 
 def common_ids(plan: CopyPlan) -> tuple[Ids, Ids]:
     """Both page lists in one dtype, the wider of the two; the kernels take one."""
@@ -221,6 +229,23 @@ def launches_of(
     if family == "relayout":
         return _relayout_launches(plan, ctas, vector_bytes)
     return _copy_launches(plan, family == "bulk", ctas, vector_bytes)
+
+
+def layer_launches(plan: CopyPlan, *, family: Family = "auto", ctas: int = DEFAULT_CTAS) -> list[list[Launch]]:
+    """``launches_of`` each layer of a plan by itself.
+
+    Layers differ in their bases alone, so that one layer's launches serve all where bases are aligned alike, as those
+    of a pool are.
+    """
+    if not plan.num_pages:
+        return [[] for _ in plan.layers]
+    first = launches_of(plan.layer(plan.layers.start), family=family, ctas=ctas)
+    part = slice(plan.layers.start, plan.layers.stop)
+    shifts = [view.bases[:, part] % np.uint64(VECTOR_BYTES[0]) for view in (plan.src, plan.dst)]
+    if all((shift == shift[:, :1]).all() for shift in shifts):
+        return [first, *([launch.of_layer(layer) for launch in first] for layer in plan.layers[1:])]
+    rest = (launches_of(plan.layer(layer), family=family, ctas=ctas) for layer in plan.layers[1:])
+    return [first, *rest]
 
 
 def _choose_vector(plan: CopyPlan, dims: _Triple, asked: int | None) -> int:

@@ -1,17 +1,25 @@
-"""Just enough of CuPy for radixkv.transfer.cuda, on the host simulator; all memory is host memory.
+"""Just enough of CuPy for radixkv.transfer's GPU half, on the host simulator; all memory is host memory.
 
-Keeps a log of the calls in order, and knows which addresses a device can reach.
+Keeps a log of the calls in order, and knows which addresses a device can reach. With ``lazy`` on, streams are queues:
+nothing that is put on one happens before somebody waits for it, so that what is reused too early shows as wrong bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections import deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from radixkv.transfer.launch import CopyParams, RelayoutParams
+
 from .simulator import FIBRE, LOOP, build
+
+NOT_READY = 600
 
 
 class CUDARuntimeError(RuntimeError):
@@ -27,7 +35,12 @@ class FakeCupy:
         self.log: list[tuple[Any, ...]] = []
         self.known: dict[int, tuple[int, int]] = {}  # host address: device, and the address there
         self.failing = ""  # the call that fails from now on
+        self.lazy = False
         self._memory: dict[int, Any] = {}
+        self._queues: dict[int, deque[Callable[[], object]]] = {}
+        self._put: dict[int, int] = {}  # stream: how much was ever put on it
+        self._events: dict[int, tuple[int, int]] = {}  # event: stream, and how much was on it
+        self._handles = itertools.count(0x9000)
         self._names: dict[int, str] = {}
         self._gpus, self._capability, self._driver = gpus, capability, driver
         self._launch = ctypes.CDLL(str(build())).rkv_sim_launch
@@ -38,15 +51,59 @@ class FakeCupy:
             getDeviceCount=self._count,
             pointerGetAttributes=self._attributes,
             malloc=lambda size: self._allocate("malloc", size),
-            mallocAsync=lambda size, stream: self._allocate("mallocAsync", size, stream),
+            hostAlloc=lambda size, flags: self._allocate("hostAlloc", size),
             free=lambda address: self._free("free", address),
-            freeAsync=lambda address, stream: self._free("freeAsync", address, stream),
+            freeHost=lambda address: self._free("freeHost", address),
+            memcpyDefault=4,
+            eventCreateWithFlags=lambda flags: next(self._handles),
+            eventDestroy=lambda event: self._events.pop(event, None),
+            eventRecord=self._record,
+            eventQuery=lambda event: 0 if self._passed(event) else NOT_READY,
+            eventSynchronize=self._wait_event,
+            streamWaitEvent=lambda stream, event, flags=0: self._on(stream, lambda: self._wait_event(event)),
+            driverGetVersion=lambda: 13000,
+            getDeviceProperties=lambda device: {
+                "name": b"Fake 100", "multiProcessorCount": 8, "asyncEngineCount": 3,
+            },
             memcpy=lambda to, come, size, kind: self._copy("memcpy", to, come, size),
             streamSynchronize=lambda stream: self.log.append(("streamSynchronize",)),
             memcpyAsync=lambda to, come, size, kind, stream: self._copy("memcpyAsync", to, come, size, stream),
         )
         driver_api = SimpleNamespace(launchKernel=self._launch_kernel, CUDADriverError=CUDADriverError)
-        self.cuda = SimpleNamespace(runtime=runtime, driver=driver_api, Device=self._device)
+        self.cuda = SimpleNamespace(runtime=runtime, driver=driver_api, Device=self._device, Event=self._event)
+
+    # ---- streams and events
+    def _on(self, stream: int, action: Callable[[], object]) -> None:
+        self._put[stream] = self._put.get(stream, 0) + 1
+        self._queues.setdefault(stream, deque()).append(action)
+        if not self.lazy:
+            self.finish()
+
+    def finish(self) -> None:
+        """Do everything that is on any stream."""
+        while waiting := [stream for stream, queue in self._queues.items() if queue]:
+            self._step(waiting[0])
+
+    def _step(self, stream: int) -> None:
+        action = self._queues[stream][0]
+        action()
+        self._queues[stream].popleft()
+
+    def _record(self, event: int, stream: int) -> None:
+        self._fail("eventRecord")
+        self.log.append(("eventRecord", stream))
+        self._events[event] = stream, self._put.get(stream, 0)
+
+    def _passed(self, event: int) -> bool:
+        stream, count = self._events.get(event, (0, 0))
+        return self._put.get(stream, 0) - len(self._queues.get(stream, ())) >= count
+
+    def _wait_event(self, event: int) -> None:
+        while not self._passed(event):
+            self._step(self._events[event][0])
+
+    def _event(self, disable_timing: bool = False) -> Any:
+        return SimpleNamespace(ptr=next(self._handles))
 
     def place(self, content: np.ndarray[Any, Any], device: int) -> int:
         """Declare an array to be memory that a device can reach. Returns: its address."""
@@ -88,13 +145,17 @@ class FakeCupy:
         return address
 
     def _free(self, name: str, address: int, *stream: int) -> None:
+        self.finish()  # as cudaFree does
         del self._memory[address]
         self.log.append((name, *stream))
 
     def _copy(self, name: str, to: int, come: int, size: int, *stream: int) -> None:
         self._fail(name)
-        ctypes.memmove(to, come, size)
         self.log.append((name, size, *stream))
+        if stream:
+            self._on(stream[0], lambda: ctypes.memmove(to, come, size))
+        else:
+            ctypes.memmove(to, come, size)
 
     def _launch_kernel(
         self, function: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, args: int,
@@ -105,9 +166,18 @@ class FakeCupy:
             raise CUDADriverError("CUDA_ERROR_LAUNCH_FAILED")
         name = self._names[function]
         self.log.append(("launch", name, stream))
-        mode = FIBRE if name.startswith("rkv_relayout") else LOOP
-        said = self._launch(name.encode(), gx, bx, ctypes.c_void_p(args), mode, 0)
-        assert said is None, said
+        staged = name.startswith("rkv_relayout")
+        # the driver keeps the parameters as they are now
+        at = (ctypes.c_void_p * 1).from_address(args)[0]
+        params = (RelayoutParams if staged else CopyParams).from_buffer_copy(ctypes.string_at(
+            at, ctypes.sizeof(RelayoutParams if staged else CopyParams)))  # fmt: skip
+
+        def run() -> None:
+            kept = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+            said = self._launch(name.encode(), gx, bx, kept, FIBRE if staged else LOOP, 0)
+            assert said is None, said
+
+        self._on(stream, run)
 
     @property
     def allocated(self) -> int:

@@ -39,11 +39,20 @@ class FakePath:
     plans: list[tuple[CopyPlan, int]] = field(default_factory=list)
     copies: bool = True
 
-    def run(self, plan: CopyPlan, *, stream: int = 0) -> None:
+    def run(self, plan: CopyPlan, *, stream: int = 0, ctas: int = 4, runs: Any = None) -> None:
         self.plans.append((plan, stream))
         if self.copies:
             here = [on_device(view, "cpu") for view in (plan.src, plan.dst)]
             copy_views(plan_copy(plan.geometry, *here, plan.src_pages, plan.dst_pages, plan.layers))
+
+
+    def run_layers(
+        self, plan: CopyPlan, *, stream: int = 0, ctas: int = 4, after_layer: Any = None, runs: Any = None
+    ) -> None:
+        for layer in plan.layers:
+            self.run(plan.layer(layer), stream=stream, ctas=ctas)
+            if after_layer is not None:
+                after_layer(layer)
 
 
 def transfer_of(g: Any, folder: Path, **options: Any) -> tuple[GpuTransfer, FakePath, FakePath]:
@@ -123,6 +132,7 @@ class FakeCupy(ModuleType):
         super().__init__("cupy")
         self.clock_ms, self.step_ms, self.allocations = 0.0, 2.0, 0
         self.fail_after = 100
+        self.busy: list[tuple[int, int]] = []  # copies that keep the stream busy
         self.memory: dict[int, Any] = {}
         self.freed: list[str] = []
         properties = {"name": b"Fake 100", "multiProcessorCount": 8, "asyncEngineCount": 3}
@@ -131,6 +141,8 @@ class FakeCupy(ModuleType):
             hostAlloc=lambda size, flags: self._allocate(size, "host"),
             free=lambda address: self._free(address, "device"),
             freeHost=lambda address: self._free(address, "host"),
+            memcpyAsync=lambda to, come, size, kind, stream: self.busy.append((size, stream)),
+            memcpyHostToDevice=1,
             CUDARuntimeError=FakeError,
             getDeviceProperties=lambda device: properties,
             driverGetVersion=lambda: 12080,
@@ -173,7 +185,7 @@ class TimedPath(FakePath):
         super().__init__(copies=False)
         self.cupy = cupy
 
-    def run(self, plan: CopyPlan, *, stream: int = 0) -> None:
+    def run(self, plan: CopyPlan, *, stream: int = 0, ctas: int = 4, runs: Any = None) -> None:
         super().run(plan, stream=stream)
         self.cupy.clock_ms += self.cupy.step_ms
 
@@ -186,6 +198,7 @@ def test_the_timer_times_the_second_of_two_copies(cupy: FakeCupy) -> None:
             path.plans.clear()
             assert timer.seconds("kernel", direction, 512, 16) == pytest.approx(2e-3)  # type: ignore[arg-type]
             assert [stream for _, stream in path.plans] == [99, 99]
+            assert cupy.busy.pop() == (1 << 16, 99)
             plan = path.plans[0][0]
             assert (plan.src.device, plan.dst.device) == devices
             assert int(plan.src.bases[0, 0]) != int(plan.dst.bases[0, 0])
@@ -204,7 +217,7 @@ def test_tuning_measures_once(cupy: FakeCupy, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(choose, "NUM_RUNS", (1, 16))
     slow, fast = TimedPath(cupy), TimedPath(cupy)
 
-    def run_slowly(plan: CopyPlan, *, stream: int = 0) -> None:
+    def run_slowly(plan: CopyPlan, **_: object) -> None:
         cupy.clock_ms += 50
 
     monkeypatch.setattr(slow, "run", run_slowly)
@@ -214,4 +227,5 @@ def test_tuning_measures_once(cupy: FakeCupy, tmp_path: Path, monkeypatch: pytes
     assert not transfer.tune()
     assert chooser.choose("device_to_host", 512, 1) == "engine"  # untuned, short runs go to the kernels
     assert transfer.tune(again=True)
-    assert device_key(0) == "Fake 100, 8 SMs, 3 copy engines, driver 12080"
+    assert device_key(0) == "Fake 100, 8 SMs, 3 copy engines, driver 12080, 4 CTAs"
+    assert device_key(0, 8) != device_key(0), "a measurement with another quota is another one"
