@@ -43,6 +43,7 @@ Family: TypeAlias = Literal["auto", "copy", "relayout", "bulk"]
 VECTOR_BYTES = (16, 8, 4, 2, 1)
 VECS_IN_FLIGHT = 8  # RKV_COPY_VECS_IN_FLIGHT: a thread's registers between loads and stores, over both halves
 TILE_BYTES = 32768  # RKV_TILE_BYTES
+RELAYOUT_BLOCK = 512  # threads: with 4 vectors of 16 bytes each, a whole tile is in flight
 BULK_SLOT_BYTES = 4096  # RKV_BULK_SLOT_BYTES
 MAX_UNITS = 2**31 - 1  # what rkv_split can divide
 DEFAULT_CTAS = 4
@@ -452,5 +453,5 @@ def _relayout_launches(plan: CopyPlan, ctas: int, asked: int | None) -> list[Lau
         )
         kernel = f"rkv_relayout_v{vector}_i{src_ids.itemsize * 8}"
         grid = min(ctas, params.num_tiles)
-        launches.append(_launch(kernel, grid, 256, params, first, count, src_ids.itemsize))
+        launches.append(_launch(kernel, grid, RELAYOUT_BLOCK, params, first, count, src_ids.itemsize))
     return launches
