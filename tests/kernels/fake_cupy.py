@@ -37,6 +37,8 @@ class FakeCupy:
         self.failing = ""  # the call that fails from now on
         self.lazy = False
         self._memory: dict[int, Any] = {}
+        self._kinds: dict[int, str] = {}
+        self._locked: dict[int, int] = {}  # page-locked by hostRegister
         self._queues: dict[int, deque[Callable[[], object]]] = {}
         self._put: dict[int, int] = {}  # stream: how much was ever put on it
         self._events: dict[int, tuple[int, int]] = {}  # event: stream, and how much was on it
@@ -49,6 +51,9 @@ class FakeCupy:
             CUDARuntimeError=CUDARuntimeError,
             memcpyHostToDevice=1,
             getDeviceCount=self._count,
+            deviceSynchronize=self.finish,
+            hostRegister=lambda address, size, flags: self._locked.update({address: size}),
+            hostUnregister=lambda address: self._locked.pop(address),
             pointerGetAttributes=self._attributes,
             malloc=lambda size: self._allocate("malloc", size),
             hostAlloc=lambda size, flags: self._allocate("hostAlloc", size),
@@ -70,7 +75,9 @@ class FakeCupy:
             memcpyAsync=lambda to, come, size, kind, stream: self._copy("memcpyAsync", to, come, size, stream),
         )
         driver_api = SimpleNamespace(launchKernel=self._launch_kernel, CUDADriverError=CUDADriverError)
-        self.cuda = SimpleNamespace(runtime=runtime, driver=driver_api, Device=self._device, Event=self._event)
+        self.cuda = SimpleNamespace(runtime=runtime, driver=driver_api, Device=self._device)
+        self.cuda.Event, self.cuda.Stream = self._event, self._stream
+        self.current = 0  # stream
 
     # ---- streams and events
     def _on(self, stream: int, action: Callable[[], object]) -> None:
@@ -103,7 +110,30 @@ class FakeCupy:
             self._step(self._events[event][0])
 
     def _event(self, disable_timing: bool = False) -> Any:
-        return SimpleNamespace(ptr=next(self._handles))
+        event = SimpleNamespace(ptr=next(self._handles))
+        event.record = lambda stream: self._record(event.ptr, stream.ptr)
+        event.synchronize = lambda: self._wait_event(event.ptr)
+        return event
+
+    def batched_copies(self, *given: Any) -> int:
+        """cuMemcpyBatchAsync of CUDA 13, in the order of the stream."""
+        dsts, srcs, sizes, count, *_, stream = given
+        arrays = [list((ctypes.c_uint64 * count.value).from_address(part.value)) for part in (dsts, srcs, sizes)]
+        self.log.append(("batch", count.value, stream.value))
+
+        def run() -> None:
+            for dst, src, size in zip(*arrays, strict=True):
+                ctypes.memmove(dst, src, size)
+
+        self._on(stream.value, run)
+        return 0
+
+    def _stream(self, non_blocking: bool = False) -> Any:
+        return _Stream(self, next(self._handles))
+
+    def RawKernel(self, code: str, name: str) -> Any:
+        """A kernel that does nothing, and takes its turn on the current stream for it."""
+        return _Idle(self)
 
     def place(self, content: np.ndarray[Any, Any], device: int) -> int:
         """Declare an array to be memory that a device can reach. Returns: its address."""
@@ -129,7 +159,11 @@ class FakeCupy:
         return _Device(self._capability)
 
     def _attributes(self, address: int) -> Any:
-        device, seen = self.known.get(address, (-2, 0))
+        held = [base for base in self._memory if base <= address < base + len(self._memory[base])]
+        found = (0 if self._kinds[held[0]] == "malloc" else -1, address) if held else (-2, 0)
+        if any(base <= address < base + size for base, size in self._locked.items()):
+            found = (-1, address)
+        device, seen = self.known.get(address, found)
         return SimpleNamespace(device=device, devicePointer=seen, type=2 if seen else 0)
 
     def _fail(self, name: str) -> None:
@@ -141,6 +175,7 @@ class FakeCupy:
         memory = ctypes.create_string_buffer(size)
         address = ctypes.addressof(memory)
         self._memory[address] = memory
+        self._kinds[address] = name
         self.log.append((name, size, *stream))
         return address
 
@@ -182,6 +217,32 @@ class FakeCupy:
     @property
     def allocated(self) -> int:
         return len(self._memory)
+
+
+class _Stream:
+    def __init__(self, cupy: FakeCupy, ptr: int) -> None:
+        self._cupy, self.ptr = cupy, ptr
+
+    def synchronize(self) -> None:
+        while self._cupy._queues.get(self.ptr):
+            self._cupy._step(self.ptr)
+
+    def __enter__(self) -> None:
+        self._cupy.current = self.ptr
+
+    def __exit__(self, *error: object) -> None:
+        self._cupy.current = 0
+
+
+class _Idle:
+    def __init__(self, cupy: FakeCupy) -> None:
+        self._cupy = cupy
+
+    def compile(self) -> None:
+        pass
+
+    def __call__(self, grid: tuple[int], block: tuple[int], arguments: tuple[Any]) -> None:
+        self._cupy._on(self._cupy.current, lambda: None)
 
 
 class _Device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
 from dataclasses import replace
@@ -33,23 +32,19 @@ PATHS: tuple[PathName, ...] = ("kernel", "engine")
 
 
 class BatchDriver:
-    """cuMemcpyBatchAsync of CUDA 13 on the fake's streams; ``calls``: copies of each."""
+    """A libcuda with batched copies on the fake's streams; ``calls``: copies of each."""
 
     def __init__(self, cupy: FakeCupy) -> None:
-        self.cupy, self.calls = cupy, []
+        self.cupy, self.cuMemcpyBatchAsync_v2 = cupy, cupy.batched_copies
 
-    def cuMemcpyBatchAsync_v2(self, *given: Any) -> int:
-        dsts, srcs, sizes, count, *_, stream = given
-        arrays = [list((ctypes.c_uint64 * count.value).from_address(p.value)) for p in (dsts, srcs, sizes)]
-        self.calls.append(count.value)
-        assert stream.value == STREAM
+    @property
+    def calls(self) -> list[int]:
+        assert {stream for what, _, stream in self._batches} <= {STREAM}
+        return [count for _, count, _ in self._batches]
 
-        def run() -> None:
-            for dst, src, size in zip(*arrays, strict=True):
-                ctypes.memmove(dst, src, size)
-
-        self.cupy._on(stream.value, run)
-        return 0
+    @property
+    def _batches(self) -> list[Any]:
+        return [entry for entry in self.cupy.log if entry[0] == "batch"]
 
 
 class Rig:
