@@ -75,8 +75,8 @@ callgrind: $(BUILT) ## instruction counts of the C core against the recorded one
 coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/measure_coverage.py
 	$(PY) tools/measure_coverage.py
 
-gpu: ## on a machine with CUDA, PyTorch and CuPy (no registry needed): suite on the GPU, compute-sanitizer, benchmarks
-	$(PYTHON) tools/gpu.py
+gpu: ## on a machine with CUDA, PyTorch, CuPy (no registry): checks, suite, compute-sanitizer, benchmarks (GPU_ARGS=...)
+	$(PYTHON) tools/gpu.py $(GPU_ARGS)
 
 dist: $(INSTALLED) ## sdist and manylinux wheel, each tested in a clean virtual environment
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dist]" --no-build-isolation -c constraints.txt
