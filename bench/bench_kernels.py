@@ -6,8 +6,8 @@ One line a kernel family, direction, layout, page size, row, page order and quot
 copy engine, and of the path that the chooser picks (it is tuned first, in this run), each with its ratio to the
 contiguous copy. Then the aims (AIMS), each with its verdict, and what others have published (PUBLISHED). Device to
 device counts a byte once, here and for cudaMemcpyAsync. Without a GPU it says what is missing, and exits with 0. Pools
-hold random bytes and are larger than the L2 cache; a page of each copy is compared afterwards. Times are of the GPU: the
-stream is busy with something else while Python puts a copy on it, and how long that takes is in the JSON (call_ms).
+hold random bytes and are larger than the L2 cache; a page of each copy is compared afterwards. Times are of the GPU:
+the stream is busy with something else while Python puts a copy on it, and how long that takes is call_ms in the JSON.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ Uses the Python that runs it, and installs nothing into it. Builds in place, the
     sanitizer  compute-sanitizer on each family: memcheck, racecheck, synccheck
     bench      bench/bench_kernels.py
 and writes gpu-<device>-<time>.json to $OUT if that is set, else to bench/results, again after each step: device,
-driver, date, commit; command, exit status and last lines of each step; figures of the checks and lines of the benchmark.
+driver, date, commit; command, exit status and last lines of each step; figures of the checks, lines of the benchmark.
 Exit status 1 if a step failed or had no time. RADIXKV_COMMIT names the commit where there is no git.
 
 What is missing:
@@ -22,8 +22,8 @@ What is missing:
     torch                     its check is "absent" in the result
     compute-sanitizer, nvcc   that step fails; without nvcc all kernels are compiled at run time
 --wheels (default .whl, if it is there): a folder of wheels for this Python, unpacked in front of the path of the
-steps: what it lacks, or has too old. On the machines of this project's workplace everything is installed, and a command has 10 minutes: two
-calls do, with `--budget 570 --steps build,checks,tests,paths` and `--budget 570 --steps build,nvrtc,sanitizer,bench`.
+steps: what it lacks, or has too old. Where a command may take 10 minutes, two do: `--budget 570 --steps
+build,checks,tests,paths` and `--budget 570 --steps build,nvrtc,sanitizer,bench`.
 """
 
 from __future__ import annotations
