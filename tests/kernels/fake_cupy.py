@@ -2,6 +2,7 @@
 
 Keeps a log of the calls in order, and knows which addresses a device can reach. With ``lazy`` on, streams are queues:
 nothing that is put on one happens before somebody waits for it, so that what is reused too early shows as wrong bytes.
+Events have times: whatever is on a stream takes a millisecond, an idle kernel what it is told, and streams overlap.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class FakeCupy:
         self._queues: dict[int, deque[Callable[[], object]]] = {}
         self._put: dict[int, int] = {}  # stream: how much was ever put on it
         self._events: dict[int, tuple[int, int]] = {}  # event: stream, and how much was on it
+        self._now = 0.0  # ms, of the host
+        self._clocks: dict[int, float] = {}  # stream: ms
+        self._times: dict[int, float] = {}  # event: ms
         self._handles = itertools.count(0x9000)
         self._names: dict[int, str] = {}
         self._gpus, self._capability, self._driver = gpus, capability, driver
@@ -65,7 +69,7 @@ class FakeCupy:
             eventRecord=self._record,
             eventQuery=lambda event: 0 if self._passed(event) else NOT_READY,
             eventSynchronize=self._wait_event,
-            streamWaitEvent=lambda stream, event, flags=0: self._on(stream, lambda: self._wait_event(event)),
+            streamWaitEvent=self._stream_waits,
             driverGetVersion=lambda: 13000,
             getDeviceProperties=lambda device: {
                 "name": b"Fake 100", "multiProcessorCount": 8, "asyncEngineCount": 3,
@@ -77,10 +81,12 @@ class FakeCupy:
         driver_api = SimpleNamespace(launchKernel=self._launch_kernel, CUDADriverError=CUDADriverError)
         self.cuda = SimpleNamespace(runtime=runtime, driver=driver_api, Device=self._device)
         self.cuda.Event, self.cuda.Stream = self._event, self._stream
+        self.cuda.get_elapsed_time = lambda start, end: self._times[end.ptr] - self._times[start.ptr]
         self.current = 0  # stream
 
     # ---- streams and events
-    def _on(self, stream: int, action: Callable[[], object]) -> None:
+    def _on(self, stream: int, action: Callable[[], object], ms: float = 1.0) -> None:
+        self._clocks[stream] = max(self._now, self._clocks.get(stream, 0.0)) + ms
         self._put[stream] = self._put.get(stream, 0) + 1
         self._queues.setdefault(stream, deque()).append(action)
         if not self.lazy:
@@ -100,6 +106,11 @@ class FakeCupy:
         self._fail("eventRecord")
         self.log.append(("eventRecord", stream))
         self._events[event] = stream, self._put.get(stream, 0)
+        self._times[event] = max(self._now, self._clocks.get(stream, 0.0))
+
+    def _stream_waits(self, stream: int, event: int, flags: int = 0) -> None:
+        self._clocks[stream] = max(self._clocks.get(stream, 0.0), self._times.get(event, 0.0))
+        self._on(stream, lambda: self._wait_event(event), ms=0.0)
 
     def _passed(self, event: int) -> bool:
         stream, count = self._events.get(event, (0, 0))
@@ -226,6 +237,7 @@ class _Stream:
     def synchronize(self) -> None:
         while self._cupy._queues.get(self.ptr):
             self._cupy._step(self.ptr)
+        self._cupy._now = max(self._cupy._now, self._cupy._clocks.get(self.ptr, 0.0))
 
     def __enter__(self) -> None:
         self._cupy.current = self.ptr
@@ -242,7 +254,7 @@ class _Idle:
         pass
 
     def __call__(self, grid: tuple[int], block: tuple[int], arguments: tuple[Any]) -> None:
-        self._cupy._on(self._cupy.current, lambda: None)
+        self._cupy._on(self._cupy.current, lambda: None, ms=int(arguments[0]) / 1e6)
 
 
 class _Device:

@@ -12,10 +12,13 @@ import pytest
 
 from bench import bench_kernels
 from bench.bench_kernels import DIRECTIONS, Case, cases, geometry_of, measure, run
+from radixkv.transfer import choose, engine
+from radixkv.transfer import gpu as gpu_path
 from radixkv.transfer.choose import PathName
 from radixkv.transfer.launch import Family, Launch
 from radixkv.transfer.plan import CopyPlan
 
+from .fake_cupy import FakeCupy
 from .simulator import ROOT, Simulator, plain
 
 
@@ -160,3 +163,24 @@ def test_without_cupy_it_is_skipped_and_says_why(monkeypatch: pytest.MonkeyPatch
     code = "import sys; sys.modules['cupy'] = None; sys.argv[1:] = []; from bench import bench_kernels as b; b.main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("skipped: CuPy cannot be imported")
+
+
+def test_the_real_device_class_runs_on_a_simulated_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call that the benchmark makes of CuPy, tuning included, and right bytes behind it."""
+    fake = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(engine, "_find_batch", lambda driver: (fake.batched_copies, "cuMemcpyBatchAsync_v2"))
+    monkeypatch.setattr(choose, "RUN_BYTES", (512, 1024))
+    monkeypatch.setattr(choose, "NUM_RUNS", (1, 16))
+    monkeypatch.setattr(gpu_path.CudaTimer.__init__, "__defaults__", (64 << 10,))
+    monkeypatch.setattr(bench_kernels, "BUSY_BYTES", 4096)
+    gpu = bench_kernels.CudaGpu()
+    assert (gpu.name, gpu.sms) == ("Fake 100", 8)
+    assert gpu._chooser.tuned
+    for direction in DIRECTIONS:
+        options = {"layout": "page_first_direct", "page_size": 16, "row_bytes": 1024, "order": "random", "ctas": 4}
+        case = Case(direction=direction, family="copy", **options)  # type: ignore[arg-type]
+        [line] = run(gpu, iter([case]), 4 * geometry_of(case).page_bytes, repeats=1)
+        assert line["engine_ratio"] > 0
+        assert line["picked"] in ("kernel", "engine")
+    assert {entry[0] for entry in fake.log} >= {"launch", "batch", "memcpyAsync", "hostAlloc"}

@@ -1,4 +1,4 @@
-"""The checks of gpu_checks.py: on a GPU all of them; without one, on a CuPy that simulates, those not about time.
+"""The checks of gpu_checks.py: on a GPU all of them; without one, on a CuPy that simulates, all but the pools.
 
 The second half proves the first ready to run, and that a copy which is not waited for fails it.
 """
@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from radixkv.transfer import choose, engine, progress
+from radixkv.transfer import gpu as gpu_path
 
 from . import backends, gpu_checks, on_gpu
 from .fake_cupy import FakeCupy
 from .gpu_checks import CHECKS, Gpu
 
-SIMULATED = [name for name in CHECKS if name.startswith(("batched", "end to end", "page-locked"))]
+SIMULATED = [name for name in CHECKS if name not in ("torch pool", "CuPy pool")]
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -44,6 +45,9 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     monkeypatch.setattr(engine, "_find_batch", lambda driver: (batch, "cuMemcpyBatchAsync_v2"))
     small = gpu_checks.KVGeometry(kind="mha", num_layers=3, num_heads=2, head_bytes=128, page_size=4)
     monkeypatch.setattr(gpu_checks, "GEOMETRY", small)
+    monkeypatch.setattr(choose, "RUN_BYTES", (512, 1024))
+    monkeypatch.setattr(choose, "NUM_RUNS", (1, 16))
+    monkeypatch.setattr(gpu_path.CudaTimer.__init__, "__defaults__", (64 << 10,))
     fake.lazy = True
     return fake
 
@@ -77,6 +81,16 @@ def test_a_reader_that_does_not_wait_fails_the_end_to_end_check(
     monkeypatch.setattr(progress.CudaProgress, "wait_on_stream", lambda self, layer, stream: None)
     with pytest.raises(AssertionError, match=r"the model read .* wrong bytes"):
         simulate(f"end to end, {path}, page_first", cupy, tmp_path)
+
+
+def test_copies_that_wait_for_the_work_fail_the_overlap_check(
+    cupy: FakeCupy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if both were on one stream."""
+    streams = [cupy._stream()] * 2
+    monkeypatch.setattr(Gpu, "stream", lambda self: streams.pop())
+    with pytest.raises(AssertionError, match=r"layers arrived while the work ran|ms together"):
+        simulate("overlap, engine", cupy, tmp_path)
 
 
 def test_without_pytest_each_check_is_on_its_own(
