@@ -56,12 +56,15 @@ class Runtime(Protocol):
 class LayerRuns:
     """The runs of a plan, layer by layer: expanded once for all layers, which differ in their bases alone.
 
+    Where a view has boundaries that no run may span, each layer is expanded by itself: they lie elsewhere in each.
+
     Attributes:
         runs_a_layer: runs of one layer, consecutive pages merged.
     """
 
     def __init__(self, plan: CopyPlan) -> None:
-        self._layers = plan.layers
+        self._plan, self._layers = plan, plan.layers
+        self._seams = any(getattr(view, "boundaries", ()) for view in (plan.src, plan.dst))
         self._halves = plan.geometry.halves
         loops = loops_of(plan, outer_layers=True, sort_pages=True)
         self._src = loops.src[0] + np.uint64(loops.src_base)  # [layers * halves]
@@ -72,7 +75,9 @@ class LayerRuns:
         self.runs_a_layer = len(self._sizes)
 
     def of(self, layer: int) -> Runs:
-        """The runs of one of the plan's layers: uint64 arrays of ``runs_a_layer``."""
+        """The runs of one of the plan's layers: uint64 arrays of ``runs_a_layer``, or more where some are cut."""
+        if self._seams:
+            return expand(loops_of(self._plan.layer(layer), sort_pages=True))
         first = self._layers.index(layer) * self._halves
         part = slice(first, first + self._halves)
         src = (self._src[part, None] + self._inner.src).ravel()
