@@ -84,7 +84,7 @@ class Chooser:
         device: what the measurements are valid for: GPU model, driver version, and anything else that changes them
             (PCIe generation, SMs given to kernels).
         folder: None: ``cache_folder()``. A measurement in it that is of this device and version is used.
-        override: always this path; None: $RADIXKV_TRANSFER if it is set and neither "auto" nor "cpu", else the table.
+        override: always this path; None: $RADIXKV_TRANSFER if it is set and not "auto", else the table.
         margin: the engine wins if it takes at most 1 + margin times the kernel's time; None:
             $RADIXKV_TRANSFER_MARGIN if it is set, else DEFAULT_MARGIN.
     Attributes:
@@ -185,7 +185,7 @@ def _override(argument: str | None) -> PathName | None:
     given, source = argument, "override"
     if given is None:
         given, source = os.environ.get(ENVIRONMENT) or "auto", f"${ENVIRONMENT}"
-        if given in ("auto", "cpu"):  # "cpu" is not about GPUs; see pick.py
+        if given == "auto":
             return None
     if given not in get_args(PathName):
         raise InvalidArgumentError(f"{source} is {given!r}; one of {', '.join(get_args(PathName))}")

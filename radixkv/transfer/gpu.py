@@ -175,16 +175,18 @@ class GpuTransfer(Transfer):
         Args:
             progress: gets an event behind each layer.
             ctas: quota of this copy; None: that of the transfer.
-        Raises: as ``copy``; whoever waits for ``progress`` then gets a TransferError.
+        Raises: as ``copy`` and ``plan``: the progress fails then, so that nobody waits for ever; StateError for a
+            progress that had a copy.
         """
+        if progress is None:
+            self.copy_layers(self.plan(host, device, host_pages, device_pages), ctas=ctas)
+            return
+        progress.begin(self.geometry.num_layers)
         try:
             plan = self.plan(host, device, host_pages, device_pages)
-            if progress is not None and progress.num_layers != len(plan.layers):
-                raise InvalidArgumentError(f"progress over {progress.num_layers} layers of {len(plan.layers)}")
-            self.copy_layers(plan, None if progress is None else lambda _: progress.record(self.stream), ctas=ctas)
+            self.copy_layers(plan, lambda _: progress.record(self.stream), ctas=ctas)
         except BaseException as error:
-            if progress is not None:
-                progress.fail(error)
+            progress.fail(error)
             raise
 
     def copy_layers(

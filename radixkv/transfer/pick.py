@@ -23,7 +23,7 @@ from .launch import DEFAULT_CTAS
 
 __all__ = ["Wanted", "transfer_for"]
 
-Wanted: TypeAlias = Literal["auto", "cpu", "kernel", "engine"]
+Wanted: TypeAlias = Literal["auto", "kernel", "engine"]
 _log = logging.getLogger("radixkv.transfer")
 
 
@@ -56,8 +56,6 @@ def transfer_for(
         from .cpu import CpuTransfer
 
         return CpuTransfer(geometry, num_threads)
-    if wanted == "cpu":
-        raise InvalidArgumentError(f"path cpu for a pool on {name}: threads do not reach a GPU's memory")
     try:
         transfer = GpuTransfer(geometry, int(name.removeprefix("cuda:")), stream=stream, ctas=ctas)
     except DeviceUnavailableError as error:

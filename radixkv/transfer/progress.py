@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import DeviceUnavailableError, InvalidArgumentError, TransferError
+from ..errors import DeviceUnavailableError, InvalidArgumentError, StateError, TransferError
 
 __all__ = ["CudaProgress"]
 
@@ -28,7 +28,8 @@ class CudaProgress:
         timing: keep times, so that ``events`` can be subtracted; else recording is cheaper.
     Attributes:
         events: CuPy events, one a layer.
-    Thread: one copy may report to it, once; any number of threads may read and wait.
+        error: what ``fail`` was given, or None.
+    Thread: one copy in its life reports to it; any number of threads may read, wait and fail it.
     Raises: DeviceUnavailableError without CuPy.
     """
 
@@ -55,13 +56,26 @@ class CudaProgress:
         self._changed = threading.Condition()
         self._recorded = 0
         self._done = 0
-        self._error: BaseException | None = None
+        self._used = False
+        self.error: BaseException | None = None
 
     # ---- by the copy -------------------------------------------------------------------------------------------------
+    def begin(self, num_layers: int) -> None:
+        """Take this progress for a copy of ``num_layers``, which then calls ``record`` for each, or ``fail``.
+
+        Raises: StateError if a copy has taken it or it has failed; InvalidArgumentError for another number of layers.
+        """
+        with self._changed:
+            if self._used:
+                raise StateError(f"a progress is of one copy, and this one had its own ({self._recorded} layers begun)")
+            if num_layers != self.num_layers:
+                raise InvalidArgumentError(f"progress over {self.num_layers} layers for a copy of {num_layers}")
+            self._used = True
+
     def record(self, stream: int) -> None:
         """The next layer's copy is on the stream, and nothing of a later one. Raises: TransferError."""
         if self._recorded == self.num_layers:
-            raise InvalidArgumentError(f"all {self.num_layers} layers have been recorded; a progress serves one copy")
+            raise StateError(f"all {self.num_layers} layers have been recorded")
         try:
             with self._device:
                 self._runtime.eventRecord(self.events[self._recorded].ptr, stream)
@@ -71,11 +85,18 @@ class CudaProgress:
             self._recorded += 1
             self._changed.notify_all()
 
-    def fail(self, error: BaseException) -> None:
-        """No further layer will come: whoever waits for one gets a TransferError."""
+    def fail(self, error: BaseException) -> bool:
+        """Say that no further layer will come: who waits for one, now or later, gets a TransferError.
+
+        Layers whose events are recorded still arrive. Returns: whether that is news: False if all are recorded, or it
+        has failed already.
+        """
         with self._changed:
-            self._error = error
+            if self.error is not None or self._recorded == self.num_layers:
+                return False
+            self.error, self._used = error, True
             self._changed.notify_all()
+            return True
 
     # ---- by readers --------------------------------------------------------------------------------------------------
     @property
@@ -128,12 +149,12 @@ class CudaProgress:
         if not 0 <= layer < self.num_layers:
             raise InvalidArgumentError(f"layer {layer} is not of 0 .. {self.num_layers - 1}")
         with self._changed:
-            self._changed.wait_for(lambda: self._recorded > layer or self._error is not None, timeout_s)
+            self._changed.wait_for(lambda: self._recorded > layer or self.error is not None, timeout_s)
             if self._recorded > layer:
                 return True
-            if self._error is not None:
-                found = f"the copy failed after {self._recorded} of {self.num_layers} layers: {self._error}"
-                raise TransferError(found) from self._error
+            if self.error is not None:
+                found = f"the copy failed after {self._recorded} of {self.num_layers} layers: {self.error!r}"
+                raise TransferError(found) from self.error
             return False
 
     def _passed(self, layer: int) -> bool:

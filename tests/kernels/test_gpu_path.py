@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radixkv.errors import DeviceUnavailableError, InvalidArgumentError, TransferError
+from radixkv.errors import DeviceUnavailableError, InvalidArgumentError, StateError, TransferError
 from radixkv.pool.layout import KVGeometry, KVView, Layout, view_of_layout
 from radixkv.transfer import choose, gpu, pick
 from radixkv.transfer.choose import Chooser, PathName
@@ -190,18 +190,30 @@ def test_whoever_waits_for_a_copy_that_failed_is_told(rig: Rig) -> None:
     assert "the copy failed after 0 of 4 layers" in str(found[0])
     with pytest.raises(TransferError, match="the copy failed"):
         progress.wait_on_stream(0, COMPUTE)
+    assert isinstance(progress.error, TransferError)
+    assert not progress.fail(RuntimeError("again"))
+    refused = rig.transfer.make_progress()
+    with pytest.raises(InvalidArgumentError, match="page 99"):
+        rig.transfer.load_back(rig.host_view, rig.device_view, [99], [0], refused)
+    with pytest.raises(TransferError, match="page 99"):
+        refused.wait(0)
 
 
 def test_mistakes_with_progress(rig: Rig) -> None:
-    with pytest.raises(InvalidArgumentError, match="progress over 3 layers of 4"):
+    with pytest.raises(InvalidArgumentError, match="progress over 3 layers for a copy of 4"):
         rig.load_back(rig.transfer.make_progress(3))
     progress = rig.transfer.make_progress()
     for layer in (-1, 4):
         with pytest.raises(InvalidArgumentError, match=f"layer {layer} is not of 0 .. 3"):
             progress.wait(layer)
     rig.load_back(progress)
-    with pytest.raises(InvalidArgumentError, match="serves one copy"):
-        rig.load_back(progress)
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"this one had its own \(4 layers begun\)"):
+            rig.load_back(progress)
+    assert progress.wait(3), "the copy that it is of is not to suffer for that"
+    assert not progress.fail(RuntimeError("too late"))
+    with pytest.raises(StateError, match="all 4 layers have been recorded"):
+        progress.record(STREAM)
     with pytest.raises(InvalidArgumentError, match="progress over 0 layers"):
         CudaProgress(0)
 
@@ -229,7 +241,7 @@ def cached(cupy: FakeCupy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> F
 
 
 def test_a_pool_in_host_memory_gets_the_cpu_path(cached: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
-    for wanted in ("auto", "cpu", "kernel"):
+    for wanted in ("auto", "engine", "kernel"):
         monkeypatch.setenv(choose.ENVIRONMENT, wanted)
         transfer = pick.transfer_for(GEOMETRY, "cpu", num_threads=2)
         assert isinstance(transfer, CpuTransfer)
@@ -278,9 +290,7 @@ def test_it_measures_if_it_may_and_nobody_has(cached: FakeCupy, monkeypatch: pyt
 
 
 def test_what_is_missing_is_said(cached: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidArgumentError, match="path cpu for a pool on cuda:0"):
-        pick.transfer_for(GEOMETRY, "cuda", path="cpu")
-    with pytest.raises(InvalidArgumentError, match="path is 'dma'; one of auto, cpu, kernel, engine"):
+    with pytest.raises(InvalidArgumentError, match="path is 'dma'; one of auto, kernel, engine"):
         pick.transfer_for(GEOMETRY, "cpu", path="dma")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="device 'tpu'"):
         pick.transfer_for(GEOMETRY, "tpu")
