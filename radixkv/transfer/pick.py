@@ -4,7 +4,6 @@ device of the pool   $RADIXKV_TRANSFER        path
 cpu                  any                      CpuTransfer
 cuda:N               unset, auto              GpuTransfer, kernel or engine a copy, as measured
 cuda:N               kernel, engine           GpuTransfer, always that one
-cuda:N               cpu                      refused: threads do not reach a GPU's memory
 """
 
 from __future__ import annotations
