@@ -140,6 +140,17 @@ def test_the_path_is_chosen_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> N
     assert (len(launched), rig.driver.calls) == ((4, []) if kernel else (0, [8] * 4))
 
 
+def test_launches_are_worked_out_once(cupy: FakeCupy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from radixkv.transfer import launch
+
+    asked: list[int] = []
+    one = launch.launches_of
+    monkeypatch.setattr(launch, "launches_of", lambda plan, **options: asked.append(1) or one(plan, **options))
+    Rig(cupy, "kernel", tmp_path).load_back()
+    assert len(asked) == 1
+    assert len([entry for entry in cupy.log if entry[0] == "launch"]) == 4
+
+
 def test_the_engine_expands_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     from radixkv.transfer import engine
 

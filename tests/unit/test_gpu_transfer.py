@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,14 +16,16 @@ import numpy as np
 import pytest
 
 from radixkv.errors import InvalidArgumentError, TransferError
+from radixkv.pool.layout import LAYOUTS, KVGeometry, Layout
 from radixkv.transfer import choose, gpu
 from radixkv.transfer.choose import Chooser
+from radixkv.transfer.engine import CopyEngine, LayerRuns
 from radixkv.transfer.gpu import CudaTimer, GpuTransfer, device_key, shape_of
-from radixkv.transfer.loops import expand, loops_of
+from radixkv.transfer.loops import Runs, expand, loops_of
 from radixkv.transfer.plan import CopyPlan, plan_copy
 from radixkv.transfer.reference import copy_views
 
-from .transfer_kit import INDICES, PAGES, HostPool, geometry, on_device
+from .transfer_kit import INDICES, PAGES, SHAPES, HostPool, geometry, on_device, shape_name
 
 BIG = geometry("mla", layers=2, head_bytes=4096, page_size=16)  # 64 KiB a page and layer
 SMALL = geometry("mha", layers=2, heads=2, head_bytes=24, page_size=4)
@@ -118,6 +122,43 @@ def test_the_shape_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shape_of(plan_copy(g, there, a.view, *INDICES["contiguous"])) == ("device_to_host", 200, 12)
     with pytest.raises(InvalidArgumentError, match="neither side is on a GPU"):
         shape_of(plan_copy(g, a.view, b.view, [0], [0]))
+
+
+@pytest.mark.parametrize("g", SHAPES, ids=shape_name)
+def test_the_engine_goes_layer_by_layer(g: KVGeometry) -> None:
+    """Every pair of layouts: after each layer its bytes, and no others, are in place."""
+    for layouts in itertools.product(LAYOUTS, LAYOUTS):
+        check_layer_by_layer(g, *layouts)
+
+
+def check_layer_by_layer(g: KVGeometry, src_layout: Layout, dst_layout: Layout) -> None:
+    src = HostPool.make(g, src_layout, PAGES, seed=1)
+    dst, want = HostPool.make(g, dst_layout, PAGES), HostPool.make(g, dst_layout, PAGES)
+    plan = plan_copy(g, src.view, on_device(dst.view), *INDICES["runs"])
+    engine, last = CopyEngine(0, MemmoveRuntime(), max_batch=50), g.num_layers - 1
+
+    def check(layer: int) -> None:
+        copy_views(plan_copy(g, src.view, want.view, *INDICES["runs"], range(layer, layer + 1)))
+        if layer in (0, 1, last):
+            assert np.array_equal(dst.whole, want.whole), (src_layout, dst_layout, layer)
+
+    work = engine.run_layers(plan, stream=7, after_layer=check)
+    assert work.num_bytes == plan.total_bytes
+    assert work.copies == LayerRuns(plan).runs_a_layer * g.num_layers
+    alone = [engine.run(plan.layer(layer), stream=7).copies for layer in (0, last)]
+    assert LayerRuns(plan).runs_a_layer >= max(alone), "by itself, a layer's halves may be merged, too"
+
+
+class MemmoveRuntime:
+    """Copies at once, batches too."""
+
+    def copy(self, src: int, dst: int, num_bytes: int, stream: int) -> None:
+        ctypes.memmove(dst, src, num_bytes)
+
+    def copy_batch(self, runs: Runs, stream: int) -> bool:
+        for run in zip(*(part.tolist() for part in runs), strict=True):
+            self.copy(*run, stream)
+        return True
 
 
 # ---- the timer ----
