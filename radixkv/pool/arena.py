@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import HostMemoryError, InvalidArgumentError, PageLockError, StateError
-from .memory import read_text
+from .memory import read_text, usable_cpus
 from .pinning import Registrar
 
 __all__ = ["Arena", "ArenaConfig", "ArenaReport", "HugePages", "Kernel", "online_nodes"]
@@ -217,8 +217,7 @@ class Arena:
         if not self.config.populate:
             return "nobody", 0
         parts = [(address + at, min(_POPULATE_BYTES, num_bytes - at)) for at in range(0, num_bytes, _POPULATE_BYTES)]
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = min(self.config.populate_threads or min(8, allowed), len(parts))
+        threads = min(self.config.populate_threads or min(8, usable_cpus()), len(parts))
 
         def populate(part: tuple[int, int]) -> int:
             return self._kernel.madvise(*part, _MADV_POPULATE_WRITE)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,9 @@ import numpy.typing as npt
 from ..errors import ArgumentTypeError, InvalidArgumentError, PageOwnershipError
 from ..pool.layout import KVGeometry, KVView
 
-__all__ = ["CopyPlan", "Ids", "pages_of_slots", "plan_copy", "staging_view"]
+__all__ = ["CopyPlan", "Ids", "Overlap", "overlap_of", "pages_of_slots", "plan_copy", "staging_view"]
 
+Overlap: TypeAlias = Literal["none", "pages", "bytes"]
 Ids: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
@@ -203,20 +204,32 @@ def _extent(g: KVGeometry, view: KVView, layers: range) -> tuple[int, int]:
     return int(bases.min()), int(bases.max()) + last + (g.num_heads - 1) * view.head_stride + g.head_bytes
 
 
+def overlap_of(plan: CopyPlan) -> Overlap:
+    """How the two views of a plan may share bytes, whatever its pages.
+
+    Returns: "none": their addresses are apart; "pages": they are one pool, equal page ids are equal bytes; "bytes": the
+    views reach into each other in some other way.
+    """
+    g, src, dst = plan.geometry, plan.src, plan.dst
+    if src.device != dst.device:
+        return "none"
+    (src_first, src_end), (dst_first, dst_end) = (_extent(g, view, plan.layers) for view in (src, dst))
+    if src_end <= dst_first or dst_end <= src_first:
+        return "none"
+    same = (src.page_stride, src.token_stride, src.head_stride) == (dst.page_stride, dst.token_stride, dst.head_stride)
+    part = slice(plan.layers.start, plan.layers.stop)
+    return "pages" if same and np.array_equal(src.bases[:, part], dst.bases[:, part]) else "bytes"
+
+
 def _check_overlap(plan: CopyPlan) -> None:
     """No byte is both read and written: threads copy in any order. Raises: InvalidArgumentError.
 
     1. Address ranges of the two pools apart: done. 2. The same view: pages must differ. 3. Else run by run.
     """
-    g, src, dst = plan.geometry, plan.src, plan.dst
-    if src.device != dst.device or not plan.num_pages:
+    overlap = overlap_of(plan) if plan.num_pages else "none"
+    if overlap == "none":
         return
-    (src_first, src_end), (dst_first, dst_end) = (_extent(g, view, plan.layers) for view in (src, dst))
-    if src_end <= dst_first or dst_end <= src_first:
-        return
-    same = (src.page_stride, src.token_stride, src.head_stride) == (dst.page_stride, dst.token_stride, dst.head_stride)
-    part = slice(plan.layers.start, plan.layers.stop)
-    if same and np.array_equal(src.bases[:, part], dst.bases[:, part]):
+    if overlap == "pages":
         both = np.intersect1d(plan.src_pages, plan.dst_pages)
         if both.size:
             raise InvalidArgumentError(f"page {both[0]} is both source and destination within one pool")
