@@ -143,7 +143,7 @@ class Arena:
         self.config = config or ArenaConfig()
         self.report = ArenaReport()
         self.registered: list[tuple[int, int]] = []
-        """(address, bytes) of each page-locked chunk, ascending. One CUDA copy must not span two of them."""
+        """(address, bytes) of each page-locked chunk, ascending."""
         self._kernel = kernel or Kernel()
         self._registrar: Registrar | None = None
         self._map: mmap.mmap | None = self._get()
@@ -264,6 +264,11 @@ class Arena:
     def pinned(self) -> bool:
         """Whether the memory is page-locked."""
         return bool(self.registered)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Where one page-locked chunk ends and the next begins: no one CUDA copy may span such an address."""
+        return tuple(address for address, _ in self.registered[1:])
 
     def pin(self, registrar: Registrar, chunk_bytes: int = MAX_PIN_CHUNK_BYTES) -> None:
         """Page-lock all of the memory, chunk by chunk; if one fails, those before it are unlocked again.

@@ -178,8 +178,8 @@ def _check_view(side: str, g: KVGeometry, view: KVView) -> None:
 def _check_apart(side: str, g: KVGeometry, view: KVView) -> None:
     """No byte is of two layers or halves: whoever writes last would win. Exact; csrc/cuda/plan.c does the same.
 
-    1. Halves and layers at even distances are two more dimensions: done if all five nest. 2. Bases in order, each beyond
-    the reach of the one before: done. 3. Else each pair within reach is solved.
+    1. Halves and layers at even distances are two more dimensions: done if all five nest. 2. Bases in order, each
+    beyond the reach of the one before: done. 3. Else each pair within reach is solved.
     """
     if not view.num_slots or view.bases.size == 1:
         return

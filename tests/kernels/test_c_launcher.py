@@ -242,14 +242,13 @@ def test_layers_that_overlap_are_refused_in_the_same_words(lib: Library, data: s
     bases[half, layer] = int(bases[0, other]) + data.draw(st.integers(-200, 200))
     dst = replace(plan.dst, bases=bases)
     status, _ = lib.plan(copy_of(replace(plan, dst=dst)))
+    said = None
     try:
         plan_copy(plan.geometry, plan.src, dst, plan.src_pages, plan.dst_pages)
     except InvalidArgumentError as error:
-        assert status == OVERLAP
-        assert lib.error() == str(error)
-        assert "two layers or halves of dst overlap: those at 0x" in str(error)
-    else:
-        assert status == OK, lib.error()
+        said = str(error)
+    assert (status, lib.error()) == (OVERLAP, said) if said else status == OK
+    assert said is None or "two layers or halves of dst overlap: those at 0x" in said
 
 
 def test_copies_and_failures_on_a_fake_driver(launcher: Path, driver: Path) -> None:
