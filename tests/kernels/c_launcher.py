@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,27 +232,13 @@ def _memory(case: Case) -> tuple[Any, Any, list[int], list[int]]:
 
 def _check_layers(library: Library, handle: Any, fake: Any) -> None:
     """One upload for all layers; each is in place when its call comes, and none after it."""
-    for case in (Case(layers=5, only=(1, 4)), Case(kind="mla", dst="page_head", pattern="contiguous")):
-        src, dst, src_at, dst_at = _memory(case)
-        plan = plan_of(case, src_at, dst_at)
-        g = case.geometry
-        sizes = ((case.pages + 3) * g.page_size, (case.pages + 2) * g.page_size)
-        lists = plan.src_pages.tolist(), plan.dst_pages.tolist()
-        before = dst.copy()
-        seen = []
-
-        def after(layer: int) -> None:
-            done = range(case.layer_range.start, layer + 1)
-            expected = expect_copy(g, (case.src, sizes[0], src), (case.dst, sizes[1], before), *lists, done)
-            seen.append((layer, bool((dst == expected).all()), fake.fake_cuda_balance(2)))
-
-        uploads = fake.fake_cuda_balance(5)
-        assert library.copy_layers(handle, copy_of(plan), after) == OK, library.error()
-        assert fake.fake_cuda_balance(5) == uploads + 1
-        assert seen == [(layer, True, 1) for layer in case.layer_range]  # with the context current
+    _follow_layers(library, handle, fake, Case(layers=5, only=(1, 4)))
+    _follow_layers(library, handle, fake, Case(kind="mla", dst="page_head", pattern="contiguous"))
+    case = Case(kind="mla", only=(1, 3))
+    memory = _memory(case)
+    plan, empty = (plan_of(replace(case, pattern=pattern), *memory[2:]) for pattern in ("random", "empty"))
     assert library.copy_layers(handle, copy_of(plan), None) == OK
     calls: list[int] = []
-    empty = plan_of(Case(kind="mla", pattern="empty", only=(1, 3)), src_at, dst_at)
     assert library.copy_layers(handle, copy_of(empty), calls.append) == OK
     assert calls == [1, 2]
     calls.clear()
@@ -259,6 +246,26 @@ def _check_layers(library: Library, handle: Any, fake: Any) -> None:
     assert library.copy_layers(handle, copy_of(plan), calls.append) == DRIVER
     assert calls == []
     del os.environ["FAKE_CUDA_FAIL"]
+
+
+def _follow_layers(library: Library, handle: Any, fake: Any, case: Case) -> None:
+    src, dst, src_at, dst_at = _memory(case)
+    plan = plan_of(case, src_at, dst_at)
+    g = case.geometry
+    sizes = ((case.pages + 3) * g.page_size, (case.pages + 2) * g.page_size)
+    lists = plan.src_pages.tolist(), plan.dst_pages.tolist()
+    before = dst.copy()
+    seen = []
+
+    def after(layer: int) -> None:
+        done = range(case.layer_range.start, layer + 1)
+        expected = expect_copy(g, (case.src, sizes[0], src), (case.dst, sizes[1], before), *lists, done)
+        seen.append((layer, bool((dst == expected).all()), fake.fake_cuda_balance(2)))
+
+    uploads = fake.fake_cuda_balance(5)
+    assert library.copy_layers(handle, copy_of(plan), after) == OK, library.error()
+    assert fake.fake_cuda_balance(5) == uploads + 1
+    assert seen == [(layer, True, 1) for layer in case.layer_range]  # with the context current
 
 
 def _check_reach(library: Library, handle: Any, fake: Any) -> None:
