@@ -1,4 +1,4 @@
-"""The CPU path over the dimensions of a copy (tests/matrix.py): plan and route, there and back, with a reader or not."""
+"""The CPU path over the dimensions of a copy (tests/matrix.py): plan and route, there and back, followed or not."""
 
 from __future__ import annotations
 
