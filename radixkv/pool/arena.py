@@ -1,5 +1,4 @@
-"""L1: one block of host memory for a pool: mapped, bound to a NUMA node, populated by threads, page-locked; and all
-that undone.
+"""L1: one block of host memory for a pool: mapped, bound to a NUMA node, populated, page-locked; and all that undone.
 
     1 map        huge pages of the reserved pool (MAP_HUGETLB), else transparent ones (MADV_HUGEPAGE), else plain
     2 bind       to a NUMA node, where there is more than one (preferred, not forced)
@@ -56,9 +55,8 @@ class ArenaConfig:
         huge_pages: "auto" takes the best there is; "hugetlb" and "transparent" raise if it is not to be had;
             "none" = plain pages.
         populate: make every page resident at once. Off: at the first touch, or when page-locked.
-        populate_threads: 0 = one a CPU that this process may use, at most 8 (more do not help: the kernel zeroes
-        pages at the speed
-            of memory).
+        populate_threads: 0 = one a CPU that this process may use, at most 8 (more do not help: the kernel zeroes pages
+            at the speed of memory).
         numa_node: node to prefer, the GPU's for a pool that feeds one; None = leave it to the kernel.
     """
 
@@ -343,8 +341,7 @@ class Arena:
     def close(self) -> None:
         """Unlock and unmap. A second call does nothing.
 
-        Raises: PageLockError if a chunk stays locked; StateError if a view of ``data`` lives. The memory is still
-        mapped
+        Raises: PageLockError if a chunk stays locked; StateError if a view of ``data`` lives. The memory is still mapped
             then, and close may be called again.
         """
         if self._map is None:

@@ -191,7 +191,7 @@ def test_no_run_spans_a_boundary(data: st.DataObject) -> None:
 
 
 def test_short_runs_stay_within_a_page_that_shares_their_lines() -> None:
-    """Load back of 16-byte rows: pages outside layers; rows of a line and more: layers outside, writes going forward."""
+    """Load back of 16-byte rows: pages outside layers; a line and more: layers outside, writes go forward."""
     for head_bytes, lengths in ((16, [4, 8, 3]), (64, [8, 4, 3])):
         g = geometry("mla", layers=8, head_bytes=head_bytes, page_size=3)
         host, device = HostPool.make(g, "page_first", PAGES), HostPool.make(g, "layer_first", PAGES)
