@@ -341,7 +341,7 @@ class Arena:
     def close(self) -> None:
         """Unlock and unmap. A second call does nothing.
 
-        Raises: PageLockError if a chunk stays locked; StateError if a view of ``data`` lives. The memory is still mapped
+        Raises: PageLockError if a chunk stays locked; StateError if a view of ``data`` lives. The memory is still there
             then, and close may be called again.
         """
         if self._map is None:
