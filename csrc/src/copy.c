@@ -341,7 +341,7 @@ static int run_work(struct work *work)
     return 0;
 }
 
-/* By tiles, if the job has some. Not inlined: a tile is 24 KiB of stack. */
+/* By tiles, if the job has some. Not inlined: a tile is 40 KiB of stack. */
 static __attribute__((noinline)) int run_tiles(const rkv_copy_job *job, int *done)
 {
     struct tile tile;
