@@ -96,6 +96,8 @@ class KVView:
         page_stride, token_stride, head_stride: bytes.
         num_slots: S; a slot index is in 0 .. S - 1.
         device: "cpu", or "cuda:N".
+        boundaries: addresses, rising, that no one copy of a driver may span: where a chunk of page-locked memory ends
+            and the next begins. () for memory in one piece.
     """
 
     bases: npt.NDArray[np.uint64]
@@ -104,16 +106,23 @@ class KVView:
     head_stride: int
     num_slots: int
     device: str = "cpu"
+    boundaries: tuple[int, ...] = ()
 
 
 def view_of_layout(
-    layout: Layout, geometry: KVGeometry, num_slots: int, half_bases: list[int], device: str = "cpu"
+    layout: Layout,
+    geometry: KVGeometry,
+    num_slots: int,
+    half_bases: list[int],
+    device: str = "cpu",
+    boundaries: tuple[int, ...] = (),
 ) -> KVView:
     """The view of one contiguous block a half, in one of the four layouts.
 
     Args:
         num_slots: S, a multiple of page_size.
         half_bases: the address of each half's block (halves of them), each num_slots * L * H * D bytes long.
+        device, boundaries: of the view.
     Raises: InvalidArgumentError for an unknown layout, a partial page, or a wrong number of blocks.
     """
     g = geometry
@@ -145,15 +154,17 @@ def view_of_layout(
         head_stride=head_stride,
         num_slots=num_slots,
         device=device,
+        boundaries=boundaries,
     )
 
 
 def contiguous_dims(geometry: KVGeometry, a: KVView, b: KVView) -> tuple[int, int, int]:
-    """How far a copy between two views coalesces: (run_bytes, runs a token, runs a page).
+    """How far a copy between two views coalesces: (run_bytes, runs a token, tokens to walk a page).
 
-    run_bytes: bytes that are contiguous on *both* sides. D when heads are apart on either; H * D when they are not; P
-    * H * D when tokens of a page follow each other on both. runs a token: H, 1, or 1; tokens to walk a page: P, P, or
-    * 1.
+        on both sides                               run_bytes   runs a token   tokens a page
+        heads apart, on one side or both            D           H              P
+        heads together                              H * D       1              P
+        tokens of a page follow each other, too     P * H * D   1              1
     """
     g = geometry
     if not (a.head_stride == b.head_stride == g.head_bytes or g.num_heads == 1):

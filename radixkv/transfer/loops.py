@@ -3,7 +3,9 @@
 A plan is halves x layers x pages x tokens x heads, D bytes each. Two steps make it short:
 1. merge: a loop whose steps are the run's own length on both sides only makes the run longer. page_first_direct to
    itself: a page's L * P * H * D bytes are one run; layer_first to page_first: H * D; page_head on one side: D.
-2. order: the loops that are left go by falling destination stride, so that writes move forward through memory.
+2. order: the loops that are left go by falling destination stride, so that writes move forward through memory. Runs
+   shorter than a cache line go by the smaller of both strides: what shares a line with a run, on either side, follows
+   soon. (Load back of 16 B runs from page_first, layer by layer, would read each line four times from memory.)
 Consecutive page ids on both sides are merged by whoever walks (``expand`` here, copy.c there): they depend on the ids.
 """
 
@@ -20,15 +22,22 @@ from .plan import CopyPlan
 __all__ = ["Loops", "Runs", "expand", "loops_of"]
 
 Table = npt.NDArray[np.uint64]
+LINE_BYTES = 64
 _Steps = npt.NDArray[np.signedinteger]
 
 
 class _Loop(NamedTuple):
-    """One loop: what step i adds to the address on each side; the distance of the first two in dst, to order by."""
+    """One loop: what step i adds to the address on each side; the distance of the first two there, to order by."""
 
     src: Table
     dst: Table
+    src_stride: int
     dst_stride: int
+
+    def order(self, run_bytes: int) -> tuple[int, int]:
+        """What loops are sorted by, falling."""
+        near, far = sorted((self.src_stride, self.dst_stride))
+        return (near, far) if run_bytes < LINE_BYTES else (self.dst_stride, 0)
 
     def lengthens(self, run_bytes: int) -> bool:
         """Whether its steps follow each other without a gap on both sides."""
@@ -47,6 +56,7 @@ class Loops:
         src, dst: uint64 offset tables, outermost loop first; the k-th of both have one length.
         run_bytes: contiguous on both sides.
         steps_per_layer: 0, or: the first loop goes through the layers in order, with so many entries (halves) for each.
+        src_boundaries, dst_boundaries: of the views; ``expand`` cuts there. Threads need not: host memory has no seams.
     """
 
     src_base: int
@@ -55,6 +65,8 @@ class Loops:
     dst: tuple[Table, ...]
     run_bytes: int
     steps_per_layer: int
+    src_boundaries: tuple[int, ...] = ()
+    dst_boundaries: tuple[int, ...] = ()
 
     @property
     def num_runs(self) -> int:
@@ -101,7 +113,7 @@ def loops_of(plan: CopyPlan, outer_layers: bool = False, sort_pages: bool = Fals
     while mergeable := [loop for loop in rest if loop.lengthens(run_bytes)]:
         run_bytes *= len(mergeable[0].src)
         rest = [loop for loop in rest if loop is not mergeable[0]]
-    rest.sort(key=lambda loop: loop.dst_stride, reverse=True)
+    rest.sort(key=lambda loop: loop.order(run_bytes), reverse=True)
     return Loops(
         src_base=src_base % 2**64,
         dst_base=dst_base % 2**64,
@@ -109,11 +121,16 @@ def loops_of(plan: CopyPlan, outer_layers: bool = False, sort_pages: bool = Fals
         dst=tuple(loop.dst for loop in [*first, *rest]),
         run_bytes=run_bytes,
         steps_per_layer=g.halves if outer_layers else 0,
+        src_boundaries=plan.src.boundaries,
+        dst_boundaries=plan.dst.boundaries,
     )
 
 
 def expand(loops: Loops) -> Runs:
-    """Every run of the nest in walking order, those that follow each other on both sides merged into one."""
+    """Every run of the nest in walking order, those that follow each other on both sides merged into one.
+
+    No run spans a boundary of either side: one that would is cut there.
+    """
     src = np.array([loops.src_base], np.uint64)
     dst = np.array([loops.dst_base], np.uint64)
     for src_table, dst_table in zip(loops.src, loops.dst, strict=True):
@@ -124,7 +141,31 @@ def expand(loops: Loops) -> Runs:
     starts_new[1:] = (src[1:] != src[:-1] + step) | (dst[1:] != dst[:-1] + step)
     first = np.flatnonzero(starts_new)
     lengths = np.diff(np.append(first, len(src))).astype(np.uint64) * step
-    return Runs(src[first], dst[first], lengths)
+    runs = Runs(src[first], dst[first], lengths)
+    runs = _cut(runs, runs.src, loops.src_boundaries)
+    return _cut(runs, runs.dst, loops.dst_boundaries)
+
+
+def _cut(runs: Runs, starts: Table, boundaries: tuple[int, ...]) -> Runs:
+    """Cut runs at the boundaries inside them; ``starts`` are their addresses on the side of the boundaries.
+
+        [---- run ----|--------]    ->    [---- run ----][--------]
+    """
+    if not boundaries or not len(starts):
+        return runs
+    seams = np.array(boundaries, np.uint64)
+    first = np.searchsorted(seams, starts, side="right")  # the first seam beyond the start
+    seams_inside = np.searchsorted(seams, starts + runs.num_bytes, side="left") - first
+    if not seams_inside.any():
+        return runs
+    # piece k of a run begins at its start (k = 0) or at its k-th seam, and ends where the next begins
+    pieces = seams_inside + 1
+    run = np.repeat(np.arange(len(starts)), pieces)
+    k = np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = np.where(k == 0, starts[run], seams[np.maximum(first[run] + k - 1, 0)]) - starts[run]
+    end = np.append(begin[1:], np.uint64(0))
+    end[np.cumsum(pieces) - 1] = runs.num_bytes
+    return Runs(runs.src[run] + begin, runs.dst[run] + begin, end - begin)
 
 
 def _base_loops(plan: CopyPlan, outer_layers: bool) -> tuple[int, int, list[_Loop]]:
@@ -146,12 +187,13 @@ def _base_loops(plan: CopyPlan, outer_layers: bool) -> tuple[int, int, list[_Loo
 
 def _table(src: Table, dst: Table) -> _Loop:
     """A loop over any addresses."""
-    return _Loop(src, dst, abs(int(dst[1]) - int(dst[0])) if len(dst) > 1 else 0)
+    src_stride, dst_stride = (abs(int(side[1]) - int(side[0])) if len(side) > 1 else 0 for side in (src, dst))
+    return _Loop(src, dst, src_stride, dst_stride)
 
 
 def _strided(src_steps: _Steps, dst_steps: _Steps, src_stride: int, dst_stride: int) -> _Loop:
     """A loop over multiples of a stride on each side."""
-    return _Loop(_times(src_steps, src_stride), _times(dst_steps, dst_stride), dst_stride)
+    return _Loop(_times(src_steps, src_stride), _times(dst_steps, dst_stride), src_stride, dst_stride)
 
 
 def _times(steps: _Steps, stride: int) -> Table:
