@@ -90,15 +90,32 @@ class Mirror:
                 require(not self.children["host"][key], "left the tree before a child on the host", event)
 
 
+    def read(self, tree: Any) -> None:
+        """After a gap: believe what the tree's dump says."""
+        self.__init__()
+        last: dict[int, int | None] = {ROOT: None}
+        for info in tree.dump():
+            key = last[info.parent]
+            for page in tree.page_keys(info.node).tolist():
+                for medium, ids in (("device", info.page_ids), ("host", info.host_page_ids)):
+                    if ids is not None:
+                        self.parents[medium][page] = key
+                        self.children[medium][key] += 1
+                key = page
+            last[info.node] = key
+
+
 class Driver:
     """Two trees, the pools around them, and everything that is under way."""
 
     def __init__(
         self, ours: Any, theirs: Any, page_size: int, policy: str, *, events: bool, pages: int = 120,
-        host_pages: int = 160, letters: int = 3, longest: int = 9,
+        host_pages: int = 160, letters: int = 3, longest: int = 9, max_events: int = 1 << 20,
     ) -> None:  # fmt: skip
-        self.a = ours(page_size, policy, events=events)
-        self.b = theirs(page_size, policy, events=events)
+        self.a = ours(page_size, policy, events=events, max_events=max_events)
+        self.b = theirs(page_size, policy, events=events, max_events=max_events)
+        self.max_events = max_events
+        self.dropped_events = 0
         self.page_size = page_size
         self.events = events
         self.device, self.host = Pool(pages), Pool(host_pages)
@@ -636,7 +653,19 @@ class Driver:
             self.hear(c)
 
     def hear(self, c: Choices) -> None:
-        """Drain both queues, in batches. Siblings may leave in any order: then the content must agree."""
+        """Drain both queues, in batches. Siblings may leave in any order: then the content must agree. If events were
+        dropped, do what a consumer must: discard what is queued, and read the dump."""
+        dropped, queued = zip(*((stats.dropped_events, stats.queued_events)
+                                for stats in (tree.stats() for tree in (self.a, self.b))), strict=True)
+        self.same("events dropped", *dropped)
+        require(self.same("events queued", *queued) <= self.max_events, "too many events queued", queued)
+        if dropped[0] != self.dropped_events:
+            self.same("events queued when one is dropped", queued[0], self.max_events)
+            self.dropped_events = dropped[0]
+            for tree, mirror in zip((self.a, self.b), self.mirrors, strict=True):
+                require(len(tree.take_events()) == queued[0], "events queued", queued[0])
+                mirror.read(tree)
+            return
         limit = c.below(12) if c.below(16) == 1 else None
         heard: list[list[Any]] = [[], []]
         for at, tree in enumerate((self.a, self.b)):
