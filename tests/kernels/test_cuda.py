@@ -18,7 +18,7 @@ from radixkv.pool.layout import KVGeometry, view_of_layout
 from radixkv.transfer import cuda, staging
 from radixkv.transfer.cuda import CudaKernels
 from radixkv.transfer.launch import launches_of, layer_launches
-from radixkv.transfer.plan import CopyPlan, plan_copy
+from radixkv.transfer.plan import CopyPlan, plan_copy, reach_of
 
 from .fake_cupy import FakeCupy
 from .oracle import Bytes, expect_copy
@@ -50,8 +50,9 @@ class Pools:
             addresses = [int(half.ctypes.data) for half in memory]
             view = view_of_layout(layout, GEOMETRY, SLOTS, addresses, name)  # type: ignore[arg-type]
             for base in map(int, view.bases.flat):
-                if device == 0 or locked:
-                    cupy.known[base] = (device, base)
+                for address in (base, base + reach_of(GEOMETRY, view) - 1):
+                    if device == 0 or locked:
+                        cupy.known[address] = (device, address)
             self.views[name] = view
 
     def backup(self, src_pages: list[int], dst_pages: list[int]) -> CopyPlan:
@@ -235,6 +236,34 @@ def test_pageable_host_memory_is_refused(cupy: FakeCupy) -> None:
     said = refused(cupy, Pools(cupy, locked=False).backup([5, 1], [2, 0]))
     assert "page-lock host pools first" in said
     assert "the driver does not know" in said
+
+
+def test_a_pool_of_which_the_last_byte_is_not_locked_is_refused(cupy: FakeCupy) -> None:
+    pools = Pools(cupy)
+    view = pools.views["cpu"]
+    del cupy.known[int(view.bases[1, 2]) + reach_of(GEOMETRY, view) - 1]
+    assert "the driver does not know" in refused(cupy, pools.backup([5, 1], [2, 0]))
+
+
+def test_a_chunk_in_the_middle_that_is_not_locked_is_refused(cupy: FakeCupy) -> None:
+    pools = Pools(cupy)
+    view = pools.views["cpu"]
+    seam = int(view.bases[0, 0]) + 4096
+    pools.views["cpu"] = replace(view, boundaries=(seam,))
+    assert f"address {seam:#x} is memory that the driver does not know" in refused(cupy, pools.backup([5, 1], [2, 0]))
+
+
+def test_memory_that_was_mapped_anew_is_checked_anew(cupy: FakeCupy) -> None:
+    """The same addresses, no longer locked, come with another view; the old one is not asked about twice."""
+    pools = Pools(cupy)
+    kernels = CudaKernels()
+    kernels.run(pools.backup([5, 1], [2, 0]), stream=STREAM)
+    for base in map(int, pools.views["cpu"].bases.flat):
+        cupy.known.pop(base)
+    kernels.run(pools.backup([5, 1], [2, 0]), stream=STREAM)
+    pools.views["cpu"] = replace(pools.views["cpu"])
+    with pytest.raises(InvalidArgumentError, match="the driver does not know"):
+        kernels.run(pools.backup([5, 1], [2, 0]), stream=STREAM)
 
 
 def test_host_memory_mapped_elsewhere_is_refused(cupy: FakeCupy) -> None:
