@@ -64,7 +64,7 @@ class LayerRuns:
 
     def __init__(self, plan: CopyPlan) -> None:
         self._plan, self._layers = plan, plan.layers
-        self._seams = any(getattr(view, "boundaries", ()) for view in (plan.src, plan.dst))
+        self._seams = bool(plan.src.boundaries or plan.dst.boundaries)
         self._halves = plan.geometry.halves
         loops = loops_of(plan, outer_layers=True, sort_pages=True)
         self._src = loops.src[0] + np.uint64(loops.src_base)  # [layers * halves]

@@ -18,7 +18,7 @@ from .base import Pages, Transfer
 from .choose import Chooser, Direction, PathName
 from .cuda import CudaKernels
 from .engine import CopyEngine, LayerRuns
-from .launch import DEFAULT_CTAS
+from .launch import DEFAULT_CTAS, LOCAL_CTAS
 from .loops import Runs, expand, loops_of
 from .plan import CopyPlan, plan_copy
 from .progress import CudaProgress
@@ -117,7 +117,8 @@ class GpuTransfer(Transfer):
         geometry: of every view it is given.
         device: number of the GPU.
         stream: a cudaStream_t as a number, not 0 if the copy engine is to take whole batches.
-        ctas: quota of thread blocks of a kernel, so that the other SMs stay with the model.
+        ctas: quota of thread blocks of a kernel that copies over the link, so that the other SMs stay with the model.
+        local_ctas: the same for copies within the device.
         kernels, engine, chooser: None: made for the device, now.
     Raises: DeviceUnavailableError that says what is missing.
     """
@@ -129,21 +130,22 @@ class GpuTransfer(Transfer):
         *,
         stream: int = 0,
         ctas: int = DEFAULT_CTAS,
+        local_ctas: int = LOCAL_CTAS,
         kernels: Runner | None = None,
         engine: Runner | None = None,
         chooser: Chooser | None = None,
     ) -> None:
         super().__init__(geometry)
-        if ctas < 1:
-            raise InvalidArgumentError(f"a quota of {ctas} blocks copies nothing")
+        if min(ctas, local_ctas) < 1:
+            raise InvalidArgumentError(f"a quota of {min(ctas, local_ctas)} blocks copies nothing")
         self.device = device
         self.stream = stream
-        self.ctas = ctas
+        self.ctas, self.local_ctas = ctas, local_ctas
         self.paths: dict[PathName, Runner] = {
             "kernel": CudaKernels(device) if kernels is None else kernels,
             "engine": CopyEngine(device) if engine is None else engine,
         }
-        self.chooser = Chooser(device_key(device, ctas)) if chooser is None else chooser
+        self.chooser = Chooser(device_key(device, ctas, local_ctas)) if chooser is None else chooser
         self.copies: dict[PathName, int] = {"kernel": 0, "engine": 0}
 
     def copy(self, plan: CopyPlan, *, ctas: int | None = None) -> None:
@@ -156,9 +158,13 @@ class GpuTransfer(Transfer):
         if not plan.num_pages:
             return
         runs = runs_of(plan)
-        path = self.chooser.choose(*shape_of(plan, runs))
-        self.paths[path].run(plan, stream=self.stream, ctas=ctas or self.ctas, runs=runs)
+        shape = shape_of(plan, runs)
+        path = self.chooser.choose(*shape)
+        self.paths[path].run(plan, stream=self.stream, ctas=ctas or self._quota(shape.direction), runs=runs)
         self.copies[path] += 1
+
+    def _quota(self, direction: Direction) -> int:
+        return self.local_ctas if direction == "device_to_device" else self.ctas
 
     def load_back(
         self,
@@ -199,11 +205,13 @@ class GpuTransfer(Transfer):
             ctas: quota of this copy; None: that of the transfer.
         Raises: as ``copy``.
         """
-        runs = layer_runs_of(plan) if plan.num_pages else None
-        path = self.chooser.choose(*layer_shape_of(plan, runs)) if plan.num_pages else "kernel"
-        self.paths[path].run_layers(
-            plan, stream=self.stream, ctas=ctas or self.ctas, after_layer=after_layer, runs=runs
-        )
+        runs, quota = None, self.ctas
+        path: PathName = "kernel"
+        if plan.num_pages:
+            runs = layer_runs_of(plan)
+            shape = layer_shape_of(plan, runs)
+            path, quota = self.chooser.choose(*shape), self._quota(shape.direction)
+        self.paths[path].run_layers(plan, stream=self.stream, ctas=ctas or quota, after_layer=after_layer, runs=runs)
         self.copies[path] += bool(plan.num_pages)
 
     def make_progress(
@@ -224,7 +232,7 @@ class GpuTransfer(Transfer):
         """
         if self.chooser.tuned and not again:
             return False
-        with CudaTimer(self.device, self.paths, ctas=self.ctas) as timer:
+        with CudaTimer(self.device, self.paths, quota=self._quota) as timer:
             return self.chooser.tune(timer.seconds, again=again)
 
 
@@ -237,15 +245,21 @@ class CudaTimer:
     Args:
         paths: what to time.
         scratch_bytes: of each buffer: device twice, page-locked host once.
-        ctas: quota of the kernels.
+        quota: blocks of the kernels in a direction; None: as GpuTransfer by default.
     """
 
     def __init__(
-        self, device: int, paths: dict[PathName, Runner], scratch_bytes: int = 256 << 20, *, ctas: int = DEFAULT_CTAS
+        self,
+        device: int,
+        paths: dict[PathName, Runner],
+        scratch_bytes: int = 256 << 20,
+        *,
+        quota: Callable[[Direction], int] | None = None,
     ) -> None:
         self._cupy: Any = importlib.import_module("cupy")
         self._runtime: Any = self._cupy.cuda.runtime
-        self._device, self._paths, self._scratch_bytes, self._ctas = device, paths, scratch_bytes, ctas
+        self._device, self._paths, self._scratch_bytes = device, paths, scratch_bytes
+        self._quota = quota or (lambda direction: LOCAL_CTAS if direction == "device_to_device" else DEFAULT_CTAS)
         self._held: list[tuple[Any, int]] = []
         self._tiers: dict[str, int] = {}
         self._stream: Any = None
@@ -276,13 +290,13 @@ class CudaTimer:
     def seconds(self, path: PathName, direction: Direction, run_bytes: int, num_runs: int) -> float:
         """Time one copy of num_runs pages that do not follow each other, after one that does not count."""
         plan = self._plan(direction, run_bytes, num_runs)
-        start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+        start, end, ctas = self._cupy.cuda.Event(), self._cupy.cuda.Event(), self._quota(direction)
         with self._cupy.cuda.Device(self._device):
-            self._paths[path].run(plan, stream=self._stream.ptr, ctas=self._ctas)
+            self._paths[path].run(plan, stream=self._stream.ptr, ctas=ctas)
             busy = self._tiers["device"], self._tiers["host"], min(BUSY_BYTES, self._scratch_bytes)
             self._runtime.memcpyAsync(*busy, self._runtime.memcpyHostToDevice, self._stream.ptr)
             start.record(self._stream)
-            self._paths[path].run(plan, stream=self._stream.ptr, ctas=self._ctas)
+            self._paths[path].run(plan, stream=self._stream.ptr, ctas=ctas)
             end.record(self._stream)
             end.synchronize()
             return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1e3
@@ -303,10 +317,10 @@ class CudaTimer:
         return plan_copy(g, src, dst, pages, pages[::-1].copy())
 
 
-def device_key(device: int, ctas: int = DEFAULT_CTAS) -> str:
-    """What a measurement is valid for: the model, its SMs and copy engines, the driver, and the kernels' quota."""
+def device_key(device: int, ctas: int = DEFAULT_CTAS, local_ctas: int = LOCAL_CTAS) -> str:
+    """What a measurement is valid for: the model, its SMs and copy engines, the driver, and the kernels' quotas."""
     runtime: Any = importlib.import_module("cupy").cuda.runtime
     found = runtime.getDeviceProperties(device)
     name = found["name"].decode()
     engines, sms = found["asyncEngineCount"], found["multiProcessorCount"]
-    return f"{name}, {sms} SMs, {engines} copy engines, driver {runtime.driverGetVersion()}, {ctas} CTAs"
+    return f"{name}, {sms} SMs, {engines} copy engines, driver {runtime.driverGetVersion()}, {ctas}/{local_ctas} CTAs"

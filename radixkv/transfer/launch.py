@@ -24,6 +24,7 @@ from .plan import CopyPlan, Ids
 __all__ = [
     "BULK_SLOT_BYTES",
     "DEFAULT_CTAS",
+    "LOCAL_CTAS",
     "TILE_BYTES",
     "VECTOR_BYTES",
     "Addresses",
@@ -46,7 +47,8 @@ TILE_BYTES = 32768  # RKV_TILE_BYTES
 RELAYOUT_BLOCK = 512  # threads: with 4 vectors of 16 bytes each, a whole tile is in flight
 BULK_SLOT_BYTES = 4096  # RKV_BULK_SLOT_BYTES
 MAX_UNITS = 2**31 - 1  # what rkv_split can divide
-DEFAULT_CTAS = 4
+DEFAULT_CTAS = 4  # of a copy over the link to the host
+LOCAL_CTAS = 32  # of a copy within the device, whose memory needs more bytes in flight (docs/kernels.md)
 REQUEST_BYTES = 128  # what one request of an SM carries: runs shorter than this waste the rest
 
 _LAYER, _TOKEN, _HEAD = range(3)

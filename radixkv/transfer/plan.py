@@ -53,20 +53,6 @@ class CopyPlan:
         g = self.geometry
         return self.num_pages * g.page_size * g.row_bytes * g.halves * len(self.layers)
 
-    @property
-    def alignment(self) -> int:
-        """The widest lane in bytes, 1 .. 16, that divides every base, stride and head of both sides."""
-        g, bits = self.geometry, self.geometry.head_bytes
-        for view in (self.src, self.dst):
-            bits |= int(np.bitwise_or.reduce(view.bases[:, self.layers.start : self.layers.stop], axis=None))
-            if view.num_slots > g.page_size:
-                bits |= view.page_stride
-            if g.page_size > 1:
-                bits |= view.token_stride
-            if g.num_heads > 1:
-                bits |= view.head_stride
-        return min(16, bits & -bits)
-
     def layer(self, layer: int) -> CopyPlan:
         """The same copy of one of its layers. O(1), nothing is checked again but the layer."""
         if layer not in self.layers:

@@ -18,7 +18,7 @@ from radixkv.transfer.choose import Chooser, PathName
 from radixkv.transfer.cpu import CpuTransfer, Progress
 from radixkv.transfer.engine import CopyEngine, CudaRuntime
 from radixkv.transfer.gpu import GpuTransfer, device_key
-from radixkv.transfer.plan import plan_copy
+from radixkv.transfer.plan import plan_copy, reach_of
 from radixkv.transfer.progress import CudaProgress
 from radixkv.transfer.reference import copy_views
 
@@ -67,7 +67,8 @@ class Rig:
     def _view(self, layout: Layout, memory: Any, device: str) -> KVView:
         view = view_of_layout(layout, GEOMETRY, SLOTS, [half.ctypes.data for half in memory], device)
         for base in map(int, view.bases.flat):
-            self.cupy.known[base] = (0 if device != "cpu" else -1, base)
+            for address in (base, base + reach_of(GEOMETRY, view) - 1):
+                self.cupy.known[address] = (0 if device != "cpu" else -1, address)
         return view
 
     def expected(self, layers: range | None = None) -> Any:
@@ -174,6 +175,11 @@ def test_a_quota_reaches_the_kernels(cupy: FakeCupy, tmp_path: Path, monkeypatch
     assert grids == [1] * 4
     rig.transfer.load_back(rig.host_view, rig.device_view, range_(10), range_(10), ctas=3)
     assert max(grids) <= 3
+    monkeypatch.setattr(rig.transfer, "local_ctas", 2)
+    quotas: list[int] = []
+    monkeypatch.setattr(rig.transfer.paths["kernel"], "run", lambda plan, *, ctas, **_: quotas.append(ctas))
+    rig.transfer.move(rig.device_view, [0], [1])
+    assert quotas == [2], "within the device another quota holds"
     with pytest.raises(InvalidArgumentError, match="a quota of 0 blocks"):
         GpuTransfer(GEOMETRY, ctas=0)
 
@@ -277,8 +283,8 @@ def test_it_measures_if_it_may_and_nobody_has(cached: FakeCupy, monkeypatch: pyt
     timed: list[Any] = []
 
     class Timer:
-        def __init__(self, device: int, paths: Any, *, ctas: int) -> None:
-            timed.append((device, sorted(paths), ctas))
+        def __init__(self, device: int, paths: Any, *, quota: Any) -> None:
+            timed.append((device, sorted(paths), quota("host_to_device"), quota("device_to_device")))
 
         def __enter__(self) -> Timer:
             return self
@@ -295,7 +301,7 @@ def test_it_measures_if_it_may_and_nobody_has(cached: FakeCupy, monkeypatch: pyt
         assert isinstance(transfer, GpuTransfer)
         assert transfer.chooser.tuned
         assert transfer.chooser.choose("host_to_device", 4 << 20, 1) == "kernel"
-    assert timed == [(0, ["engine", "kernel"], 4)]
+    assert timed == [(0, ["engine", "kernel"], 4, 32)]
     pick.transfer_for(GEOMETRY, "cuda:0", tune=True, path="kernel", ctas=7)
     assert len(timed) == 1, "an override needs no measurement"
 

@@ -268,5 +268,5 @@ def test_tuning_measures_once(cupy: FakeCupy, tmp_path: Path, monkeypatch: pytes
     assert not transfer.tune()
     assert chooser.choose("device_to_host", 512, 1) == "engine"  # untuned, short runs go to the kernels
     assert transfer.tune(again=True)
-    assert device_key(0) == "Fake 100, 8 SMs, 3 copy engines, driver 12080, 4 CTAs"
+    assert device_key(0) == "Fake 100, 8 SMs, 3 copy engines, driver 12080, 4/32 CTAs"
     assert device_key(0, 8) != device_key(0), "a measurement with another quota is another one"

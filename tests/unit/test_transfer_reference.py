@@ -436,29 +436,6 @@ def test_the_check_of_layers_is_exact(data: st.DataObject) -> None:
         assert plan_copy(g, src, dst, [0], [0]).num_pages == 1
 
 
-def test_alignment_comes_from_everything() -> None:
-    g = geometry("mla", layers=2, head_bytes=64, page_size=4)
-    src, dst = (view_of_layout("layer_first", g, 16, [base]) for base in (1 << 20, 1 << 24))
-    dst = replace(dst, bases=np.array([[1 << 24, 1 << 25]], np.uint64))
-    assert plan_copy(g, src, dst, [0], [1]).alignment == 16
-    for change in (
-        {"bases": dst.bases + np.array([[0, 8]], np.uint64)},
-        {"token_stride": 72, "page_stride": 320},
-        {"page_stride": 264},
-    ):
-        assert plan_copy(g, src, replace(dst, **change), [0], [1]).alignment == 8  # type: ignore[arg-type]
-    # the odd layer does not take part
-    assert (
-        plan_copy(g, src, replace(dst, bases=dst.bases + np.array([[0, 8]], np.uint64)), [0], [1]).layer(0).alignment
-        == 16
-    )
-    odd = geometry("mla", layers=1, head_bytes=6, page_size=1)
-    assert (
-        plan_copy(odd, *(view_of_layout("layer_first", odd, 4, [b]) for b in (1 << 20, 1 << 24)), [0], [0]).alignment
-        == 2
-    )
-
-
 def test_pages_of_slots() -> None:
     slots = np.array([12, 13, 14, 15, 0, 1, 2, 3], np.int32)
     assert pages_of_slots(slots, 4).tolist() == [3, 0]
