@@ -6,10 +6,12 @@ __all__ = [
     "AllocationError",
     "ArgumentTypeError",
     "DeviceUnavailableError",
+    "GroupError",
     "HandleError",
     "HostMemoryError",
     "IntegrityError",
     "InvalidArgumentError",
+    "LoadError",
     "LockError",
     "PageLockError",
     "PageOwnershipError",
@@ -78,6 +80,14 @@ class UnsupportedLayoutError(RadixKVError, ValueError):
 
 class TransferError(RadixKVError, RuntimeError):
     """A driver refused a copy; how much of it has happened is unknown."""
+
+
+class LoadError(RadixKVError, RuntimeError):
+    """Pages that somebody waits for did not arrive on the device: the copy failed, was cancelled, or takes too long."""
+
+
+class GroupError(RadixKVError, RuntimeError):
+    """Ranks that must agree cannot: one is gone, does not answer in time, or has made other calls than the rest."""
 
 
 class IntegrityError(RadixKVError, AssertionError):
