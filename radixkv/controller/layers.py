@@ -9,9 +9,23 @@ so a consumer that comes late or early never waits for somebody else's batch.
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
+
+from ..errors import InvalidArgumentError, LoadError
 from .base import LayerProgress
 
 __all__ = ["LayerCounter"]
+
+KEPT_FAILURES = 256
+"""Failed batches that are remembered for consumers that come late."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    progress: LayerProgress
+    oldest: int
+    """The first batch that was not settled when this one began."""
 
 
 class LayerCounter:
@@ -19,26 +33,32 @@ class LayerCounter:
 
     A consumer of batch i depends on all batches up to i that were not settled when i began: its requests may have
     matched their pages. Batches are copied in order, so the last one says when; the failure of any of them raises.
+
+    Args:
+        num_layers: of the model.
+        timeout_s: what wait_until waits at most; None: for ever.
     """
 
     def __init__(self, num_layers: int, timeout_s: float | None = None) -> None:
-        raise NotImplementedError
-
-    @property
-    def num_layers(self) -> int: ...
+        self.num_layers, self.timeout_s = num_layers, timeout_s
+        self.consumer_index = -1
+        self._latest = -1
+        self._lock = threading.Lock()
+        self._batches: dict[int, _Batch] = {}
+        self._failed: dict[int, BaseException] = {}
 
     @property
     def latest(self) -> int:
         """Index of the last batch begun; -1 if there was none."""
-        raise NotImplementedError
+        return self._latest
 
     def next_producer(self) -> int:
         """The index that the next batch will have."""
-        raise NotImplementedError
+        return self._latest + 1
 
     def set_consumer(self, index: int) -> None:
         """Choose the batch that ``wait_until`` waits for. -1: none."""
-        raise NotImplementedError
+        self.consumer_index = index
 
     def wait_until(self, layer: int) -> None:
         """Wait until a layer of the consumer's batch, and of those before it, is in place. On a device the current
@@ -46,24 +66,62 @@ class LayerCounter:
 
         Raises: LoadError if such a batch failed, or the time is up.
         """
-        raise NotImplementedError
+        if self.consumer_index >= 0 and not self.wait(layer, self.timeout_s):
+            raise LoadError(f"layer {layer} of load batch {self.consumer_index} is not there after {self.timeout_s} s")
 
     def wait(self, layer: int, timeout_s: float | None = None, index: int | None = None) -> bool:
         """As wait_until, for a batch by its index (None: the consumer's). Returns: False after the timeout.
 
-        Raises: LoadError if such a batch failed.
+        Raises: LoadError if such a batch failed; InvalidArgumentError for a layer or batch that there is not.
         """
-        raise NotImplementedError
+        index = self.consumer_index if index is None else index
+        if not 0 <= layer < self.num_layers:
+            raise InvalidArgumentError(f"layer {layer} is not of 0 .. {self.num_layers - 1}")
+        if index > self._latest:
+            raise InvalidArgumentError(f"load batch {index} has not begun; the last one is {self._latest}")
+        with self._lock:
+            batch = self._batches.get(index)
+            oldest = index if batch is None else batch.oldest
+        there = batch is None or batch.progress.wait(layer, timeout_s)
+        self._raise_failures(oldest, index)
+        return there
+
+    def _raise_failures(self, oldest: int, index: int) -> None:
+        """Raise if one of the batches oldest .. index failed."""
+        with self._lock:
+            for number in range(max(0, oldest), index + 1):
+                batch = self._batches.get(number)
+                error = self._failed.get(number) if batch is None else batch.progress.error
+                if error is not None:
+                    raise LoadError(f"load batch {number}, which batch {index} depends on, failed: {error}") from error
 
     def reset(self) -> None:
         """Forget all batches: who waits for one that did not end gets a LoadError. Indices go on."""
-        raise NotImplementedError
+        with self._lock:
+            for index in list(self._batches):
+                self._drop(index, LoadError("the cache was reset"))
+        self.consumer_index = -1
 
     # ---- for the controller ------------------------------------------------------------------------------------------
     def begin(self, progress: LayerProgress) -> int:
         """Add a batch. Returns its index."""
-        raise NotImplementedError
+        with self._lock:
+            self._latest += 1
+            oldest = min(self._batches, default=self._latest)
+            self._batches[self._latest] = _Batch(progress, oldest)
+            return self._latest
 
-    def settle(self, index: int) -> None:
-        """A batch has been settled: batches that begin from now on do not depend on it."""
-        raise NotImplementedError
+    def settle(self, index: int, error: BaseException | None = None) -> None:
+        """A batch has been settled (on all ranks, of which one may have failed): later ones do not depend on it."""
+        with self._lock:
+            self._drop(index, error)
+
+    def _drop(self, index: int, error: BaseException | None) -> None:
+        batch = self._batches.pop(index)
+        error = batch.progress.error or error
+        for number in range(batch.oldest, index):  # earlier ones end earlier: what fails of them has failed by now
+            error = error or self._failed.get(number)
+        if error is not None:
+            self._failed[index] = error
+            while len(self._failed) > KEPT_FAILURES:
+                del self._failed[min(self._failed)]
