@@ -15,6 +15,8 @@ __all__ = [
     "PageOwnershipError",
     "RadixKVError",
     "StateError",
+    "StorageError",
+    "StorageTimeoutError",
     "TokenRangeError",
     "TransferError",
     "UnsupportedLayoutError",
@@ -78,6 +80,14 @@ class UnsupportedLayoutError(RadixKVError, ValueError):
 
 class TransferError(RadixKVError, RuntimeError):
     """A driver refused a copy; how much of it has happened is unknown."""
+
+
+class StorageError(RadixKVError, OSError):
+    """A storage backend cannot be used, or failed as a whole; of the call's keys nothing is known."""
+
+
+class StorageTimeoutError(StorageError, TimeoutError):
+    """A storage backend did not answer within the deadline of the call."""
 
 
 class IntegrityError(RadixKVError, AssertionError):
