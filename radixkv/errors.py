@@ -17,6 +17,8 @@ __all__ = [
     "PageOwnershipError",
     "RadixKVError",
     "StateError",
+    "StorageError",
+    "StorageTimeoutError",
     "TokenRangeError",
     "TransferError",
     "UnsupportedLayoutError",
@@ -88,6 +90,14 @@ class LoadError(RadixKVError, RuntimeError):
 
 class GroupError(RadixKVError, RuntimeError):
     """Ranks that must agree cannot: one is gone, does not answer in time, or has made other calls than the rest."""
+
+
+class StorageError(RadixKVError, OSError):
+    """A storage backend cannot be used, or failed as a whole; of the call's keys nothing is known."""
+
+
+class StorageTimeoutError(StorageError, TimeoutError):
+    """A storage backend did not answer within the deadline of the call."""
 
 
 class IntegrityError(RadixKVError, AssertionError):
