@@ -3,20 +3,23 @@ says, when it says so."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from radixkv import RadixTree
 from radixkv.controller import Controller, ControllerConfig, Polled
-from radixkv.controller.mover_cpu import CpuProgress, CpuTicket
+from radixkv.controller.base import Digests
+from radixkv.controller.mover_cpu import CpuTicket
+from radixkv.controller.workers import Job, work_on
 from radixkv.pool.arena import ArenaConfig
 from radixkv.pool.host import HostKVCache, HostPoolConfig
 from radixkv.pool.layout import KVGeometry, KVView
 from radixkv.pool.slots import SlotAllocator
-from radixkv.transfer.cpu import CpuTransfer
+from radixkv.storage import MemoryStorage, PageNamespace, PageStore, Storage, host_page_parts
+from radixkv.transfer.cpu import CpuTransfer, Progress
 from radixkv.transfer.plan import staging_view
 from radixkv.types import ROOT, PageIds
 
@@ -24,20 +27,15 @@ GEOMETRY = KVGeometry(kind="mha", num_layers=2, num_heads=1, head_bytes=16, page
 P = GEOMETRY.page_size
 
 
-def content_of(tokens: Any, num_pages: int | None = None) -> np.ndarray[Any, Any]:
+def content_of(tokens: Any, num_pages: int | None = None, salt: bytes = b"") -> np.ndarray[Any, Any]:
     """What the pages of a prompt hold: uint8 [pages, page_bytes], each a function of all tokens up to its end."""
-    tokens = np.asarray(tokens, np.int64)
+    data = np.asarray(tokens, np.int32).tobytes()
     pages = len(tokens) // P if num_pages is None else num_pages
-    rows = np.zeros((pages, GEOMETRY.page_bytes), np.uint8)
-    state = np.uint64(88172645463325252)
-    with np.errstate(over="ignore"):
-        for page in range(pages):
-            for token in tokens[page * P : (page + 1) * P]:
-                state = (state ^ np.uint64(token & 0xFFFFFFFF)) * np.uint64(0x9E3779B97F4A7C15)
-                state ^= state >> np.uint64(29)
-            words = np.arange(GEOMETRY.page_bytes // 8, dtype=np.uint64) * np.uint64(0xD6E8FEB86659FD93) + state
-            rows[page] = (words ^ (words >> np.uint64(31))).view(np.uint8)
-    return rows
+    digest, rows = salt, []
+    for page in range(pages):
+        digest = hashlib.blake2b(digest + data[4 * P * page : 4 * P * (page + 1)], digest_size=64).digest()
+        rows.append(digest * (GEOMETRY.page_bytes // 64))
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(pages, GEOMETRY.page_bytes)
 
 
 class DeviceMemory(SlotAllocator):
@@ -68,8 +66,8 @@ class ScriptedMover:
     """A Mover that copies when told: ``step()`` runs the oldest copy, or makes it fail."""
 
     def __init__(self, device_view: KVView, host_view: KVView) -> None:
-        self._transfer = CpuTransfer(GEOMETRY, 1)
-        self._device, self._host = device_view, host_view
+        transfer = CpuTransfer(GEOMETRY, 1)
+        self._to_host, self._to_device = transfer.route(device_view, host_view), transfer.route(host_view, device_view)
         self.waiting: list[tuple[str, CpuTicket]] = []
         self.instant = False
         self.fail: Callable[[str], BaseException | None] = lambda kind: None
@@ -77,19 +75,19 @@ class ScriptedMover:
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> CpuTicket:
         def copy() -> None:
             self._raise("backup")
-            self._transfer.backup(self._device, self._host, device_pages, host_pages)
+            self._to_host.copy(device_pages, host_pages)
 
         return self._put("backup", CpuTicket(copy))
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CpuTicket:
         def copy() -> None:
             self._raise("load")
-            self._transfer.load_back(self._host, self._device, host_pages, device_pages, progress.layers)
+            self._to_device.copy(host_pages, device_pages, progress)
 
         return self._put("load", CpuTicket(copy, progress.fail))
 
-    def new_progress(self) -> CpuProgress:
-        return CpuProgress(GEOMETRY.num_layers)
+    def new_progress(self) -> Progress:
+        return Progress(GEOMETRY.num_layers)
 
     def _raise(self, kind: str) -> None:
         error = self.fail(kind)
@@ -122,6 +120,62 @@ class ScriptedMover:
             ticket.cancel()
 
 
+class ScriptedEdge:
+    """A StorageEdge that works when told: ``step()`` makes one call to storage for the oldest job of a kind."""
+
+    def __init__(self, store: PageStore, config: ControllerConfig) -> None:
+        self.pages, self._config = store, config
+        self.waiting: list[tuple[Job, Iterator[None]]] = []
+        self.closed = False
+
+    def look_up(self, digests: Digests, salt: bytes) -> Job:
+        return self._put(Job("look_up", digests, None, salt))
+
+    def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
+        return self._put(Job("fetch", digests, host_pages, salt))
+
+    def store(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
+        return self._put(Job("store", digests, host_pages, salt))
+
+    def _put(self, job: Job) -> Job:
+        assert not self.closed
+        self.waiting.append((job, work_on(job, self.pages, self._config)))
+        return job
+
+    def step(self, kind: str | None = None) -> bool:
+        """One call for the oldest job (of a kind). Returns: whether there was one."""
+        for at, (job, work) in enumerate(self.waiting):
+            if kind in (None, job.kind):
+                try:
+                    next(work)
+                except StopIteration:
+                    del self.waiting[at]
+                    job.end()
+                except Exception as error:
+                    del self.waiting[at]
+                    job.end(error)
+                return True
+        return False
+
+    def run(self) -> None:
+        """All calls."""
+        while self.step():
+            pass
+
+    def close(self, timeout_s: float) -> bool:
+        self.closed = True
+        for job, _ in self.waiting:
+            job.cancelled = True
+        self.run()
+        return True
+
+
+def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "test") -> PageStore:
+    """Pages of a host pool in a storage of its own, or a given one."""
+    namespace = PageNamespace.of_geometry(host.geometry, host.page_dims, model=model, dtype="uint8")
+    return PageStore(storage or MemoryStorage(), namespace, host_page_parts(host))
+
+
 class Stack:
     """Tree, pools, a mover and a controller; the test is the engine."""
 
@@ -134,9 +188,16 @@ class Stack:
         self.tree = tree if tree is not None else RadixTree(P)
         self.mover = mover or ScriptedMover(self.device.view(), self.host.view())
         more = {} if clock is None else {"clock": clock}
+        self.config = ControllerConfig(
+            **{"write_policy": "write_through", "prefetch_threshold": P, "load_back_threshold": 1,
+               "storage_batch_pages": 2} | config
+        )  # fmt: skip
+        self.edge: ScriptedEdge | None = None
+        if storage:
+            self.edge = ScriptedEdge(page_store(self.host, None if storage is True else storage), self.config)
         self.controller = Controller(
-            self.tree, self.device, self.host, self.mover, storage=storage, group=group, listener=listener,
-            config=ControllerConfig(**{"write_policy": "write_through"} | config), **more,
+            self.tree, self.device, self.host, self.mover, storage=self.edge, group=group, listener=listener,
+            config=self.config, **more,
         )  # fmt: skip
 
     def compute(self, tokens: Any, **more: Any) -> int:
@@ -155,9 +216,12 @@ class Stack:
         for _ in range(limit):
             if isinstance(self.mover, ScriptedMover):
                 self.mover.run()
+            if self.edge is not None:
+                self.edge.run()
             polls.append(self.controller.poll())
             stats = self.controller.stats()
-            if not (stats.writes_in_flight or stats.stores_in_flight or self.controller._loads.batches):
+            busy = stats.writes_in_flight or stats.stores_in_flight or stats.stuck_pages
+            if not busy and stats.loads_in_flight == stats.queued_loads:
                 return polls
         raise AssertionError(f"does not quiesce: {self.controller.stats()}")
 
@@ -181,4 +245,5 @@ def prompt(seed: int, pages: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 1000, pages * P).astype(np.int32)
 
 
-__all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedMover", "Stack", "content_of", "ctypes", "host_cache", "prompt"]
+__all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedEdge", "ScriptedMover", "Stack", "content_of", "host_cache"]
+__all__ += ["page_store", "prompt"]
