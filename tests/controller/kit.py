@@ -1,5 +1,5 @@
-"""Shared by the tests of the controller: a whole stack in plain memory, and movers and storage edges that do what a test
-says, when it says so."""
+"""Shared by the tests of the controller: a whole stack in plain memory, with a mover and a storage edge that do what a
+test says, when it says so."""
 
 from __future__ import annotations
 
@@ -62,14 +62,28 @@ def host_cache(num_pages: int) -> HostKVCache:
     return HostKVCache(GEOMETRY, num_pages * P, "page_first", config=config)
 
 
+class ScriptedTicket(CpuTicket):
+    """A copy that may have begun long before it ends."""
+
+    def begin(self) -> None:
+        """From now on it cannot be cancelled."""
+        self._begun = True
+
+    def run(self) -> None:
+        if not self.done():
+            self._begun = False
+            super().run()
+
+
 class ScriptedMover:
-    """A Mover that copies when told: ``step()`` runs the oldest copy, or makes it fail."""
+    """A Mover that copies when told: ``step()`` runs the oldest copy. ``instant``: each at once. ``begins``: a copy
+    begins at once, so that it cannot be cancelled, and ends with its step. ``fail``: what a copy of a kind raises."""
 
     def __init__(self, device_view: KVView, host_view: KVView) -> None:
         transfer = CpuTransfer(GEOMETRY, 1)
         self._to_host, self._to_device = transfer.route(device_view, host_view), transfer.route(host_view, device_view)
-        self.waiting: list[tuple[str, CpuTicket]] = []
-        self.instant = False
+        self.waiting: list[tuple[str, ScriptedTicket]] = []
+        self.instant = self.begins = False
         self.fail: Callable[[str], BaseException | None] = lambda kind: None
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> CpuTicket:
@@ -77,14 +91,14 @@ class ScriptedMover:
             self._raise("backup")
             self._to_host.copy(device_pages, host_pages)
 
-        return self._put("backup", CpuTicket(copy))
+        return self._put("backup", ScriptedTicket(copy))
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CpuTicket:
         def copy() -> None:
             self._raise("load")
             self._to_device.copy(host_pages, device_pages, progress)
 
-        return self._put("load", CpuTicket(copy, progress.fail))
+        return self._put("load", ScriptedTicket(copy, progress.fail))
 
     def new_progress(self) -> Progress:
         return Progress(GEOMETRY.num_layers)
@@ -94,11 +108,13 @@ class ScriptedMover:
         if error is not None:
             raise error
 
-    def _put(self, kind: str, ticket: CpuTicket) -> CpuTicket:
+    def _put(self, kind: str, ticket: ScriptedTicket) -> ScriptedTicket:
         if self.instant:
             ticket.run()
         else:
             self.waiting.append((kind, ticket))
+            if self.begins:
+                ticket.begin()
         return ticket
 
     def step(self, kind: str | None = None) -> bool:
@@ -245,5 +261,5 @@ def prompt(seed: int, pages: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 1000, pages * P).astype(np.int32)
 
 
-__all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedEdge", "ScriptedMover", "Stack", "content_of", "host_cache"]
-__all__ += ["page_store", "prompt"]
+__all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedEdge", "ScriptedMover", "Stack", "content_of"]
+__all__ += ["host_cache", "page_store", "prompt"]
