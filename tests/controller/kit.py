@@ -4,7 +4,8 @@ test says, when it says so."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from radixkv.controller import Controller, ControllerConfig, Polled
 from radixkv.controller.base import Digests
 from radixkv.controller.mover_cpu import CpuTicket
 from radixkv.controller.workers import Job, work_on
+from radixkv.errors import GroupError
 from radixkv.pool.arena import ArenaConfig
 from radixkv.pool.host import HostKVCache, HostPoolConfig
 from radixkv.pool.layout import KVGeometry, KVView
@@ -186,6 +188,57 @@ class ScriptedEdge:
         return True
 
 
+class ThreadGroup:
+    """Ranks that are threads of one process. ``broken``: this rank raises GroupError, and so do the others."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[list[int]]) -> None:
+        self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
+        self.calls = 0
+
+    @classmethod
+    def make(cls, size: int, timeout_s: float = 30.0) -> list[ThreadGroup]:
+        barrier, slots = threading.Barrier(size, timeout=timeout_s), [[] for _ in range(size)]
+        return [cls(rank, size, barrier, slots) for rank in range(size)]
+
+    def min(self, values: Sequence[int]) -> list[int]:
+        self.calls += 1
+        self._slots[self.rank] = list(values)
+        try:
+            self._barrier.wait()
+            assert len({len(slot) for slot in self._slots}) == 1, f"vectors of {[len(slot) for slot in self._slots]}"
+            result = [min(column) for column in zip(*self._slots, strict=True)]
+            self._barrier.wait()
+        except threading.BrokenBarrierError as error:
+            raise GroupError(f"rank {self.rank}: another rank is gone") from error
+        return result
+
+    def leave(self) -> None:
+        """This rank is gone."""
+        self._barrier.abort()
+
+
+def on_ranks(size: int, run: Callable[[ThreadGroup], Any]) -> list[Any]:
+    """Call ``run`` on a thread for each rank. Returns: the results; raises the first error that no other one caused."""
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def rank(group: ThreadGroup) -> None:
+        try:
+            results[group.rank] = run(group)
+        except BaseException as error:
+            errors.append(error)
+            group.leave()
+
+    threads = [threading.Thread(target=rank, args=(group,)) for group in ThreadGroup.make(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted(errors, key=lambda error: isinstance(error, GroupError)):
+        raise error
+    return results
+
+
 def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "test") -> PageStore:
     """Pages of a host pool in a storage of its own, or a given one."""
     namespace = PageNamespace.of_geometry(host.geometry, host.page_dims, model=model, dtype="uint8")
@@ -261,5 +314,5 @@ def prompt(seed: int, pages: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 1000, pages * P).astype(np.int32)
 
 
-__all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedEdge", "ScriptedMover", "Stack", "content_of"]
-__all__ += ["host_cache", "page_store", "prompt"]
+__all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedEdge", "ScriptedMover", "Stack", "ThreadGroup"]
+__all__ += ["content_of", "host_cache", "on_ranks", "page_store", "prompt"]

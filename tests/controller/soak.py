@@ -8,6 +8,7 @@ the bytes that belong to the tokens. Deterministic: the seed and the number of s
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from radixkv import RadixTree
-from radixkv.controller import Load
+from radixkv.controller import Load, LocalGroup
 from radixkv.errors import LoadError, LockError, StorageError, TransferError
 from radixkv.key import encode_namespace
 from radixkv.storage import MemoryStorage, Storage
@@ -76,6 +77,17 @@ class Unreliable(Storage):
         self.inner.close()
 
 
+def digest_of(tree: Any) -> int:
+    """Of everything that ranks must have alike."""
+    lines = [
+        (info.namespace, info.tokens.tobytes(), None if info.page_ids is None else info.page_ids.tobytes(),
+         None if info.host_page_ids is None else info.host_page_ids.tobytes(), info.hit_count, info.marks, info.lock_ref,
+         info.host_ref, info.loading)
+        for info in tree.dump()
+    ]  # fmt: skip
+    return int.from_bytes(hashlib.blake2b(repr(lines).encode(), digest_size=6).digest(), "big")
+
+
 @dataclass
 class Request:
     """One request on its way; ``step`` names what comes next."""
@@ -92,12 +104,24 @@ class Request:
 
 
 class Soak:
-    """One run. Args: seed: names it; tree: "core" or "reference"; storage: None: in memory."""
+    """One run, on one rank.
 
-    def __init__(self, seed: int, tree: str = "core", storage: Storage | None = None) -> None:
+    What the engine does is drawn alike on all ranks (``random``); when copies and storage calls end, how, and what the
+    clock says, is each rank's own (``local``).
+
+    Args: seed: names it; tree: "core" or "reference"; storage: None: in memory; group: None: one rank; shared: MLA: all
+        ranks have the same bytes, and one storage.
+    """
+
+    def __init__(
+        self, seed: int, tree: str = "core", storage: Storage | None = None, group: Any = None, shared: bool = False
+    ) -> None:
         self.random = np.random.default_rng(seed)
+        self.group, self.shared = group or LocalGroup(), shared
+        self.local = np.random.default_rng([seed, self.group.rank])
+        self.rank_salt = b"" if shared else bytes([self.group.rank])
         self.tree_name = tree
-        self.storage = Unreliable(storage or MemoryStorage(), np.random.default_rng(seed + 1))
+        self.storage = Unreliable(storage or MemoryStorage(), np.random.default_rng([seed, self.group.rank, 1]))
         self.now_s = 0.0
         self.trouble = 0.0
         self.done: Counter[str] = Counter()
@@ -113,7 +137,7 @@ class Soak:
             "adaptive_thresholds": bool(self.random.integers(2)),
             "write_through_threshold_storage": int(self.random.integers(1, 3)),
             "max_writes": int(self.random.integers(2, 8)), "max_stores": int(self.random.integers(2, 8)),
-            "prefetch_capacity_floor": 0.5, "settle_timeout_s": 0.0, "copy_timeout_s": 1e-6,
+            "prefetch_capacity_floor": 0.5, "settle_timeout_s": 0.0, "copy_timeout_s": 1e-6, "share_storage": shared,
         }  # fmt: skip
         self.device_pages = int(self.random.integers(16, 40))
         self.host_pages = int(self.random.integers(8, 60))
@@ -124,14 +148,14 @@ class Soak:
         tree = RadixTree(P) if self.tree_name == "core" else ReferenceTree(P)
         self.stack = Stack(
             self.device_pages, self.host_pages, tree=tree, storage=self.storage, clock=lambda: self.now_s,
-            **self.settings,
+            group=self.group, **self.settings,
         )  # fmt: skip
         self.stack.mover.fail = self.copy_error
         self.controller = self.stack.controller
         self.requests = []
 
     def copy_error(self, kind: str) -> BaseException | None:
-        return TransferError("the copy failed") if self.chance(self.trouble) else None
+        return TransferError("the copy failed") if self.local.random() < self.trouble else None
 
     def chance(self, share: float) -> bool:
         return bool(self.random.random() < share)
@@ -154,7 +178,7 @@ class Soak:
                 getattr(self, f"do_{request.step}")(request)
 
     def content(self, request: Request, pages: int | None = None) -> np.ndarray[Any, Any]:
-        return content_of(request.tokens, pages, encode_namespace(None, request.salt))
+        return content_of(request.tokens, pages, self.rank_salt + encode_namespace(None, request.salt))
 
     def verify(self, request: Request, pages: PageIds) -> None:
         """These are the first pages of the prompt: every byte."""
@@ -207,12 +231,17 @@ class Soak:
         request.step = "wait_load"
 
     def do_wait_load(self, request: Request) -> None:
+        if self.group.size > 1:  # the engine's forward pass waits, on all ranks
+            self.stack.mover.run()
         try:
-            if not self.controller.layer_counter.wait(LAST_LAYER, 0.0, request.batch):
-                return
+            there = 1 + self.controller.layer_counter.wait(LAST_LAYER, 0.0, request.batch)
         except LoadError:
+            there = 0
+        there = self.group.min([there])[0]  # engines agree on what they serve
+        if not there:
             self.done["load errors"] += 1
             self.abort(request)
+        if there < 2:
             return
         match = self.controller.tree.peek(request.tokens, cache_salt=request.salt)
         self.verify(request, match.page_ids()[: request.held_tokens // P])
@@ -267,14 +296,16 @@ class Soak:
         self.controller.evict_host(int(self.random.integers(1, 12)) * P)
 
     def copy(self) -> None:
-        self.stack.mover.step()
+        for _ in range(int(self.local.integers(3)) if self.group.size > 1 else 1):
+            self.stack.mover.step()
 
     def call_storage(self) -> None:
         assert self.stack.edge is not None
-        self.stack.edge.step(str(self.random.choice(["look_up", "fetch", "store"])))
+        for _ in range(int(self.local.integers(3)) if self.group.size > 1 else 1):
+            self.stack.edge.step(str(self.local.choice(["look_up", "fetch", "store"])))
 
     def poll(self) -> None:
-        self.now_s += 0.1
+        self.now_s += 0.2 * self.local.random()
         self.controller.poll()
 
     def change_trouble(self) -> None:
@@ -295,7 +326,7 @@ class Soak:
         """The machine is idle, or busy, or slow."""
         mover = self.stack.mover
         mover.run()
-        mover.instant, mover.begins = [(True, False), (False, False), (False, True)][int(self.random.integers(3))]
+        mover.instant, mover.begins = [(True, False), (False, False), (False, True)][int(self.local.integers(3))]
 
     def reset(self) -> None:
         for request in list(self.requests):
@@ -317,6 +348,10 @@ class Soak:
 
     def check(self) -> None:
         self.stack.check()
+        if self.group.size > 1:
+            tree = digest_of(self.controller.tree)
+            low, high = self.group.min([tree, -tree])
+            assert low == -high == tree, f"rank {self.group.rank} has another tree"
 
     ACTIONS = (
         (new_request, 10), (step_request, 60), (copy, 16), (call_storage, 24), (poll, 12), (evict, 1.5), (evict_host, 0.5),
