@@ -224,7 +224,8 @@ class Controller:
     def cancel_load(self, load: Load) -> bool:
         """Take back a load that has not been started. Returns: False if it has been (it will end by itself).
 
-        Raises: LockError if somebody has locked its nodes, or loaded below them.
+        Raises: LockError if somebody has locked one of its nodes, or loaded below it; what is below that has been taken
+            back, the rest stays queued.
         """
         return self._loads.cancel(load)
 

@@ -39,10 +39,9 @@ class Writes:
         if host_pages is None:
             context.counts["refused_backups"] += 1
             return 0
-        context.ledger.begin_write(host_pages)
         tree.lock(node)
         tree.mark(node, set=WRITING)
-        ticket = context.mover.backup(pages, host_pages)
+        ticket = context.begin_backup(pages, host_pages)
         self.operations.append(
             WriteOp(context.next_op_id(), context.clock(), node, pages, host_pages, ticket)
         )
@@ -98,8 +97,7 @@ class Writes:
         if not chosen:
             return sum(self._finish(request, None) for request in requests)
         device_pages, host_pages = (context.join(pages) for pages in zip(*chosen, strict=True))
-        context.ledger.begin_write(host_pages)
-        ticket = context.mover.backup(device_pages, host_pages)
+        ticket = context.begin_backup(device_pages, host_pages)
         if not ticket.wait(context.config.copy_timeout_s):
             ticket.cancel()
         status, broken = RUNNING, None
