@@ -102,9 +102,8 @@ class Controller:
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
         self._policy = WritePolicies(context, self._writes, self._stores)
-        self._settler = Settler(
-            context, self._writes, self._loads, self._stores, self._prefetches, self._drains, self._policy
-        )
+        self._writes.backed_up = self._policy.backed_up
+        self._settler = Settler(context, self._writes, self._loads, self._stores, self._prefetches, self._drains)
         self._compare_ranks()
         if storage is not None:
             self.attach_storage(storage)

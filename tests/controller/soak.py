@@ -1,8 +1,8 @@
 """Drives the whole stack at random and checks every byte: python -m tests.controller.soak --steps N --seed S
 
 Requests go through their life a step at a time, interleaved with copies and storage calls that end when chance says,
-fail, or are cancelled; with allocations that fail, evictions, resets, detached storage and restarts. What is served must
-be the bytes that belong to the tokens. Deterministic: the seed and the number of steps name a run.
+fail, or are cancelled; with allocations that fail, evictions, resets, detached storage and restarts. What is served
+must be the bytes that belong to the tokens. Deterministic: the seed and the number of steps name a run.
 """
 
 from __future__ import annotations
