@@ -393,7 +393,8 @@ class Soak:
         total = controller.tree.stats()
         assert total.protected_tokens == 0, f"{total.protected_tokens} tokens are still locked"
         while controller.evict(1000 * P):
-            pass
+            self.stack.edge.run()  # what was written back may go on to storage
+            controller.poll()
         while controller.evict_host(1000 * P):
             pass
         self.check()
