@@ -1,7 +1,8 @@
 """One rank of the tests with torch.distributed: python -m tests.controller.rank JSON. Prints one line of JSON.
 
-scenario "soak": the random run, then every rank compares its tree with the others'; "exit": then the last rank dies
-without a word; "hang": it stops taking part, but lives until the others have noticed; "parted": it makes another call.
+Scenarios, each with a group of its own. "soak": random runs, in which every rank compares its tree with the others';
+"parted": the last rank makes another call; "hang": it stops taking part, until the others have noticed; "exit": it dies
+without a word.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ def noticed(call: Any) -> dict[str, Any]:
         return {"error": str(error), "seconds": time.monotonic() - began_s}
 
 
-def lose_a_rank(job: dict[str, Any], group: TorchGroup) -> dict[str, Any]:
+def lose_a_rank(scenario: str, folder: Path, group: TorchGroup) -> dict[str, Any]:
     """The last rank goes; the others must be told within the deadline, and can still close."""
     stack = Stack(group=group, storage=True)
     stack.compute(prompt(1, 3))
     stack.settle()
     stack.controller.prefetch("r", prompt(2, 3), ROOT)
     last = group.rank == group.size - 1
-    flag = Path(job["folder"]) / "noticed"
-    if last and job["scenario"] == "exit":
+    if last and scenario == "exit":
         os._exit(0)
-    if last and job["scenario"] == "hang":
-        while len(list(flag.parent.glob("noticed*"))) < group.size - 1:
+    if last and scenario == "hang":
+        while len(list(folder.glob("noticed*"))) < group.size - 1:
             time.sleep(0.01)
-        os._exit(0)
-    if last and job["scenario"] == "parted":
+        return {}
+    call = stack.controller.poll
+    if last and scenario == "parted":
         result = noticed(lambda: stack.controller.finish_prefetch("r"))
     else:
-        result = noticed(stack.controller.poll)
+        result = noticed(call)
     began_s = time.monotonic()
     for call in (stack.controller.poll, stack.controller.reset):
         try:
@@ -58,8 +59,22 @@ def lose_a_rank(job: dict[str, Any], group: TorchGroup) -> dict[str, Any]:
             continue
         raise AssertionError("a broken group was used")
     stack.close()
-    (flag.parent / f"noticed{group.rank}").touch()
+    if scenario == "hang":
+        (folder / f"noticed{group.rank}").touch()
     return result | {"after_s": time.monotonic() - began_s}
+
+
+def soak(job: dict[str, Any], group: TorchGroup) -> dict[str, Any]:
+    """Random runs; of odd seeds all ranks share one storage, as for MLA."""
+    served = 0
+    for seed in job["seeds"]:
+        shared = bool(seed % 2)
+        storage = FileStorage(Path(job["folder"]) / (f"{seed}" if shared else f"{seed}-{group.rank}"))
+        run = Soak(seed, group=group, shared=shared, storage=storage)
+        run.run(job["steps"])
+        served += run.served_pages
+        storage.close()
+    return {"served_pages": served}
 
 
 def main() -> None:
@@ -70,23 +85,14 @@ def main() -> None:
     dist.init_process_group(
         "gloo", store=store, rank=job["rank"], world_size=job["size"], timeout=timedelta(seconds=60)
     )
-    group = TorchGroup(timeout_s=job["timeout_s"])
-    result: dict[str, Any] = {}
-    if job["scenario"] == "soak":
-        served = 0
-        for seed in job["seeds"]:
-            shared = bool(seed % 2)
-            folder = Path(job["folder"]) / (f"{seed}" if shared else f"{seed}-{group.rank}")
-            storage = FileStorage(folder)
-            soak = Soak(seed, group=group, shared=shared, storage=storage)
-            soak.run(job["steps"])
-            served += soak.served_pages
-            storage.close()
-        result = {"served_pages": served}
-        dist.barrier()
-    else:
-        result = lose_a_rank(job, group)
-    print(json.dumps(result), flush=True)
+    results: dict[str, Any] = {}
+    for scenario in job["scenarios"]:
+        group = TorchGroup(dist.new_group(), job["timeout_s"] if scenario == "soak" else 1.0)
+        if scenario == "soak":
+            results[scenario] = soak(job, group)
+        else:
+            results[scenario] = lose_a_rank(scenario, Path(job["folder"]), group)
+    print(json.dumps(results), flush=True)
     os._exit(0)  # gloo may wait for a peer that is gone
 
 
