@@ -46,11 +46,8 @@ def lose_a_rank(scenario: str, folder: Path, group: TorchGroup) -> dict[str, Any
         while len(list(folder.glob("noticed*"))) < group.size - 1:
             time.sleep(0.01)
         return {}
-    call = stack.controller.poll
-    if last and scenario == "parted":
-        result = noticed(lambda: stack.controller.finish_prefetch("r"))
-    else:
-        result = noticed(call)
+    parted = last and scenario == "parted"
+    result = noticed((lambda: stack.controller.finish_prefetch("r")) if parted else stack.controller.poll)
     began_s = time.monotonic()
     for call in (stack.controller.poll, stack.controller.reset):
         try:
@@ -83,7 +80,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     store = dist.FileStore(job["store"], job["size"])
     dist.init_process_group(
-        "gloo", store=store, rank=job["rank"], world_size=job["size"], timeout=timedelta(seconds=60)
+        "gloo", store=store, rank=job["rank"], world_size=job["size"], timeout=timedelta(seconds=120)
     )
     results: dict[str, Any] = {}
     for scenario in job["scenarios"]:

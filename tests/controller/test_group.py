@@ -149,7 +149,7 @@ def test_a_rank_that_makes_other_calls_is_found_out() -> None:
         if group.rank == 0:
             stack.compute(prompt(1, 3))
             stack.mover.run()
-        with pytest.raises((GroupError, AssertionError)):
+        with pytest.raises((GroupError, AssertionError)):  # noqa: PT012: the first or the second
             stack.controller.poll()
             stack.controller.poll()
 
@@ -163,7 +163,7 @@ def test_one_rank_agrees_with_itself() -> None:
 # ---- processes -------------------------------------------------------------------------------------------------------
 def launch(tmp_path: Path, size: int, **job: Any) -> list[dict[str, Any]]:
     """Run rank.py ``size`` times. Returns: what the ranks printed; {} for one that printed nothing."""
-    job = {"size": size, "store": str(tmp_path / "store"), "folder": str(tmp_path), "timeout_s": 30.0} | job
+    job = {"size": size, "store": str(tmp_path / "store"), "folder": str(tmp_path), "timeout_s": 120.0} | job
     root = Path(__file__).parents[2]
     ranks = [
         subprocess.Popen(
@@ -172,7 +172,7 @@ def launch(tmp_path: Path, size: int, **job: Any) -> list[dict[str, Any]]:
         )
         for rank in range(size)
     ]  # fmt: skip
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
     failed = [errors[-3000:] for rank, (_, errors) in zip(ranks, outputs, strict=True) if rank.returncode]
     assert not failed, min(failed, key=lambda errors: "closed by peer" in errors)
     return [json.loads(out.splitlines()[-1]) if out.strip() else {} for out, _ in outputs]

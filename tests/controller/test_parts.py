@@ -155,10 +155,9 @@ def ids(*pages: int) -> Any:
 def test_host_pages_follow_the_drawing() -> None:
     host = HostSlots(8, 4)
     ledger = Ledger(SlotAllocator(8), host)
-    device, pages = ledger.alloc_device(3), ledger.reserve(3)
+    device, pages = ledger.alloc_device(3), ledger.reserve(3, for_copy=True)
     assert device is not None
     assert pages is not None
-    ledger.begin_write(pages)
     with pytest.raises(StateError):
         host.free_pages(pages)  # under a copy
     ledger.end_write(device, pages)
