@@ -149,9 +149,8 @@ def test_a_rank_that_makes_other_calls_is_found_out() -> None:
         if group.rank == 0:
             stack.compute(prompt(1, 3))
             stack.mover.run()
-        with pytest.raises((GroupError, AssertionError)):  # noqa: PT012: the first or the second
-            stack.controller.poll()
-            stack.controller.poll()
+        with pytest.raises((GroupError, AssertionError)):
+            [stack.controller.poll() for _ in range(2)]
 
     on_ranks(2, run)
 
