@@ -93,7 +93,7 @@ class Controller:
         self._context = context = Context(
             tree, Ledger(device, host), mover, group or LocalGroup(), config, listener, clock, page_bytes
         )
-        self.layer_counter = LayerCounter(geometry.num_layers if geometry is not None else 1)
+        self.layer_counter = LayerCounter(geometry.num_layers if geometry is not None else 1, config.copy_timeout_s)
         hashes = PathHashes(tree)
         self._drains = Drains(context)
         self._writes = Writes(context, self._drains)
