@@ -84,7 +84,7 @@ class Controller:
             raise InvalidArgumentError(f"pages of {tree.page_size} tokens in the tree, of {host.page_size} on the host")
         if len(tree):
             raise InvalidArgumentError(f"the tree has {len(tree)} nodes already")
-        self.config, self._closed, self._storage = config, False, None
+        self.config, self._closed, self._ended, self._storage = config, False, True, None
         geometry = getattr(host, "geometry", None)
         page_bytes = geometry.page_bytes if geometry is not None else 0
         shared = config.share_storage
@@ -335,17 +335,20 @@ class Controller:
         """
         self._settler.reset()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Cancel everything and end all threads. The tree stays as it is; nothing else may be called afterwards. A
-        second call does nothing. No collective."""
-        if self._closed:
-            return
-        self._closed = True
-        edge, mover = self._stores.edge, self._context.mover if self._context.ledger.has_host else None
-        if edge is not None:
-            edge.close(self.config.close_timeout_s)
-        if mover is not None:
-            mover.close()
+        second call does nothing. No collective.
+
+        Returns: whether all threads have ended. If not, a call to storage hangs after close_timeout_s, and may still
+            read or write host pages: the host pool's memory must not be released.
+        """
+        if not self._closed:
+            self._closed = True
+            if self._stores.edge is not None:
+                self._ended = self._stores.edge.close(self.config.close_timeout_s)
+            if self._context.ledger.has_host:
+                self._context.mover.close()
+        return self._ended
 
     # ---- inspection --------------------------------------------------------------------------------------------------
     def stats(self) -> ControllerStats:

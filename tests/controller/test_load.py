@@ -158,6 +158,21 @@ def test_a_load_can_be_taken_back_until_it_is_started() -> None:
     stack.check()
 
 
+def test_what_is_computed_again_is_in_sync_with_its_host_copy() -> None:
+    stack = Stack()
+    tokens = prompt(1, 6)
+    stack.compute(tokens[: 2 * P])
+    on_host(stack, tokens)
+    stack.compute(tokens[: 4 * P])  # adopts the first node, and half of the second
+    stack.check()
+    assert stack.controller.stats().writes_in_flight == 0
+    match = stack.controller.match(tokens)
+    assert (match.num_tokens, match.host_num_tokens) == (4 * P, 2 * P)
+    assert stack.controller.evict(4 * P) == 4 * P  # without another copy
+    assert stack.controller.match(tokens).host_num_tokens == 6 * P
+    stack.check()
+
+
 def test_an_insert_does_not_free_what_a_copy_is_filling() -> None:
     stack = Stack()
     tokens = prompt(1, 3)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from radixkv.controller import CudaMover
-from radixkv.controller.mover_cuda import CudaProgress, CupyStreams, current_stream
+from radixkv.controller.mover_cuda import CudaProgress, CupyStreams, GpuCopies, current_stream
 from radixkv.errors import DeviceUnavailableError, TransferError
 from radixkv.pool.layout import KVView
-from radixkv.transfer.plan import CopyPlan, staging_view
+from radixkv.transfer import gpu
+from radixkv.transfer.plan import CopyPlan, plan_copy, staging_view
 
 from .kit import GEOMETRY
 
@@ -136,6 +137,40 @@ def test_a_cancelled_load_wakes_who_waits() -> None:
     progress.fail(TransferError("cancelled"))
     with pytest.raises(TransferError):
         progress.wait(0)
+
+
+@pytest.mark.parametrize("by", ["kernel", "engine"])
+def test_copies_go_by_the_path_that_is_chosen(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+
+    class Path:
+        def run(self, plan: CopyPlan, *, stream: int) -> None:
+            log.append(("run", list(plan.layers), stream))
+
+    class LayerPath(Path):
+        def run_layers(self, plan: CopyPlan, *, stream: int, after_layer: Callable[[int], None]) -> None:
+            for layer in plan.layers:
+                log.append(("run_layers", layer, stream))
+                after_layer(layer)
+
+    class Transfer:
+        def __init__(self, geometry: Any, device: int) -> None:
+            self.paths = {"kernel": LayerPath(), "engine": Path()}
+            self.chooser = SimpleNamespace(choose=lambda *shape: by)
+
+    monkeypatch.setattr(gpu, "GpuTransfer", Transfer)
+    copies = GpuCopies(GEOMETRY, 0)
+    device, host = views()
+    plan = plan_copy(GEOMETRY, host, device, ids(1), ids(2))
+    copies.copy(plan_copy(GEOMETRY, host, device, ids(), ids()), LOAD)
+    copies.copy(plan, LOAD)
+    assert log == [("run", [0, 1], LOAD)]
+    log.clear()
+    copies.copy_layers(plan, LOAD, lambda layer: log.append(layer))
+    if by == "kernel":
+        assert log == [("run_layers", 0, LOAD), 0, ("run_layers", 1, LOAD), 1]
+    else:
+        assert log == [("run", [0], LOAD), 0, ("run", [1], LOAD), 1]
 
 
 def test_it_needs_a_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
