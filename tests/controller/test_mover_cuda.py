@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from radixkv.controller import CudaMover
-from radixkv.controller.mover_cuda import CudaProgress, CupyStreams, GpuCopies, current_stream
+from radixkv.controller import CudaMover, mover_cuda
+from radixkv.controller.mover_cuda import CupyStreams, GpuTransfers, current_stream
 from radixkv.errors import DeviceUnavailableError, TransferError
 from radixkv.pool.layout import KVView
-from radixkv.transfer import gpu
-from radixkv.transfer.plan import CopyPlan, plan_copy, staging_view
+from radixkv.transfer.cpu import Progress
+from radixkv.transfer.plan import CopyPlan, staging_view
 
 from .kit import GEOMETRY
 
@@ -49,20 +48,49 @@ class FakeStreams:
         self.log.append(("finish", event))
 
 
-class FakeCopies:
-    def __init__(self, log: list[tuple[Any, ...]]) -> None:
-        self.log = log
+class FakeProgress:
+    """A CudaProgress whose events are those of FakeStreams."""
+
+    def __init__(self, streams: FakeStreams) -> None:
+        self.streams, self.issued = streams, Progress(GEOMETRY.num_layers)
+        self.events: list[Any] = []
+        self.fail = self.issued.fail
+
+    @property
+    def error(self) -> BaseException | None:
+        return self.issued.error
+
+    def record(self, stream: int) -> None:
+        self.events.append(self.streams.record(stream))
+        self.issued.advance(len(self.events))
+
+    def wait_on_stream(self, layer: int, stream: int, timeout_s: float | None = None) -> bool:
+        if not self.issued.wait(layer, timeout_s):
+            return False
+        self.streams.wait(stream, self.events[layer])
+        return True
+
+
+class FakeTransfer:
+    """Copies on one stream, in the log. ``gate``: it stops after each layer."""
+
+    def __init__(self, streams: FakeStreams, stream: int) -> None:
+        self.streams, self.stream, self.log = streams, stream, streams.log
         self.gate = threading.Event()
         self.gate.set()
 
-    def copy(self, plan: CopyPlan, stream: int) -> None:
-        self.log.append(("copy", stream, plan.src_pages.tolist(), plan.dst_pages.tolist()))
+    def copy(self, plan: CopyPlan) -> None:
+        self.log.append(("copy", self.stream, plan.src_pages.tolist(), plan.dst_pages.tolist()))
 
-    def copy_layers(self, plan: CopyPlan, stream: int, after_layer: Callable[[int], None]) -> None:
-        for layer in plan.layers:
-            self.log.append(("copy layer", stream, layer))
-            after_layer(layer)
+    def load_back(self, host: Any, device: Any, host_pages: Any, device_pages: Any, progress: FakeProgress) -> None:
+        progress.issued.begin(GEOMETRY.num_layers)
+        for layer in range(GEOMETRY.num_layers):
+            self.log.append(("copy layer", self.stream, layer))
+            progress.record(self.stream)
             assert self.gate.wait(30)
+
+    def make_progress(self) -> FakeProgress:
+        return FakeProgress(self.streams)
 
 
 def views() -> tuple[KVView, KVView]:
@@ -71,10 +99,17 @@ def views() -> tuple[KVView, KVView]:
     return device, staging_view(GEOMETRY, memory[1].ctypes.data, 8)
 
 
-def make() -> tuple[CudaMover, FakeStreams, FakeCopies]:
+def make() -> tuple[CudaMover, FakeStreams, FakeTransfer]:
+    """A mover, its streams, and what loads."""
     streams = FakeStreams()
-    copies = FakeCopies(streams.log)
-    return CudaMover(GEOMETRY, *views(), lambda: COMPUTE, streams=streams, copies=copies), streams, copies
+    transfers: list[FakeTransfer] = []
+
+    def transfer_on(stream: int) -> FakeTransfer:
+        transfers.append(FakeTransfer(streams, stream))
+        return transfers[-1]
+
+    mover = CudaMover(GEOMETRY, *views(), lambda: COMPUTE, streams=streams, transfer_on=transfer_on)
+    return mover, streams, transfers[1]
 
 
 def ids(*pages: int) -> Any:
@@ -95,30 +130,30 @@ def test_a_backup_waits_for_what_computes() -> None:
 
 
 def test_each_layer_that_computes_waits_for_its_load() -> None:
-    mover, streams, copies = make()
-    copies.gate.clear()
+    mover, streams, loader = make()
+    loader.gate.clear()
     progress = mover.new_progress()
     ticket = mover.load(ids(3), ids(1), progress)
     assert progress.wait(0, 30.0)  # layer 0 is on the load stream
     assert not progress.wait(1, 0.0)  # layer 1 is not: the compute stream must not go on
-    assert streams.log[-1] == ("wait", COMPUTE, progress.events[0])
-    copies.gate.set()
+    assert streams.log[-1] == ("wait", COMPUTE, progress.events.events[0])
+    loader.gate.set()
     assert progress.wait(1, 30.0)
-    assert ("wait", COMPUTE, progress.events[1]) in streams.log
+    assert ("wait", COMPUTE, progress.events.events[1]) in streams.log
     assert ticket.wait(30)
     assert streams.log[:2] == [("record", COMPUTE, "e0 of 7"), ("wait", LOAD, "e0 of 7")]
     mover.close()
 
 
 def test_a_load_that_fails_wakes_who_waits() -> None:
-    mover, streams, _ = make()
+    mover, streams, loader = make()
     streams.broken = True
     progress = mover.new_progress()
 
     def refuse(*_: Any) -> None:
         raise TransferError("no kernel")
 
-    mover._copies = SimpleNamespace(copy_layers=refuse, copy=lambda plan, stream: None)
+    loader.load_back = refuse  # type: ignore[method-assign]
     ticket = mover.load(ids(3), ids(1), progress)
     with pytest.raises(TransferError):
         progress.wait(1, 30.0)
@@ -132,45 +167,25 @@ def test_a_load_that_fails_wakes_who_waits() -> None:
 
 
 def test_a_cancelled_load_wakes_who_waits() -> None:
-    streams = FakeStreams()
-    progress = CudaProgress(2, streams, lambda: COMPUTE)
+    mover, _, _ = make()
+    progress = mover.new_progress()
     progress.fail(TransferError("cancelled"))
     with pytest.raises(TransferError):
         progress.wait(0)
 
 
-@pytest.mark.parametrize("by", ["kernel", "engine"])
-def test_copies_go_by_the_path_that_is_chosen(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[Any] = []
+def test_both_streams_share_what_was_compiled_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
 
-    class Path:
-        def run(self, plan: CopyPlan, *, stream: int) -> None:
-            log.append(("run", list(plan.layers), stream))
+    def transfer(geometry: Any, device: int, **options: Any) -> Any:
+        made.append(options)
+        return SimpleNamespace(paths={"kernel": "k", "engine": "e"}, chooser="c")
 
-    class LayerPath(Path):
-        def run_layers(self, plan: CopyPlan, *, stream: int, after_layer: Callable[[int], None]) -> None:
-            for layer in plan.layers:
-                log.append(("run_layers", layer, stream))
-                after_layer(layer)
-
-    class Transfer:
-        def __init__(self, geometry: Any, device: int) -> None:
-            self.paths = {"kernel": LayerPath(), "engine": Path()}
-            self.chooser = SimpleNamespace(choose=lambda *shape: by)
-
-    monkeypatch.setattr(gpu, "GpuTransfer", Transfer)
-    copies = GpuCopies(GEOMETRY, 0)
-    device, host = views()
-    plan = plan_copy(GEOMETRY, host, device, ids(1), ids(2))
-    copies.copy(plan_copy(GEOMETRY, host, device, ids(), ids()), LOAD)
-    copies.copy(plan, LOAD)
-    assert log == [("run", [0, 1], LOAD)]
-    log.clear()
-    copies.copy_layers(plan, LOAD, lambda layer: log.append(layer))
-    if by == "kernel":
-        assert log == [("run_layers", 0, LOAD), 0, ("run_layers", 1, LOAD), 1]
-    else:
-        assert log == [("run", [0], LOAD), 0, ("run", [1], LOAD), 1]
+    monkeypatch.setattr(mover_cuda, "GpuTransfer", transfer)
+    transfers = GpuTransfers(GEOMETRY, 0)
+    transfers.on(1)
+    transfers.on(2)
+    assert made == [{"stream": 1}, {"stream": 2, "kernels": "k", "engine": "e", "chooser": "c"}]
 
 
 def test_it_needs_a_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
