@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from ..errors import DeviceUnavailableError, TransferError
 from ..pool.layout import KVGeometry, KVView
-from ..transfer.gpu import GpuTransfer
+from ..transfer.choose import Chooser, PathName
+from ..transfer.gpu import GpuTransfer, device_key
 from ..transfer.plan import CopyPlan, plan_copy
 from ..types import PageIds
 from .lanes import CopyLane, CopyTicket
@@ -198,17 +199,21 @@ class CudaMover:
 
 
 class GpuTransfers:
-    """GpuTransfers on several streams of one device, with the same kernels, engine and chooser."""
+    """GpuTransfers on several streams of one device, with the same kernels, engine and chooser.
 
-    def __init__(self, geometry: KVGeometry, device: int) -> None:
-        self._geometry, self._device = geometry, device
+    Args: path: "kernel" or "engine" for every copy; None: whichever was measured to be faster.
+    """
+
+    def __init__(self, geometry: KVGeometry, device: int, path: PathName | None = None) -> None:
+        self._geometry, self._device, self._path = geometry, device, path
         self._first: GpuTransfer | None = None
 
     def on(self, stream: int) -> GpuTransfer:
         """One on a stream."""
         first = self._first
         if first is None:
-            self._first = GpuTransfer(self._geometry, self._device, stream=stream)
+            chooser = Chooser(device_key(self._device), override=self._path) if self._path else None
+            self._first = GpuTransfer(self._geometry, self._device, stream=stream, chooser=chooser)
             return self._first
         return GpuTransfer(
             self._geometry, self._device, stream=stream, kernels=first.paths["kernel"], engine=first.paths["engine"],

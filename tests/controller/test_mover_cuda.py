@@ -185,7 +185,12 @@ def test_both_streams_share_what_was_compiled_and_measured(monkeypatch: pytest.M
     transfers = GpuTransfers(GEOMETRY, 0)
     transfers.on(1)
     transfers.on(2)
-    assert made == [{"stream": 1}, {"stream": 2, "kernels": "k", "engine": "e", "chooser": "c"}]
+    assert made == [
+        {"stream": 1, "chooser": None}, {"stream": 2, "kernels": "k", "engine": "e", "chooser": "c"}
+    ]  # fmt: skip
+    monkeypatch.setattr(mover_cuda, "device_key", lambda device: f"GPU {device}")
+    GpuTransfers(GEOMETRY, 0, "engine").on(3)
+    assert made[-1]["chooser"].choose("device_to_host", 1 << 20, 1) == "engine"
 
 
 def test_it_needs_a_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
