@@ -136,8 +136,8 @@ class Controller:
     def match(self, tokens: Tokens, extra_key: NamespacePart = None, cache_salt: NamespacePart = None) -> MatchResult:
         """Find the longest cached prefix, as tree.match.
 
-        If the result has loading_tokens, wait for ``layer_counter.latest`` before reading: it raises if these pages did
-        not arrive.
+        If the result has loading_tokens, start_loads, and wait for ``layer_counter.latest`` before reading: it raises
+        if these pages did not arrive.
         """
         return self.tree.match(tokens, extra_key, cache_salt)
 

@@ -53,36 +53,40 @@ class CupyStreams:
 
     def __init__(self, device: int) -> None:
         try:
-            self._cupy: Any = importlib.import_module("cupy")
+            cupy: Any = importlib.import_module("cupy")
         except ImportError as error:
             raise DeviceUnavailableError(f"a GPU needs CuPy (radixkv[cuda12] or [cuda13]): {error}") from error
         self.device = device
+        self._cuda: Any = cupy.cuda
+        self._runtime: Any = cupy.cuda.runtime
         self._kept: list[Any] = []
 
     def new(self) -> int:
         """See Streams."""
-        with self._cupy.cuda.Device(self.device):
-            stream = self._cupy.cuda.Stream(non_blocking=True)
+        with self._cuda.Device(self.device):
+            stream = self._cuda.Stream(non_blocking=True)
         self._kept.append(stream)  # a CuPy stream ends with its object
         return int(stream.ptr)
 
     def record(self, stream: int) -> Any:
-        """See Streams."""
-        with self._cupy.cuda.Device(self.device):
-            event = self._cupy.cuda.Event(disable_timing=True)
-            event.record(self._cupy.cuda.ExternalStream(stream, self.device))
+        """See Streams. Raises: TransferError."""
+        try:
+            with self._cuda.Device(self.device):
+                event = self._cuda.Event(disable_timing=True)
+                self._runtime.eventRecord(event.ptr, stream)
+        except self._runtime.CUDARuntimeError as error:
+            raise TransferError(f"no event on a stream of cuda:{self.device}: {error}") from error
         return event
 
     def wait(self, stream: int, event: Any) -> None:
         """See Streams."""
-        with self._cupy.cuda.Device(self.device):
-            self._cupy.cuda.ExternalStream(stream, self.device).wait_event(event)
+        self._runtime.streamWaitEvent(stream, event.ptr)
 
     def finish(self, event: Any) -> None:
         """See Streams."""
         try:
-            event.synchronize()
-        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            self._runtime.eventSynchronize(event.ptr)
+        except self._runtime.CUDARuntimeError as error:
             raise TransferError(f"a copy on cuda:{self.device} failed: {error}") from error
 
 

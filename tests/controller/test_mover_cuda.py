@@ -1,7 +1,8 @@
-"""The mover for GPUs, on streams that only write down what is asked of them. On a GPU: tests/kernels/on_gpu.py."""
+"""The mover for GPUs, on streams that only write down what is asked of them. On a GPU: test_on_gpu.py."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from types import SimpleNamespace
@@ -202,55 +203,47 @@ def test_it_needs_a_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         CudaMover(GEOMETRY, *views())
 
 
-class FakeCupy:
-    """Just enough of CuPy's streams and events."""
+class Broken(RuntimeError):
+    pass
 
-    class CUDARuntimeError(RuntimeError):
-        pass
 
-    def __init__(self) -> None:
-        self.log: list[Any] = []
-        self.devices: list[int] = []
-        self.cuda = SimpleNamespace(
-            Device=self._device, Stream=self._stream, ExternalStream=lambda ptr, device: SimpleNamespace(
-                ptr=ptr, wait_event=lambda event: self.log.append(("wait", ptr, event))
-            ),
-            Event=self._event, runtime=SimpleNamespace(CUDARuntimeError=self.CUDARuntimeError),
-            get_current_stream=lambda: SimpleNamespace(ptr=55),
-        )  # fmt: skip
+def fake_cupy(log: list[Any]) -> Any:
+    """Just enough of CuPy's streams and events, which fail when they are waited for."""
 
-    def _device(self, number: int) -> Any:
-        import contextlib
+    def refuse(*_: Any) -> None:
+        raise Broken("an illegal address")
 
-        self.devices.append(number)
-        return contextlib.nullcontext()
-
-    def _stream(self, non_blocking: bool) -> Any:
-        assert non_blocking
-        return SimpleNamespace(ptr=40 + len(self.log))
-
-    def _event(self, disable_timing: bool) -> Any:
-        def fail() -> None:
-            raise self.CUDARuntimeError("an illegal address")
-
-        return SimpleNamespace(record=lambda stream: self.log.append(("record", stream.ptr)), synchronize=fail)
+    runtime = SimpleNamespace(
+        CUDARuntimeError=Broken, eventSynchronize=refuse,
+        eventRecord=lambda event, stream: log.append(("record", event, stream)),
+        streamWaitEvent=lambda stream, event: log.append(("wait", stream, event)),
+    )  # fmt: skip
+    cuda = SimpleNamespace(
+        runtime=runtime, Device=lambda number: contextlib.nullcontext(log.append(("device", number))),
+        Stream=lambda non_blocking: SimpleNamespace(ptr=40), Event=lambda disable_timing: SimpleNamespace(ptr=50),
+        get_current_stream=lambda: SimpleNamespace(ptr=55),
+    )  # fmt: skip
+    return SimpleNamespace(cuda=cuda)
 
 
 def test_streams_by_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = FakeCupy()
+    log: list[Any] = []
+    cupy = fake_cupy(log)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     streams = CupyStreams(3)
     stream = streams.new()
     event = streams.record(stream)
     streams.wait(9, event)
-    assert cupy.log == [("record", stream), ("wait", 9, event)]
-    assert set(cupy.devices) == {3}
+    assert log == [("device", 3), ("device", 3), ("record", 50, 40), ("wait", 9, 50)]
     with pytest.raises(TransferError, match="cuda:3 failed: an illegal address"):
         streams.finish(event)
+    cupy.cuda.runtime.eventRecord = cupy.cuda.runtime.eventSynchronize
+    with pytest.raises(TransferError, match="no event"):
+        streams.record(stream)
 
 
 def test_the_current_stream_is_torchs_or_cupys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", FakeCupy())
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy([]))
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert current_stream(0) == 55
     cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=66 + device))
