@@ -17,7 +17,7 @@ from radixkv.storage.file import FileStorage
 
 from .kit import GEOMETRY, ROOT, P, Stack, content_of, page_store, prompt
 
-QUICK_S = 0.5
+QUICK_S = 1.0
 """What takes milliseconds, on a machine that does other things too."""
 
 
