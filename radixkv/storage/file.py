@@ -127,9 +127,9 @@ class FileStorage(Storage):
     def _write(self, draft: Draft, batch: _Batch, deadline: Deadline) -> OSError | None:
         """Write a segment and rename it into its place. Returns what went wrong. Raises: StorageTimeoutError."""
         try:
-            fd = os.open(draft.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _write_all(fd, batch.views, deadline)
+                self._write_all(fd, batch.views, deadline)
                 if self.fsync:
                     os.fsync(fd)
             finally:
@@ -202,7 +202,7 @@ class FileStorage(Storage):
 
     def _read_run(self, fd: int, run: list[_Read], sizes: IntArray) -> None:
         """Read values that follow each other in the file with one gather list."""
-        got = _read_all(fd, [view for read in run for view in read.views], run[0].entry.offset)
+        got = self._read_all(fd, [view for read in run for view in read.views], run[0].entry.offset)
         for read in run:
             wanted = min(read.entry.num_bytes, sum(map(len, read.views)))
             if got < wanted:
@@ -210,6 +210,29 @@ class FileStorage(Storage):
                 break
             sizes[read.position] = read.entry.num_bytes
             got -= wanted
+
+    # ---- how bytes move; NixlStorage does it otherwise ---------------------------------------------------------------
+    def _write_all(self, fd: int, views: Sequence[memoryview], deadline: Deadline) -> None:
+        """Write views from the beginning of a new file. Raises: OSError, StorageTimeoutError."""
+        at = 0
+        for vector in _vectors(views):
+            while vector:
+                deadline.remaining_s()
+                done = os.pwritev(fd, vector, at)
+                at += done
+                vector = _rest(vector, done)
+
+    def _read_all(self, fd: int, views: Sequence[memoryview], at: int) -> int:
+        """Bytes read into views; fewer than they have at the end of the file. Raises: OSError."""
+        start = at
+        for vector in _vectors(views):
+            while vector:
+                done = os.preadv(fd, vector, at)
+                if not done:
+                    return at - start
+                at += done
+                vector = _rest(vector, done)
+        return at - start
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
     def exists_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
@@ -323,30 +346,6 @@ def _rest(vector: list[memoryview], done: int) -> list[memoryview]:
             return [view[done:], *vector[index + 1 :]]
         done -= len(view)
     return []
-
-
-def _write_all(fd: int, views: Sequence[memoryview], deadline: Deadline) -> None:
-    """Raises: OSError, StorageTimeoutError."""
-    at = 0
-    for vector in _vectors(views):
-        while vector:
-            deadline.remaining_s()
-            done = os.pwritev(fd, vector, at)
-            at += done
-            vector = _rest(vector, done)
-
-
-def _read_all(fd: int, views: Sequence[memoryview], at: int) -> int:
-    """Bytes read; fewer than the views have at the end of the file. Raises: OSError."""
-    start = at
-    for vector in _vectors(views):
-        while vector:
-            done = os.preadv(fd, vector, at)
-            if not done:
-                return at - start
-            at += done
-            vector = _rest(vector, done)
-    return at - start
 
 
 def _fsync_folder(path: Path) -> None:

@@ -7,6 +7,7 @@ installs all of them) they fail. Servers listen on loopback, on ports that the s
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import socket
 import subprocess
@@ -160,5 +161,58 @@ class S3Site(Site):
         self.server.kill()
 
 
-KINDS = (MemorySite, DynamicSite, FileSite, SyncedFileSite, RedisSite, S3Site)
+class NixlSite(Site):
+    name = "nixl"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        needed("nixl_cu13")
+
+    def open(self, **options: Any) -> Storage:
+        return create_storage("nixl", path=self.folder / "store", **options)
+
+
+class MooncakeSite(Site):
+    """A master, and a client that lends memory, so that values outlive the clients of the tests."""
+
+    name = "mooncake"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        needed("mooncake")
+        try:
+            importlib.import_module("mooncake.store")
+        except ImportError as error:
+            missing(f"mooncake.store cannot be loaded (libibverbs1?): {error}")
+        self.master = Server(self._master, accepts, folder / "master.log")
+        self.lender = Server(self._lender, accepts, folder / "lender.log")
+
+    def _master(self, port: int) -> list[str]:
+        return [self._program("mooncake_master"), "--rpc_address", "127.0.0.1", "--rpc_port", str(port),
+                "--metrics_port", str(free_port()), "--enable_metric_reporting=false"]  # fmt: skip
+
+    def _lender(self, port: int) -> list[str]:
+        return [self._program("mooncake_client"), "--host", "127.0.0.1", "--port", str(port), "--protocol", "tcp",
+                "--master_server_address", f"127.0.0.1:{self.master.port}", "--metadata_server", "P2PHANDSHAKE",
+                "--global_segment_size", "256MB", "--http_port", str(free_port())]  # fmt: skip
+
+    @staticmethod
+    def _program(name: str) -> str:
+        """Of the wheel, whose own launchers need packages that nothing else needs."""
+        spec = importlib.util.find_spec("mooncake")
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        path = Path(spec.submodule_search_locations[0]) / name
+        path.chmod(0o755)
+        return str(path)
+
+    def open(self, **options: Any) -> Storage:
+        return create_storage("mooncake", master=f"127.0.0.1:{self.master.port}", **options)
+
+    def stop(self) -> None:
+        self.lender.kill()
+        self.master.kill()
+
+
+KINDS = (MemorySite, DynamicSite, FileSite, SyncedFileSite, RedisSite, S3Site, NixlSite, MooncakeSite)
 SITES: dict[str, type[Site]] = {kind.name: kind for kind in KINDS}

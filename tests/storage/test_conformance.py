@@ -31,12 +31,17 @@ def shared_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     made.stop()
 
 
-@pytest.fixture
-def storage(site: Site) -> Iterator[Storage]:
+@pytest.fixture(scope="module")
+def client(site: Site) -> Iterator[Storage]:
     made = site.open()
-    made.clear()
     yield made
     made.close()
+
+
+@pytest.fixture
+def storage(client: Storage) -> Storage:
+    client.clear()
+    return client
 
 
 def value(key: str, size: int) -> bytes:
@@ -218,7 +223,7 @@ def test_values_outlive_clients(shared_site: Site) -> None:
         put(storage, {f"k{i}": 1000 + i for i in range(30)})
         storage.delete_many(["k7"])
     with shared_site.open() as again:
-        assert [get(again, f"k{i}", 2000) for i in range(30)] == [
+        assert [get(again, f"k{i}", 1000 + i) for i in range(30)] == [
             None if i == 7 else value(f"k{i}", 1000 + i) for i in range(30)
         ]
 
