@@ -82,10 +82,11 @@ class NixlStorage(FileStorage):
         deadline.remaining_s()
         self._transfer("WRITE", fd, views, 0)
 
-    def _read_all(self, fd: int, views: Sequence[memoryview], at: int) -> int:
+    def _read_all(self, fd: int, views: Sequence[memoryview], at: int, deadline: Deadline) -> int:
+        deadline.remaining_s()
         wanted = sum(map(len, views))
         if at + wanted > os.fstat(fd).st_size:  # NIXL would fail as a whole: what is there is read by the kernel
-            return super()._read_all(fd, views, at)
+            return super()._read_all(fd, views, at, deadline)
         self._transfer("READ", fd, views, at)
         return wanted
 

@@ -40,12 +40,13 @@ class RedisStorage(RemoteStorage):
         super().__init__(prefix=prefix, timeout_s=timeout_s, num_threads=num_threads)
         retries = require_package("redis.retry", "radixkv[redis]", "radixkv.storage.redis")
         backoff = require_package("redis.backoff", "radixkv[redis]", "radixkv.storage.redis")
+        lost = (self._redis.exceptions.ConnectionError,)
         pool = self._redis.ConnectionPool.from_url(
             url,
             socket_timeout=timeout_s,
             socket_connect_timeout=connect_timeout_s,
             health_check_interval=30,
-            retry=retries.Retry(backoff.NoBackoff(), 1),  # on a new connection: the server may have closed this one
+            retry=retries.Retry(backoff.NoBackoff(), 1, lost),  # the server may have closed an idle one
         )
         self._client: Any = self._redis.Redis(connection_pool=pool)
 
