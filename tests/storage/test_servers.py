@@ -282,7 +282,7 @@ def test_wrong_options() -> None:
         create_storage("nowhere:Class")
     with pytest.raises(InvalidArgumentError, match="has no Nothing"):
         create_storage("tests.storage.sites:Nothing")
-    with pytest.raises(InvalidArgumentError, match="is no radixkv"):
+    with pytest.raises(InvalidArgumentError, match="is no Storage, nor"):
         create_storage("tests.storage.sites:FileSite", folder=Path())
     with pytest.raises(InvalidArgumentError, match="returned no radixkv"):
         create_storage("tests.storage.sites:free_port")
