@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "Python.h is missing: install python3-dev"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" "cython>=3.1,<4" "numpy>=2.0" -c constraints.txt
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates]" -c constraints.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates,storage-test]" -c constraints.txt
 	@mkdir -p $(dir $(BUILT))
 	@touch $(BUILT) $@
 
@@ -62,7 +62,9 @@ fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then li
 sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 	$(PYTEST) tests/abi/test_sanitizers.py
 
-soak: $(BUILT) ## hours of churn under a bounded memory (SOAK_OPS=N)
+soak: $(BUILT) ## hours of churn: the whole stack with every byte checked (SOAK_STEPS=N), the tree under a bounded memory (SOAK_OPS=N)
+	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000}
+	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 
 bench: $(BUILT) ## every benchmark beside its peers: table and JSON

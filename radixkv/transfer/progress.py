@@ -128,15 +128,18 @@ class CudaProgress:
             pause = min(2 * pause, POLL_S[1])
         return True
 
-    def wait_on_stream(self, layer: int, stream: int) -> None:
+    def wait_on_stream(self, layer: int, stream: int, timeout_s: float | None = None) -> bool:
         """Make a stream wait until ``layer`` is in place; the host waits only until its copy is on its stream.
 
         Args:
             stream: a cudaStream_t as a number, of the same GPU.
+        Returns: True; False if the copy is not on its stream after timeout_s seconds (None: no limit).
         Raises: as ``wait``.
         """
-        self._wait_recorded(layer, None)
+        if not self._wait_recorded(layer, timeout_s):
+            return False
         self._runtime.streamWaitEvent(stream, self.events[layer].ptr)
+        return True
 
     def wait_until(self, layer: int) -> None:
         """A device pool's layer_transfer_counter: the stream of ``compute_stream`` waits; without one, the host."""

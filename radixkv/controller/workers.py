@@ -1,0 +1,213 @@
+"""L3: the threads in front of a PageStore. They touch host pages and storage, never the tree.
+
+    look-ups -> one thread     fetches -> one thread     stores -> one thread
+    A worker makes one call to storage for the job at the front, and puts it at the end of its queue if there is more to
+    do: a long job does not keep short ones waiting, and what is cancelled leaves the queue at once.
+
+Queues are bounded by the controller (max_prefetches, max_stores). A call to storage has a deadline.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+import numpy as np
+
+from ..errors import StateError
+from ..types import PageIds
+from .base import BoolArray, Digests
+from .config import ControllerConfig
+
+__all__ = ["Job", "PageStoreLike", "StorageWorkers", "work_on"]
+
+JobKind: TypeAlias = Literal["look_up", "fetch", "store"]
+
+
+class PageStoreLike(Protocol):
+    """What is needed of a PageStore."""
+
+    def set_pages(
+        self, digests: Any, host_pages: Any, *, salt: bytes = b"", timeout_s: float | None = None
+    ) -> BoolArray: ...
+
+    def get_pages(
+        self, digests: Any, host_pages: Any, *, salt: bytes = b"", timeout_s: float | None = None
+    ) -> BoolArray: ...
+
+    def count_prefix(self, digests: Any, *, salt: bytes = b"", timeout_s: float | None = None) -> int: ...
+
+
+class Job:
+    """One task of a worker. A StorageJob. Written by one worker, read by any thread."""
+
+    def __init__(self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes) -> None:
+        self.kind, self.digests, self.host_pages, self.salt = kind, digests, host_pages, salt
+        self.pages = 0
+        self.seconds = 0.0
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self._ended = threading.Event()
+        self.worker: _Worker | None = None
+
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return self._ended.wait(timeout_s)
+
+    def cancel(self) -> bool:
+        self.cancelled = True
+        if self.worker is not None and self.worker.remove(self):
+            self.end()
+        return self.done()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """By its worker: it touches nothing any more."""
+        self.error = self.error or error
+        self._ended.set()
+
+
+class _Worker:
+    """One thread and its queue; the thread is started with the first job."""
+
+    def __init__(self, name: str, store: PageStoreLike, config: ControllerConfig) -> None:
+        self._name, self._store, self._config = name, store, config
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Job, Iterator[None]]] = deque()
+        self._running: Job | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def put(self, job: Job) -> None:
+        """Do it after those that wait; end it with an error if the worker is closed."""
+        job.worker = self
+        with self._changed:
+            if not self._closed:
+                self._waiting.append((job, work_on(job, self._store, self._config)))
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._work, name=f"radixkv-{self._name}", daemon=True)
+                    self._thread.start()
+                self._changed.notify()
+                return
+        job.end(StateError("storage is detached"))
+
+    def remove(self, job: Job) -> bool:
+        """Whether it was waiting, for its first call or between two; it is not any more."""
+        with self._changed:
+            for at, (other, _) in enumerate(self._waiting):
+                if other is job:
+                    del self._waiting[at]
+                    return True
+        return False
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                job, work = self._waiting.popleft()
+                self._running = job
+            more, error = self._step(work)
+            with self._changed:
+                self._running = None
+                if more and not job.cancelled:
+                    self._waiting.append((job, work))
+                    continue
+            job.end(error)
+
+    @staticmethod
+    def _step(work: Iterator[None]) -> tuple[bool, BaseException | None]:
+        """Make one call to storage. Returns: whether there is more to do, and why it failed."""
+        try:
+            next(work)
+        except StopIteration:
+            return False, None
+        except Exception as error:  # whatever a backend raises is the failure of this job alone
+            return False, error
+        return True, None
+
+    def close(self) -> None:
+        """End what waits; what runs ends after its call, and then the thread."""
+        with self._changed:
+            self._closed = True
+            left = [job for job, _ in self._waiting]
+            self._waiting.clear()
+            if self._running is not None:
+                self._running.cancelled = True
+            self._changed.notify_all()
+        for job in left:
+            job.cancelled = True
+            job.end()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread. Returns: whether it has ended."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+
+class StorageWorkers:
+    """A StorageEdge over a PageStore.
+
+    Args: store: its methods may be called on any thread; they may raise anything, which ends the job.
+    """
+
+    def __init__(self, store: PageStoreLike, config: ControllerConfig) -> None:
+        self._workers = {kind: _Worker(kind, store, config) for kind in get_args(JobKind)}
+
+    def look_up(self, digests: Digests, salt: bytes) -> Job:
+        """Count the leading pages that exist."""
+        return self._put(Job("look_up", digests, None, salt))
+
+    def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
+        """Read pages until one is missing."""
+        return self._put(Job("fetch", digests, host_pages, salt))
+
+    def store(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
+        """Write pages until one fails."""
+        return self._put(Job("store", digests, host_pages, salt))
+
+    def _put(self, job: Job) -> Job:
+        self._workers[job.kind].put(job)
+        return job
+
+    def close(self, timeout_s: float) -> bool:
+        """Cancel everything, end the threads. Returns: whether all have ended; what hangs in a call is left behind."""
+        end_s = time.monotonic() + timeout_s
+        for worker in self._workers.values():
+            worker.close()
+        ended = [worker.join(max(0.0, end_s - time.monotonic())) for worker in self._workers.values()]
+        return all(ended)
+
+
+def work_on(job: Job, store: PageStoreLike, config: ControllerConfig) -> Iterator[None]:
+    """Do a job, a call to storage a step, until it is done, fails or is cancelled; ``end`` it afterwards."""
+    while not job.cancelled:
+        began_s = time.perf_counter()
+        try:
+            more = _one_call(job, store, config)
+        finally:
+            job.seconds += time.perf_counter() - began_s
+        if not more:
+            return
+        yield
+
+
+def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
+    """Returns: whether there is more to do."""
+    if job.host_pages is None:
+        job.pages = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
+        return False
+    call = store.get_pages if job.kind == "fetch" else store.set_pages
+    part = slice(job.pages, job.pages + config.storage_batch_pages)
+    flags = call(job.digests[part], job.host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s)
+    done = len(flags) if flags.all() else int(np.argmin(flags))
+    job.pages += done
+    return done == len(flags) and job.pages < len(job.host_pages)
