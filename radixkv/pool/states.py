@@ -98,9 +98,8 @@ class HostSlots:
 
         Args: indices: integers [n], whole pages as ``alloc`` returned them, in any order of pages.
         Returns: n.
-        Raises (nothing changes): PageOwnershipError for a page that is not allocated or given twice; StateError for
-        one that a
-            copy is reading or writing.
+        Raises (nothing changes): PageOwnershipError for a page that is not allocated or given twice; StateError for one
+            that a copy is reading or writing.
         """
         pages = self._pages(indices)
         self.free_pages(pages)
@@ -125,12 +124,12 @@ class HostSlots:
         return pages
 
     # ---- by page ids: what a controller calls for every node, so nothing is expanded to slots ------------------------
-    def alloc_pages(self, num_pages: int) -> PageIds | None:
-        """As ``alloc``, in pages. Returns: int32 ids, new."""
+    def alloc_pages(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
+        """As ``alloc``, in pages; PROTECTED at once if a copy is to write them. Returns: int32 ids, new."""
         with self.lock:
             pages = self._allocator.alloc(num_pages)
             if pages is not None:
-                self._state[pages] = _RESERVED
+                self._state[pages] = _PROTECTED if for_copy else _RESERVED
         return pages
 
     def free_pages(self, pages: npt.NDArray[Any]) -> None:
@@ -164,8 +163,10 @@ class HostSlots:
 
     # ---- states ------------------------------------------------------------------------------------------------------
     def get_state(self, indices: Any) -> MemoryStateInt:
-        """The one state of all these pages. Raises: StateError if they differ, InvalidArgumentError if there are
-        none."""
+        """The one state of all these pages.
+
+        Raises: StateError if they differ, InvalidArgumentError if there are none.
+        """
         pages = self._pages(indices)
         if not pages.size:
             raise InvalidArgumentError("the state of no pages")
@@ -194,8 +195,10 @@ class HostSlots:
         return self.get_state(indices) is _BACKUP
 
     def protect_write(self, indices: Any) -> None:
-        """A copy from the device begins: RESERVED to PROTECTED. Raises: StateError, and nothing changes (so do all of
-        these)."""
+        """A copy from the device begins: RESERVED to PROTECTED.
+
+        Raises: StateError, and nothing changes (so do all of these).
+        """
         self._move(indices, _PROTECTED, "be written", _RESERVED)
 
     def protect_load(self, indices: Any) -> None:
@@ -247,7 +250,7 @@ class HostSlots:
     def _check(self, pages: npt.NDArray[Any], verb: str, allowed: tuple[MemoryStateInt, ...]) -> None:
         states = self._state[pages]
         wrong = _none_of(allowed)[states]
-        if wrong.any():
+        if np.count_nonzero(wrong):  # half the time of any()
             names = " or ".join(state.name for state in allowed)
             now = MemoryStateInt(states[wrong][0]).name
             raise StateError(f"host page {pages[wrong][0]} is {now}, and must be {names} to {verb}")
