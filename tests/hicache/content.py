@@ -1,0 +1,29 @@
+"""What KV must hold: a function of the whole prefix up to a token, so that a wrong slot, a stale one or one of another
+prefix shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_PRIME = (1 << 61) - 1
+_FACTOR = 0x1D2F3C4B5A69788F % _PRIME
+
+
+def prefix_marks(tokens: Sequence[int]) -> np.ndarray:
+    """uint64 [n]: a number for each token together with all before it."""
+    marks, last = [], 1
+    for token in tokens:
+        last = (last * _FACTOR + token + 1) % _PRIME
+        marks.append(last)
+    return np.array(marks, np.uint64)
+
+
+def rows(marks: np.ndarray, planes: int, width: int) -> np.ndarray:
+    """float32 [n, planes, width]: whole numbers below 2**23, another function of the mark in each element."""
+    salts = np.arange(1, planes * width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
+    with np.errstate(over="ignore"):
+        mixed = marks[:, None] * salts
+    return (mixed >> np.uint64(41)).astype(np.float32).reshape(len(marks), planes, width)
