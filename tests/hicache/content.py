@@ -12,9 +12,12 @@ _PRIME = (1 << 61) - 1
 _FACTOR = 0x1D2F3C4B5A69788F % _PRIME
 
 
-def prefix_marks(tokens: Sequence[int]) -> np.ndarray:
-    """uint64 [n]: a number for each token together with all before it."""
-    marks, last = [], 1
+START = 1
+
+
+def prefix_marks(tokens: Sequence[int], last: int = START) -> np.ndarray:
+    """uint64 [n]: a number for each token together with all before it. ``last``: that of the token before these."""
+    marks = []
     for token in tokens:
         last = (last * _FACTOR + token + 1) % _PRIME
         marks.append(last)

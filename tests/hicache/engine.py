@@ -29,11 +29,11 @@ class Step(NamedTuple):
 
 
 WEIGHTS = {
-    "start": 16, "go_on": 7, "decode": 12, "finish": 12, "unfinished": 3, "abort": 2, "insert": 10, "match": 8,
-    "lock": 4, "unlock": 4, "evict": 8, "evict_host": 3, "write_backup": 3, "load": 6, "ready": 4, "poll": 16,
+    "start": 20, "go_on": 7, "decode": 10, "finish": 14, "unfinished": 3, "abort": 2, "insert": 10, "match": 6,
+    "lock": 4, "unlock": 5, "evict": 10, "evict_host": 2, "write_backup": 3, "load": 6, "ready": 5, "poll": 20,
     "reset": 0.4,
 }  # fmt: skip
-STORAGE_WEIGHTS = {"prefetch": 12, "progress": 14, "time": 3}
+STORAGE_WEIGHTS = {"prefetch": 14, "progress": 14, "forget": 6, "time": 3}
 
 
 def script(seed: int, length: int, setup: Setup) -> list[Step]:
@@ -58,6 +58,8 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     kv_tokens: int = 0
     """Tokens that have slots in req_to_token, and KV."""
+    last_mark: int = content.START
+    """Of the last of them, see content.py."""
 
     def tokens(self) -> list[int]:
         return self.origin_input_ids + self.output_ids
@@ -71,9 +73,8 @@ class Engine:
         self.page = self.setup.page_size
         self.unit = max(self.page, 8)
         rng = random.Random(f"chats {seed}")
-        self.chats = [self._tokens(rng, self.unit * n) for n in (0, 2, 5) for _ in range(3)]
-        shared = self._tokens(rng, self.unit * 3)
-        self.chats[3:] = [shared[: self.unit * 2 + 3] + chat for chat in self.chats[3:]]
+        shared = self._tokens(rng, self.unit * 2 + 3)
+        self.chats = [[], shared, shared, shared + self._tokens(rng, self.unit), self._tokens(rng, self.unit * 4)]
         self.live: list[Request] = []
         self.locks: list[Any] = []
         self.prefetches: list[tuple[str, int]] = []
@@ -115,6 +116,8 @@ class Engine:
         request = Request(f"r{self._requests}", chat, prompt, self.req_to_token.alloc(1)[0], prefix, node)
         self.req_to_token.write((request.req_pool_idx, slice(0, len(prefix))), prefix)
         request.kv_tokens = len(prefix)
+        if len(prefix):
+            request.last_mark = int(content.prefix_marks(prompt[: len(prefix)])[-1])
         self._do_ready(rng)
         self.side.settle()
         seen["wrong_kv"] = self._wrong(prompt, prefix)
@@ -151,7 +154,7 @@ class Engine:
     def _do_decode(self, rng: random.Random) -> dict[str, Any]:
         """Some tokens for every request that decodes."""
         done = 0
-        for _ in range(rng.randint(1, self.unit)):
+        for _ in range(rng.randint(1, min(self.unit, 20))):
             for request in [r for r in self.live if r.output_ids]:
                 if request.kv_tokens + 2 > self.setup.context_tokens:
                     continue
@@ -170,7 +173,7 @@ class Engine:
         request = rng.choice(able)
         self.live.remove(request)
         self.cache.cache_finished_req(request)
-        if rng.random() < 0.8 and len(request.tokens()) < self.setup.device_tokens // 3:
+        if rng.random() < 0.8 and len(request.tokens()) < self.setup.device_tokens // 2:
             self.chats[request.chat] = request.tokens()
         return {"tokens": len(request.tokens()), "free": self._free_tokens()}
 
@@ -283,7 +286,7 @@ class Engine:
     def _do_prefetch(self, rng: random.Random) -> dict[str, Any]:
         if len(self.prefetches) > 3:
             return {"refused": "many"}
-        key = self._some_key(rng)
+        key = rng.choice(self.chats)
         match = self.cache.match_prefix(key)
         matched = len(match.device_indices) + match.host_hit_length
         last_hash = match.last_host_node.get_last_hash_value()
@@ -294,14 +297,22 @@ class Engine:
         self.cache.prefetch_from_storage(f"p{self._requests}", match.last_host_node, key[matched:], last_hash)
         return {"matched": matched, "asked": len(key) - matched}
 
+    def _do_forget(self, rng: random.Random) -> dict[str, Any]:
+        """Memory is lost, storage is not."""
+        self.cache.evict(self.setup.device_tokens)
+        self.side.settle()
+        self.cache.evict_host(self.side.host_tokens())
+        return {"device_free": self._free_tokens(), "host_free": self.side.host_free_tokens()}
+
     def _do_progress(self, rng: random.Random) -> dict[str, Any]:
         if not self.prefetches:
             return {"refused": "none"}
         index = rng.randrange(len(self.prefetches))
+        before = self._host_tokens()
         done = self.cache.check_prefetch_progress(self.prefetches[index][0])
         if done:
             del self.prefetches[index]
-        return {"done": done}
+        return {"done": done, "fetched": self._host_tokens() - before}
 
     def _do_time(self, rng: random.Random) -> dict[str, Any]:
         self.side.advance(rng.choice([0.1, 1.0, 5.0]))
@@ -309,46 +320,43 @@ class Engine:
 
     # ---- state -----------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
-        """Sizes, free counts, and every node: (start, length, tiers, locks, hits, loading, host refs, hashes)."""
-        cache = self.cache
-        nodes = {mark: record for mark, record, _ in self._nodes()}
-        on_device = cache.total_size()
-        held = sum(self._own_pages(r) for r in self.live) * self.page
-        on_host = sum(record["tokens"] for record in nodes.values() if record["host"])
-        return {
-            "evictable": cache.evictable_size(),
-            "protected": cache.protected_size(),
-            "total": on_device,
-            "device_free": self.allocator.available_size(),
-            "host_free": self.side.host_free_tokens(),
-            "requests_free": self.req_to_token.available_size(),
-            "device_lost": self.setup.device_tokens - self.allocator.available_size() - on_device - held,
-            "host_lost": 0 if self.prefetches else self.side.host_tokens() - self.side.host_free_tokens() - on_host,
-            "nodes": nodes,
-        }
-
-    def wrong_content(self) -> dict[str, tuple[int, ...]]:
-        """Planes with a wrong byte anywhere in the tree, by tier. Slots that are still to be loaded are left out."""
+        """Sizes, free counts, tokens lost (neither free nor held), every node, and where its KV is wrong."""
+        cache, setup = self.cache, self.setup
+        nodes: dict[int, dict[str, Any]] = {}
         wrong: dict[str, set[int]] = {"device": set(), "host": set()}
-        for _, record, (marks, node) in self._nodes():
+        for mark, record, node, marks in self._nodes():
+            nodes[mark] = record
             rows = self._rows(marks)
             if record["device"] and not (record["loading"] and self.unstarted):
                 wrong["device"] |= self._different(self.side.device_rows(node.value), rows)
             if record["host"]:
                 wrong["host"] |= self._different(self.side.host_rows(node.host_value), rows)
-        return {tier: tuple(sorted(planes)) for tier, planes in wrong.items() if planes}
+        device_free, host_free, total = self._free_tokens(), self.side.host_free_tokens(), cache.total_size()
+        held = sum(self._own_pages(r) for r in self.live) * self.page
+        on_host = sum(record["tokens"] for record in nodes.values() if record["host"])
+        return {
+            "evictable": cache.evictable_size(),
+            "protected": cache.protected_size(),
+            "total": total,
+            "device_free": device_free,
+            "host_free": host_free,
+            "requests_free": self.req_to_token.available_size(),
+            "device_lost": setup.device_tokens - device_free - total - held,
+            "host_lost": 0 if self.prefetches else self.side.host_tokens() - host_free - on_host,
+            "wrong_kv": {tier: tuple(sorted(planes)) for tier, planes in wrong.items() if planes},
+            "nodes": nodes,
+        }
 
-    def _nodes(self) -> Iterator[tuple[int, dict[str, Any], Any]]:
-        """(mark of the path, record, (marks of its own tokens, node)) of every node but the root."""
-        todo = [(child, [], 0) for child in self.cache.root_node.children.values()]
+    def _nodes(self) -> Iterator[tuple[int, dict[str, Any], Any, np.ndarray]]:
+        """(mark of its path, record, node, marks of its own tokens) of every node but the root."""
+        todo = [(child, 0, 0, content.START) for child in self.cache.root_node.children.values()]
         while todo:
-            node, path, depth = todo.pop()
-            key = list(node.key)
-            tokens = path + key
-            marks = content.prefix_marks(tokens)
-            yield int(marks[-1]), {
-                "start": len(path),
-                "tokens": len(key),
+            node, start, depth, above = todo.pop()
+            tokens = list(node.key)
+            marks = content.prefix_marks(tokens, above)
+            record = {
+                "start": start,
+                "tokens": len(tokens),
                 "depth": depth,
                 "device": not node.evicted,
                 "host": node.backuped,
@@ -356,10 +364,12 @@ class Engine:
                 "hits": node.hit_count,
                 "loading": node.loading,
                 "host_refs": node.host_ref_counter,
-                "hashes": len(node.hash_value or ()),
+                "stored": node.backuped_storage,
                 "last_hash": node.get_last_hash_value(),
-            }, (marks[len(path) :], node)
-            todo += [(child, tokens, depth + 1) for child in node.children.values()]
+            }
+            mark = int(marks[-1])
+            yield mark, record, node, marks
+            todo += [(child, start + len(tokens), depth + 1, mark) for child in node.children.values()]
 
     # ---- parts -----------------------------------------------------------------------------------------------------
     @property
@@ -412,10 +422,10 @@ class Engine:
     def _write(self, request: Request, slots: torch.Tensor, upto: int) -> None:
         """What the model does: KV of the tokens from kv_tokens to ``upto``."""
         have = request.kv_tokens
-        marks = content.prefix_marks(request.tokens()[:upto])[have:]
+        marks = content.prefix_marks(request.tokens()[have:upto], request.last_mark)
         self.side.write(slots, self._rows(marks))
         self.req_to_token.write((request.req_pool_idx, slice(have, upto)), slots.to(torch.int32))
-        request.kv_tokens = upto
+        request.kv_tokens, request.last_mark = upto, int(marks[-1])
 
     def _release(self, request: Request) -> None:
         """Give a request up, as a retraction does: what the tree does not hold is freed, the lock is given back."""
@@ -430,6 +440,10 @@ class Engine:
     def _own_pages(self, request: Request) -> int:
         """Pages that only this request holds."""
         return -(-request.kv_tokens // self.page) - len(request.prefix_indices) // self.page
+
+    def _host_tokens(self) -> int:
+        """Tokens with a copy on the host."""
+        return sum(record["tokens"] for _, record, _, _ in self._nodes() if record["host"])
 
     def _free_tokens(self) -> int:
         return int(self.allocator.available_size())

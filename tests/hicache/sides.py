@@ -155,7 +155,6 @@ class OriginalSide(Side):
             self.cache.prefetch_threshold = self.controller.prefetch_threshold = setup.prefetch_threshold
         self._started = self.controller.layer_done_counter.producer_index
         self._launched: list[Any] = []
-        self._fetched: set[int] = set()
         self._watch()
 
     @property
@@ -163,22 +162,16 @@ class OriginalSide(Side):
         return self.cache.cache_controller
 
     def _watch(self) -> None:
-        """Remember which loads have been started, and which fetches have ended: both only show in local variables."""
-        cache, controller = self.cache, self.controller
-        ready, transfer = cache.ready_to_load_host_cache, controller.generic_page_transfer if self.setup.storage else None
+        """Remember which loads have been started: it shows only in a local variable of the load thread."""
+        cache = self.cache
+        ready = cache.ready_to_load_host_cache
 
         def remembered() -> int:
             self._launched = list(cache.ongoing_load_back.values())
             self._started = ready()
             return int(self._started)
 
-        def ended(operation: Any, *args: Any, **options: Any) -> None:
-            transfer(operation, *args, **options)
-            self._fetched.add(operation.id)
-
         cache.ready_to_load_host_cache = remembered
-        if transfer:
-            controller.generic_page_transfer = ended
 
     def settle(self) -> None:
         wait_for(lambda: not self._busy(), lambda: ", ".join(self._busy()))
@@ -187,21 +180,13 @@ class OriginalSide(Side):
         """What is under way, in words."""
         cache, controller = self.cache, self.controller
         busy = []
-        if len(cache.ongoing_write_through) != controller.ack_write_queue.qsize():
-            busy.append(f"{len(cache.ongoing_write_through)} writes, {controller.ack_write_queue.qsize()} acks")
         if cache.load_cache_event.is_set() or controller.layer_done_counter.producer_index != self._started:
             busy.append("a start of loads")
         launched = sum(any(load is one for one in self._launched) for load in cache.ongoing_load_back.values())
         if launched != controller.ack_load_queue.qsize():
             busy.append(f"{launched} loads, {controller.ack_load_queue.qsize()} acks")
-        if not self.setup.storage:
-            return busy
-        if len(cache.ongoing_backup) != controller.ack_backup_queue.qsize():
-            busy.append(f"{len(cache.ongoing_backup)} backups, {controller.ack_backup_queue.qsize()} acks")
-        revoked = set(controller.prefetch_revoke_queue.queue)
-        for request, (_, _, _, operation) in cache.ongoing_prefetch.items():
-            if operation.id not in self._fetched and request not in revoked:
-                busy.append(f"prefetch of {request}, {operation.completed_tokens} tokens")
+        queues = ["write_queue"] + ["prefetch_queue", "prefetch_buffer", "backup_queue"] * self.setup.storage
+        busy += [name for name in queues if not (hasattr(controller, name) and getattr(controller, name).idle())]
         return busy
 
     def advance(self, seconds: float) -> None:

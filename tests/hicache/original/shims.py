@@ -258,13 +258,29 @@ def waiting_shims(poll_s: float | None) -> dict[str, ModuleType]:
     def at_most(timeout: float | None) -> float | None:
         return timeout if poll_s is None or timeout is None else min(timeout, poll_s)
 
-    class Queue(queue.Queue):  # type: ignore[type-arg]
-        def get(self, block: bool = True, timeout: float | None = None) -> Any:
-            return super().get(block, at_most(timeout))
+    class Tracked:
+        """A queue that knows which threads have taken an item and not yet come back for the next."""
 
-    class PriorityQueue(queue.PriorityQueue):  # type: ignore[type-arg]
+        def __init__(self, maxsize: int = 0) -> None:
+            super().__init__(maxsize)  # type: ignore[call-arg]
+            self.busy: set[int] = set()
+
         def get(self, block: bool = True, timeout: float | None = None) -> Any:
-            return super().get(block, at_most(timeout))
+            self.busy.discard(threading.get_ident())
+            return super().get(block, at_most(timeout))  # type: ignore[misc]
+
+        def _get(self) -> Any:
+            self.busy.add(threading.get_ident())
+            return super()._get()  # type: ignore[misc]
+
+        def idle(self) -> bool:
+            return self.empty() and not self.busy  # type: ignore[attr-defined]
+
+    class Queue(Tracked, queue.Queue):  # type: ignore[type-arg]
+        pass
+
+    class PriorityQueue(Tracked, queue.PriorityQueue):  # type: ignore[type-arg]
+        pass
 
     class Event(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
