@@ -227,12 +227,17 @@ def _environment(name: str, value: str) -> Any:
 
 
 def make_original(
-    setup: Setup, *, jitter: int | None = None, poll_s: float | None = 0.01, storage_folder: Path | None = None
+    setup: Setup,
+    *,
+    jitter: int | None = None,
+    poll_s: float | None = 0.01,
+    storage_folder: Path | None = None,
+    copies: bool = True,
 ) -> OriginalSide:
-    """The original, in modules of its own. Raises: OriginalAbsent."""
+    """The original, in modules of its own; the keywords are World's. Raises: OriginalAbsent."""
     from .original.world import World
 
-    return OriginalSide(setup, World(jitter, poll_s), storage_folder)
+    return OriginalSide(setup, World(jitter, poll_s, copies), storage_folder)
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------

@@ -181,8 +181,16 @@ def _copy(source: int, source_stride: int, at: Any, target: int, target_stride: 
         _rows(target, to, target_stride)[to, :size] = _rows(source, at, source_stride)[at, :size]
 
 
-def kernel_shim(valve: Valve) -> ModuleType:
-    """The transfer functions of sgl-kernel 0.3.2. ``item_size`` bytes a token, layer and half; indices are slots.
+TRANSFERS = [f"transfer_kv_{name}" for name in (
+    "all_layer", "all_layer_mla", "all_layer_lf_pf", "all_layer_mla_lf_pf", "per_layer", "per_layer_mla",
+    "per_layer_pf_lf", "per_layer_mla_pf_lf", "direct",
+)]  # fmt: skip
+
+
+def kernel_shim(valve: Valve, copies: bool) -> ModuleType:
+    """The transfer functions of sgl-kernel 0.3.2; without ``copies`` they return at once (benchmarks).
+
+    ``item_size`` bytes a token, layer and half; indices are slots.
 
     lf: one buffer a layer, [slots, item]. pf: [slots, L, item], ``layout_dim`` = L * item bytes.
     """
@@ -209,6 +217,8 @@ def kernel_shim(valve: Valve) -> ModuleType:
         for source, target in zip(src_layers, dst_layers, strict=True):
             target[dst_indices] = source[src_indices]
 
+    if not copies:
+        return module("sgl_kernel.kvcacheio", **dict.fromkeys(TRANSFERS, lambda **arguments: None))
     return module(
         "sgl_kernel.kvcacheio",
         transfer_kv_all_layer=lambda *, src_k_layers, dst_k_layers, src_v_layers, dst_v_layers, src_indices,
@@ -293,7 +303,7 @@ def waiting_shims(poll_s: float | None) -> dict[str, ModuleType]:
     }
 
 
-def shims(valve: Valve, clock: Clock, poll_s: float | None) -> dict[str, ModuleType]:
+def shims(valve: Valve, clock: Clock, poll_s: float | None, copies: bool = True) -> dict[str, ModuleType]:
     """Every shim by the name under which the original imports it."""
     memory = SimpleNamespace(available=64 * 1024**3)
     return {
@@ -301,7 +311,7 @@ def shims(valve: Valve, clock: Clock, poll_s: float | None) -> dict[str, ModuleT
         "triton": (triton := triton_shim()),
         "triton.language": triton.language,
         "sgl_kernel": module("sgl_kernel"),
-        "sgl_kernel.kvcacheio": kernel_shim(valve),
+        "sgl_kernel.kvcacheio": kernel_shim(valve, copies),
         "psutil": module("psutil", virtual_memory=lambda: memory),
         "time": module("time", monotonic=clock.monotonic, sleep=time.sleep),
         "sglang.srt.utils": module(

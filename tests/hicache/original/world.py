@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,13 +31,13 @@ class World:
     Args:
         jitter: seed of random delays in its copies and storage calls; None: none.
         poll_s: how long its threads sleep at most when they look for work; None: a second, as in the original.
-        folder: where the wheel lies; installed if None.
+        copies: False: transfers between the tiers return at once and move nothing.
     """
 
-    def __init__(self, jitter: int | None = None, poll_s: float | None = 0.01, folder: Path | None = None) -> None:
+    def __init__(self, jitter: int | None = None, poll_s: float | None = 0.01, copies: bool = True) -> None:
         self.clock, self.valve = Clock(), Valve(jitter)
-        self._folder = folder or installed()
-        self._loaded: dict[str, ModuleType] = shims(self.valve, self.clock, poll_s)
+        self._folder = installed()
+        self._loaded: dict[str, ModuleType] = shims(self.valve, self.clock, poll_s, copies)
         self._private = {name.partition(".")[0] for name in self._loaded} | {"sglang", "torch_memory_saver"}
         self._builtins = {**vars(builtins), "__import__": self._import}
 
