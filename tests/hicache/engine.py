@@ -85,10 +85,22 @@ class Engine:
 
     # ---- steps -----------------------------------------------------------------------------------------------------
     def do(self, step: Step) -> dict[str, Any]:
-        """Run a step, wait until what it started is done. Returns: what an observer may compare."""
+        """Run a step, wait until what it started is done. Returns: what an observer may compare.
+
+        With storage the cache is told of the end of everything after each step: prefetches take another number of
+        looks in the two caches. Without it, only in steps of their own, so that operations overlap.
+        """
         seen: dict[str, Any] = getattr(self, f"_do_{step.name}")(random.Random(step.seed)) or {}
         self.side.settle()
+        if self.setup.storage:
+            self._drain()
         return seen
+
+    def _drain(self) -> None:
+        for _ in range(4):  # look-up, fetch; write, store
+            self.cache.check_hicache_events()
+            self.side.settle()
+        self.cache.check_hicache_events()
 
     def _do_start(self, rng: random.Random) -> dict[str, Any]:
         """A chat goes on: find its prefix, load it back, compute the rest."""
@@ -289,9 +301,9 @@ class Engine:
         key = rng.choice(self.chats)
         match = self.cache.match_prefix(key)
         matched = len(match.device_indices) + match.host_hit_length
+        if matched and not match.last_host_node.backuped_storage:
+            return {"refused": "not stored"}
         last_hash = match.last_host_node.get_last_hash_value()
-        if matched and last_hash is None:
-            return {"refused": "hash"}
         self._requests += 1
         self.prefetches.append((f"p{self._requests}", matched))
         self.cache.prefetch_from_storage(f"p{self._requests}", match.last_host_node, key[matched:], last_hash)
@@ -342,7 +354,8 @@ class Engine:
             "host_free": host_free,
             "requests_free": self.req_to_token.available_size(),
             "device_lost": setup.device_tokens - device_free - total - held,
-            "host_lost": 0 if self.prefetches else self.side.host_tokens() - host_free - on_host,
+            "host_lost": self.side.host_tokens() - host_free - on_host - self.side.in_flight_host_tokens(),
+            "wrong_rows": {} if self.unstarted else {r.rid: bad for r in self.live if (bad := self._wrong_row(r))},
             "wrong_kv": {tier: tuple(sorted(planes)) for tier, planes in wrong.items() if planes},
             "nodes": nodes,
         }
@@ -365,7 +378,7 @@ class Engine:
                 "loading": node.loading,
                 "host_refs": node.host_ref_counter,
                 "stored": node.backuped_storage,
-                "last_hash": node.get_last_hash_value(),
+                "last_hash": node.get_last_hash_value() if node.backuped_storage else None,
             }
             mark = int(marks[-1])
             yield mark, record, node, marks
@@ -457,6 +470,11 @@ class Engine:
             return ()
         expected = self._rows(content.prefix_marks(tokens[: len(slots)]))
         return tuple(sorted(self._different(self.side.device_rows(slots.to(torch.int64)), expected)))
+
+    def _wrong_row(self, request: Request) -> tuple[int, ...]:
+        """Planes in which a request would read wrong KV: what its row of req_to_token leads to."""
+        row = self.req_to_token.req_to_token[request.req_pool_idx, : request.kv_tokens]
+        return self._wrong(request.tokens(), row)
 
     @staticmethod
     def _different(found: np.ndarray, expected: np.ndarray) -> set[int]:

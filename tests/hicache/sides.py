@@ -73,6 +73,10 @@ class Side(ABC):
     @abstractmethod
     def close(self) -> None: ...
 
+    def in_flight_host_tokens(self) -> int:
+        """Host slots taken by copies and prefetches that the cache has not been told of the end of."""
+        return 0
+
     def host_free_tokens(self) -> int:
         return int(self.cache.token_to_kv_pool_host.available_size())
 
@@ -127,6 +131,7 @@ class OriginalSide(Side):
     """The original in a ``World`` of its own."""
 
     name = "original"
+    _step_began = 0.0
 
     def __init__(self, setup: Setup, world: Any, storage_folder: Path | None = None) -> None:
         from .original import world as names
@@ -156,6 +161,36 @@ class OriginalSide(Side):
         self._started = self.controller.layer_done_counter.producer_index
         self._launched: list[Any] = []
         self._watch()
+
+    def stamp_hits_only(self) -> OriginalSide:
+        """Let the part of a node beyond a hit keep its old access time, as radixkv does: the one difference that would
+        show in every later eviction. Shown by test_part_beyond_a_hit_is_touched. Returns: itself."""
+        node_class, cache, clock = type(self.cache.root_node), self.cache, self.world.clock
+
+        def stamp(node: Any, at: float) -> None:
+            node.stamps = (getattr(node, "stamps", (at, at))[1], at)
+
+        node_class.last_access_time = property(lambda node: node.stamps[1], stamp)
+        cache.root_node.last_access_time = clock.monotonic()
+        split = cache._split_node
+
+        def keep(key: Any, child: Any, length: int) -> Any:
+            upper = split(key, child, length)
+            before, now = child.stamps
+            if now > self._step_began:
+                child.stamps = (before, before)
+            return upper
+
+        def begun(method: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
+                self._step_began = clock.monotonic()
+                return method(*args, **options)
+
+            return call
+
+        cache._split_node = keep
+        cache.match_prefix, cache.insert = begun(cache.match_prefix), begun(cache.insert)
+        return self
 
     @property
     def controller(self) -> Any:
@@ -188,6 +223,9 @@ class OriginalSide(Side):
         queues = ["write_queue"] + ["prefetch_queue", "prefetch_buffer", "backup_queue"] * self.setup.storage
         busy += [name for name in queues if not (hasattr(controller, name) and getattr(controller, name).idle())]
         return busy
+
+    def in_flight_host_tokens(self) -> int:
+        return sum(len(indices) for _, _, indices, _ in self.cache.ongoing_prefetch.values())
 
     def advance(self, seconds: float) -> None:
         self.world.clock.advance(seconds)
