@@ -252,9 +252,9 @@ class Engine:
         """A node by hand, as inc_hit_count would: never under write_back, and not below what has no copy."""
         node = self.cache.match_prefix(self._some_key(rng)).last_device_node
         root = self.cache.root_node
-        if self.setup.write_policy == "write_back" or node == root or node.backuped:
+        if self.setup.write_policy == "write_back" or node == root or self.side.has_copy(node):
             return {"refused": "none"}
-        if node.parent != root and not node.parent.backuped:
+        if node.parent != root and not self.side.has_copy(node.parent):
             return {"refused": "parent"}
         return {"written": self.cache.write_backup(node)}
 
@@ -341,11 +341,11 @@ class Engine:
             rows = self._rows(marks)
             if record["device"] and not (record["loading"] and self.unstarted):
                 wrong["device"] |= self._different(self.side.device_rows(node.value), rows)
-            if record["host"]:
+            if record["arrived"]:
                 wrong["host"] |= self._different(self.side.host_rows(node.host_value), rows)
         device_free, host_free, total = self._free_tokens(), self.side.host_free_tokens(), cache.total_size()
         held = sum(self._own_pages(r) for r in self.live) * self.page
-        on_host = sum(record["tokens"] for record in nodes.values() if record["host"])
+        on_host = sum(record["tokens"] for record in nodes.values() if record["arrived"])
         return {
             "evictable": cache.evictable_size(),
             "protected": cache.protected_size(),
@@ -372,7 +372,8 @@ class Engine:
                 "tokens": len(tokens),
                 "depth": depth,
                 "device": not node.evicted,
-                "host": node.backuped,
+                "host": self.side.has_copy(node),
+                "arrived": node.backuped,
                 "locks": node.lock_ref,
                 "hits": node.hit_count,
                 "loading": node.loading,

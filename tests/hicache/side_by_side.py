@@ -93,8 +93,8 @@ def look(engine: Engine, step: Step) -> dict[str, Any]:
 
 
 def named(state: dict[str, Any]) -> dict[str, Any]:
-    """Nodes by a name that a person can read: start, length and a part of the mark."""
-    nodes = {f"{n['start']}+{n['tokens']}#{mark % 10_000}": n for mark, n in state["nodes"].items()}
+    """Nodes by a name that a person can read: start, length and mark."""
+    nodes = {f"{n['start']}+{n['tokens']}#{mark:x}": n for mark, n in state["nodes"].items()}
     return {**state, "nodes": nodes}
 
 

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,10 @@ class Side(ABC):
     def in_flight_host_tokens(self) -> int:
         """Host slots taken by copies and prefetches that the cache has not been told of the end of."""
         return 0
+
+    def has_copy(self, node: Any) -> bool:
+        """A host copy, there or on its way."""
+        return bool(node.backuped)
 
     def host_free_tokens(self) -> int:
         return int(self.cache.token_to_kv_pool_host.available_size())
@@ -225,7 +229,7 @@ class OriginalSide(Side):
         return busy
 
     def in_flight_host_tokens(self) -> int:
-        return sum(len(indices) for _, _, indices, _ in self.cache.ongoing_prefetch.values())
+        return sum(len(operation.host_indices) for *_, operation in self.cache.ongoing_prefetch.values())
 
     def advance(self, seconds: float) -> None:
         self.world.clock.advance(seconds)
@@ -279,13 +283,8 @@ def make_original(
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
-def make_ours(setup: Setup, *, storage_folder: Path | None = None) -> Side:
-    """radixkv's facade over radixkv's own pools. Raises: ImportError while there is none."""
+def make_ours(setup: Setup, **options: Any) -> Side:
+    """radixkv's facade over radixkv's own pools; options: as OurSide."""
     from .ours import OurSide
 
-    return OurSide(setup, storage_folder)
-
-
-def variant(setup: Setup, **changes: Any) -> Setup:
-    """The same with other settings."""
-    return replace(setup, **changes)
+    return OurSide(setup, **options)
