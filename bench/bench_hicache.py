@@ -2,8 +2,8 @@
 
 ``python -m bench.bench_hicache [--quick] [--rounds 3] [--sides original,radixkv] [--json FILE]``. Users take turns;
 each turn's prompt is the whole chat so far plus new tokens, and the device pool holds a part of all chats, so prefixes
-are evicted to the host and loaded back. Both sides get the same Python lists, in one process, in alternation. Only calls
-of the cache are timed; of these, calls into the device allocator (the engine's) are taken off, and transfers move
+are evicted to the host and loaded back. Both sides get the same Python lists, in one process, in alternation. Only
+calls of the cache are timed; of these, calls into the device allocator (the engine's) are taken off, and transfers move
 nothing and are waited for outside of the timed part. The original runs under the shims of tests/hicache/original.
 
 One request: match_prefix (with its indices), inc_lock_ref, init_load_back + ready_to_load_host_cache if there is a host
@@ -47,7 +47,7 @@ class Workload(NamedTuple):
 
     def describe(self) -> str:
         return (
-            f"{self.users} users x {self.turns} turns of {self.turn_tokens} tokens after {self.shared_tokens} shared ones, "
+            f"{self.users} users x {self.turns} turns of {self.turn_tokens} tokens after {self.shared_tokens} shared, "
             f"device {self.device_tokens:,}, host {self.host_ratio} x, {self.write_policy}, page {PAGE_SIZE}"
         )
 
@@ -69,7 +69,15 @@ def prompts(workload: Workload) -> list[list[int]]:
 class Stopwatch:
     """Times calls of the cache, without what they spend in the allocator."""
 
-    ALLOCATOR = ("alloc", "free", "alloc_extend", "alloc_decode", "available_size", "free_group_begin", "free_group_end")
+    ALLOCATOR = (
+        "alloc",
+        "free",
+        "alloc_extend",
+        "alloc_decode",
+        "available_size",
+        "free_group_begin",
+        "free_group_end",
+    )
 
     def __init__(self, allocator: Any) -> None:
         self.times: dict[str, list[int]] = defaultdict(list)
@@ -128,7 +136,9 @@ def replay(side: Any, requests: Sequence[list[int]]) -> dict[str, Any]:
                 watch("evict", cache.evict, new)
             slots = allocator.alloc(new)
             if slots is None:
-                raise RuntimeError(f"{side.name}: {new} tokens wanted, {allocator.available_size()} free after eviction")
+                raise RuntimeError(
+                    f"{side.name}: {new} tokens wanted, {allocator.available_size()} free after eviction"
+                )
             row = torch.cat([prefix, slots])
             present = watch("insert", cache.insert, key, row)
             allocator.free(row[len(prefix) : present])
@@ -232,7 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="small and once: does it run, not how fast")
     parser.add_argument("--rounds", type=int, help="alternating rounds (3; 1 with --quick)")
     parser.add_argument("--sides", default="original,radixkv", help="comma-separated")
-    parser.add_argument("--json", type=Path, default=report.DEFAULT_FOLDER / "hicache.json", help="where the result goes")
+    parser.add_argument(
+        "--json", type=Path, default=report.DEFAULT_FOLDER / "hicache.json", help="where the result goes"
+    )
     options = parser.parse_args(arguments)
     rounds = options.rounds or (1 if options.quick else 3)
     names = options.sides.split(",")

@@ -4,6 +4,7 @@ prefix shows.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,16 @@ _FACTOR = 0x1D2F3C4B5A69788F % _PRIME
 
 
 START = 1
+
+
+def chain(tokens: Sequence[int], page_size: int, last: str = "") -> list[str]:
+    """Storage keys of the pages of a prompt, as the original defines them; ``last``: that of the page before."""
+    keys, digest = [], bytes.fromhex(last)
+    for start in range(0, len(tokens) // page_size * page_size, page_size):
+        page = b"".join(token.to_bytes(4, "little") for token in tokens[start : start + page_size])
+        digest = hashlib.sha256(digest + page).digest()
+        keys.append(digest.hex())
+    return keys
 
 
 def prefix_marks(tokens: Sequence[int], last: int = START) -> np.ndarray:

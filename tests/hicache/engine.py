@@ -37,11 +37,11 @@ STORAGE_WEIGHTS = {"prefetch": 14, "progress": 14, "forget": 6, "time": 3}
 
 
 def script(seed: int, length: int, setup: Setup) -> list[Step]:
-    """The steps of a seed."""
+    """The steps of a seed; a shorter script is the beginning of a longer one."""
     rng = random.Random(f"script {seed}")
     weights = {**WEIGHTS, **(STORAGE_WEIGHTS if setup.storage else {})}
-    names = rng.choices(list(weights), list(weights.values()), k=length)
-    return [Step(name, rng.getrandbits(48)) for name in names]
+    names, shares = list(weights), list(weights.values())
+    return [Step(rng.choices(names, shares)[0], rng.getrandbits(48)) for _ in range(length)]
 
 
 @dataclass(eq=False)
@@ -195,7 +195,10 @@ class Engine:
         request = rng.choice(self.live)
         request.fill_ids = request.tokens()[: request.kv_tokens]
         self.cache.cache_unfinished_req(request)
-        return {"prefix": len(request.prefix_indices), "wrong_kv": self._wrong(request.fill_ids, request.prefix_indices)}
+        return {
+            "prefix": len(request.prefix_indices),
+            "wrong_kv": self._wrong(request.fill_ids, request.prefix_indices),
+        }
 
     def _do_abort(self, rng: random.Random) -> dict[str, Any]:
         if not self.live:
@@ -362,15 +365,17 @@ class Engine:
 
     def _nodes(self) -> Iterator[tuple[int, dict[str, Any], Any, np.ndarray]]:
         """(mark of its path, record, node, marks of its own tokens) of every node but the root."""
-        todo = [(child, 0, 0, content.START) for child in self.cache.root_node.children.values()]
+        todo = [(child, 0, content.START, "") for child in self.cache.root_node.children.values()]
         while todo:
-            node, start, depth, above = todo.pop()
+            node, start, above, last_hash = todo.pop()
             tokens = list(node.key)
             marks = content.prefix_marks(tokens, above)
+            keys = content.chain(tokens, self.page, last_hash) if self.setup.storage else [""]
+            stored = node.backuped_storage
             record = {
                 "start": start,
                 "tokens": len(tokens),
-                "depth": depth,
+                "above": f"{above:x}",
                 "device": not node.evicted,
                 "host": self.side.has_copy(node),
                 "arrived": node.backuped,
@@ -378,12 +383,12 @@ class Engine:
                 "hits": node.hit_count,
                 "loading": node.loading,
                 "host_refs": node.host_ref_counter,
-                "stored": node.backuped_storage,
-                "last_hash": node.get_last_hash_value() if node.backuped_storage else None,
+                "stored": stored,
+                "own_keys": list(node.hash_value) == keys if stored else None,
             }
             mark = int(marks[-1])
             yield mark, record, node, marks
-            todo += [(child, start + len(tokens), depth + 1, mark) for child in node.children.values()]
+            todo += [(child, start + len(tokens), mark, keys[-1]) for child in node.children.values()]
 
     # ---- parts -----------------------------------------------------------------------------------------------------
     @property
@@ -425,7 +430,9 @@ class Engine:
         if self.page == 1:
             return self._allocate(grow)
         self._make_room(grow + self.page)
-        last = self.req_to_token.req_to_token[request.req_pool_idx, have - 1 : have].to(torch.int64) if have else NONE - 1
+        last = (
+            self.req_to_token.req_to_token[request.req_pool_idx, have - 1 : have].to(torch.int64) if have else NONE - 1
+        )
         last = last if len(last) else torch.tensor([-1])
         if decode:
             slots = self.allocator.alloc_decode(torch.tensor([upto]), last)

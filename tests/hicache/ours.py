@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
 from radixkv.controller import WRITING, ControllerConfig
 from radixkv.hicache import (
     HiCacheConfig,
@@ -20,9 +17,10 @@ from radixkv.hicache import (
     ReqToTokenPool,
     TokenToKVPoolAllocator,
 )
-from radixkv.pool.host import HostPoolConfig
 from radixkv.storage import Storage, create_storage
 from radixkv.storage.base import BoolArray, IntArray, Parts
+
+from radixkv.pool.host import HostPoolConfig
 
 from .original.shims import Clock, Valve
 from .sides import HEAD_DIM, HEADS, LAYERS, LORA_RANK, ROPE_DIM, Setup, Side, single_rank_group, wait_for
@@ -80,14 +78,16 @@ class ValvedStorage(Storage):
 
 
 class OurSide(Side):
-    """HiRadixCache of radixkv. Args: control: more fields of ControllerConfig; the others as make_original's."""
+    """HiRadixCache of radixkv, its storage in memory.
+
+    Args: control: more fields of ControllerConfig; the others as make_original's.
+    """
 
     name = "radixkv"
 
     def __init__(
         self,
         setup: Setup,
-        storage_folder: Path | None = None,
         jitter: int | None = None,
         copies: bool = True,
         **control: Any,
@@ -104,13 +104,11 @@ class OurSide(Side):
         else:
             self.allocator = PagedTokenToKVPoolAllocator(size, page, torch.float32, "cpu", self.device_pool)
         self.req_to_token_pool = ReqToTokenPool(setup.requests, setup.context_tokens, "cpu", False)
-        self._own_folder = tempfile.TemporaryDirectory() if setup.storage and storage_folder is None else None
-        self.storage_folder = Path(self._own_folder.name) if self._own_folder else storage_folder
         if setup.prefetch_threshold is not None:
             control = {"prefetch_threshold": setup.prefetch_threshold, **control}
         self.storage = None
         if setup.storage:
-            self.storage = ValvedStorage(create_storage("file", folder=self.storage_folder), self.valve)
+            self.storage = ValvedStorage(create_storage("memory"), self.valve)
         self.cache = HiRadixCache(
             self.req_to_token_pool, self.allocator, single_rank_group(), page, setup.host_ratio, 0,
             setup.write_policy, setup.io_backend, setup.layout, self.storage, setup.prefetch_policy,
@@ -165,5 +163,3 @@ class OurSide(Side):
         self.cache.close()
         if self.storage is not None:
             self.storage.close()
-        if self._own_folder:
-            self._own_folder.cleanup()

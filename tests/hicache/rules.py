@@ -1,7 +1,7 @@
 """Where radixkv's HiRadixCache does otherwise than the original, and why: the only differences a comparison allows.
 
 Besides, ``OriginalSide.stamp_hits_only`` is applied in every comparison: see there. ``shown_by`` names a test in which
-the original itself does what the rule says (test_rules.py checks that it exists).
+the original itself does what the rule says (test_against_original.py checks that it exists).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .side_by_side import Context, Difference, Rule
 from .sides import LAYERS
 
 ORIGINAL = "original/test_defects_original.py"
-OURS = "test_rules.py"
+OTHER = "original/test_differences_original.py"
 
 
 def _field(difference: Difference, name: str) -> bool:
@@ -75,6 +75,63 @@ def _full_host(difference: Difference, context: Context) -> bool:
     return context.setup.write_policy == "write_back" and context.first.get("raised", "").startswith("AssertionError")
 
 
+def _waits_for_children(difference: Difference, context: Context) -> bool:
+    """Some node with a host copy could be evicted but for children that have none yet."""
+    if context.setup.write_policy != "write_back":
+        return False
+    nodes = context.before["nodes"]
+    ends = {name.partition("#")[2]: node for name, node in nodes.items()}
+    return any(
+        node["device"] and not node["host"] and not node["locks"]
+        and (above := ends.get(node["above"])) is not None and above["host"] and not above["locks"]
+        for node in nodes.values()
+    )  # fmt: skip
+
+
+FOREIGN = "keys are always chained from the root"
+DUE = "what is due is stored at the next insertion through it"
+
+
+def _foreign_keys(difference: Difference, context: Context) -> bool:
+    return _field(difference, "own_keys") and difference.first is False and difference.second in (True, None)
+
+
+def _after_foreign_keys(difference: Difference, context: Context) -> bool:
+    return FOREIGN in context.used
+
+
+def _stored_at_once(difference: Difference, context: Context) -> bool:
+    node = _node(difference, context.second)
+    threshold = 1 if context.setup.write_policy == "write_through" else 3
+    return (
+        (_field(difference, "stored") or _field(difference, "own_keys"))
+        and node["stored"] and node["arrived"] and node["hits"] >= threshold
+        and not _node(difference, context.first).get("stored", True)
+    )  # fmt: skip
+
+
+def _after_stored_at_once(difference: Difference, context: Context) -> bool:
+    return DUE in context.used and context.step.name in ("prefetch", "progress")
+
+
+def _pages_of_a_batch(difference: Difference, context: Context) -> bool:
+    about = difference.where.startswith(("state.wrong_kv.", "state.wrong_rows.")) or difference.where == "seen.wrong_kv"
+    return about and context.setup.storage and difference.second in ("absent", ())
+
+
+def _miss_evicts(difference: Difference, context: Context) -> bool:
+    """The original has evicted from the host for what storage may not have; radixkv has not."""
+    if context.step.name != "prefetch":
+        return False
+    first, second = context.first["state"]["nodes"], context.second["state"]["nodes"]
+    return first.keys() < second.keys()
+
+
+def _prefetch_protects(difference: Difference, context: Context) -> bool:
+    """A prefetch protects the node it continues; in the original also one without a host copy."""
+    return _field(difference, "host_refs") and not _node(difference, context.second)["host"]
+
+
 RULES = (
     Rule(
         name="backuped once the copy has arrived",
@@ -85,13 +142,13 @@ RULES = (
     Rule(
         name="hits are counted under write_back too",
         reason="hit_count is of the tree, which lfu and slru evict by; no write policy changes it.",
-        shown_by=f"{OURS}::test_write_back_counts_no_hits",
+        shown_by=f"{OTHER}::test_write_back_counts_no_hits",
         explains=_no_hits,
     ),
     Rule(
         name="a load protects its path without locks",
         reason="Nodes that are loading protect their path by themselves; sizes are the same, lock_ref is the callers'.",
-        shown_by=f"{OURS}::test_load_locks_its_path",
+        shown_by=f"{OTHER}::test_load_locks_its_path",
         explains=_load_without_locks,
     ),
     Rule(
@@ -102,8 +159,8 @@ RULES = (
     ),
     Rule(
         name="a request's row is renewed from the first page that differs",
-        reason="The original starts at len(prefix_indices), which may lie inside of that page: the row then names slots "
-        "that have been freed.",
+        reason="The original starts at len(prefix_indices), which may lie inside of that page: the row then names "
+        "slots that have been freed.",
         shown_by=f"{ORIGINAL}::test_row_keeps_slots_of_a_page_that_was_freed",
         explains=_stale_row,
     ),
@@ -125,6 +182,60 @@ RULES = (
         reason="The original asserts.",
         shown_by=f"{ORIGINAL}::test_write_back_with_a_full_host_asserts",
         explains=_full_host,
+        stops=True,
+    ),
+    Rule(
+        name=FOREIGN,
+        reason="The original chains a node's keys from its parent's last acknowledged one, or from nothing.",
+        shown_by=f"{ORIGINAL}::test_child_is_stored_under_the_keys_of_another_prefix",
+        explains=_foreign_keys,
+    ),
+    Rule(
+        name="storage without foreign keys",
+        reason="Once the original has stored pages under keys that are not theirs, what storage answers differs.",
+        shown_by=f"{ORIGINAL}::test_child_is_stored_under_the_keys_of_another_prefix",
+        explains=_after_foreign_keys,
+        stops=True,
+    ),
+    Rule(
+        name=DUE,
+        reason="A node with enough hits that was only recomputed (adopted) is not hit in either; the original lets it "
+        "wait for a hit of its own, although it is on the path of this one.",
+        shown_by=f"{OTHER}::test_adopted_node_is_not_stored",
+        explains=_stored_at_once,
+    ),
+    Rule(
+        name="storage that got a node earlier",
+        reason="See the rule before: a prefetch below such a node can begin earlier.",
+        shown_by=f"{OTHER}::test_adopted_node_is_not_stored",
+        explains=_after_stored_at_once,
+        stops=True,
+    ),
+    Rule(
+        name="every page of a fetch has its own bytes",
+        reason="The original reads all pages of a batch into one tensor: each gets the bytes of the last.",
+        shown_by=f"{ORIGINAL}::test_pages_of_one_fetch_all_get_the_bytes_of_the_last",
+        explains=_pages_of_a_batch,
+    ),
+    Rule(
+        name="a prefetch protects what has a host copy",
+        reason="protect_host keeps host pages; there are none to keep on a node without a copy.",
+        shown_by=f"{OTHER}::test_prefetch_protects_a_node_without_host_copy",
+        explains=_prefetch_protects,
+    ),
+    Rule(
+        name="a prefetch evicts only for what storage has",
+        reason="The original takes host pages, and evicts for them, before it asks storage.",
+        shown_by=f"{ORIGINAL}::test_prefetch_of_what_is_not_stored_evicts_from_the_host",
+        explains=_miss_evicts,
+        stops=True,
+    ),
+    Rule(
+        name="write_back frees a node after its children are on the host",
+        reason="Nodes on the device are closed under parent at any time, also while children are being copied; so a "
+        "node with a host copy above one without leaves in a later round of the same eviction.",
+        shown_by=f"{OTHER}::test_write_back_frees_a_parent_while_its_child_is_copied",
+        explains=_waits_for_children,
         stops=True,
     ),
 )

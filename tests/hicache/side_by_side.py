@@ -24,13 +24,14 @@ class Difference(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Where a difference was seen. ``before``: state of the first side before the step."""
+    """Where a difference was seen. ``before``: state of the first side before the step; ``used``: rules so far."""
 
     setup: Setup
     step: Step
     before: dict[str, Any]
     first: dict[str, Any]
     second: dict[str, Any]
+    used: frozenset[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,7 @@ def named(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "nodes": nodes}
 
 
-def run(
-    setup: Setup, seed: int, steps: int, first: Factory, second: Factory, rules: Sequence[Rule] = ()
-) -> Report:
+def run(setup: Setup, seed: int, steps: int, first: Factory, second: Factory, rules: Sequence[Rule] = ()) -> Report:
     """Drive both sides through a script. Raises: Mismatch with seed, step and the differences."""
     report = Report()
     with first(setup) as one, second(setup) as other:
@@ -108,7 +107,7 @@ def run(
         before: dict[str, Any] = named(engines[0].state())
         for number, step in enumerate(script(seed, steps, setup)):
             views = [look(engine, step) for engine in engines]
-            context = Context(setup, step, before, *views)
+            context = Context(setup, step, before, views[0], views[1], frozenset(report.rules))
             if _explain(context, differences(*views), rules, report, f"{setup}, seed {seed}, step {number}"):
                 break
             _check_own(other, views[1], f"{setup}, seed {seed}, step {number} {step.name}")
@@ -120,9 +119,7 @@ def run(
     return report
 
 
-def _explain(
-    context: Context, found: list[Difference], rules: Sequence[Rule], report: Report, place: str
-) -> bool:
+def _explain(context: Context, found: list[Difference], rules: Sequence[Rule], report: Report, place: str) -> bool:
     """Find a rule for every difference. Returns: does one of them end the run?"""
     ends = False
     for difference in found:
@@ -148,7 +145,10 @@ def _check_own(side: Side, view: dict[str, Any], place: str) -> None:
     assert not state["device_lost"], f"{place}: {state['device_lost']} device tokens are neither free nor held"
     assert not state["host_lost"], f"{place}: {state['host_lost']} host tokens are neither free nor held"
     assert not state["wrong_kv"], f"{place}: wrong KV {state['wrong_kv']}"
+    assert not state["wrong_rows"], f"{place}: requests read wrong KV {state['wrong_rows']}"
     assert not seen.get("wrong_kv"), f"{place}: wrong KV was served, planes {seen['wrong_kv']}"
+    foreign = [name for name, node in state["nodes"].items() if node["own_keys"] is False]
+    assert not foreign, f"{place}: {foreign} are stored under keys that are not theirs"
 
 
 def _count(report: Report, view: dict[str, Any]) -> None:

@@ -146,7 +146,9 @@ class OriginalSide(Side):
         if setup.kind == "mha":
             self.device_pool = pools.MHATokenToKVPool(size, page, torch.float32, HEADS, HEAD_DIM, LAYERS, "cpu", False)
         else:
-            self.device_pool = pools.MLATokenToKVPool(size, page, torch.float32, LORA_RANK, ROPE_DIM, LAYERS, "cpu", False)
+            self.device_pool = pools.MLATokenToKVPool(
+                size, page, torch.float32, LORA_RANK, ROPE_DIM, LAYERS, "cpu", False
+            )
         if page == 1:
             self.allocator = allocators.TokenToKVPoolAllocator(size, torch.float32, "cpu", self.device_pool)
         else:

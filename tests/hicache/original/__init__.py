@@ -1,9 +1,9 @@
-"""The original: SGLang's hierarchical cache as of 2025-08, ``sglang==0.5.0rc0``, run unmodified on a CPU as a test peer.
+"""The original: SGLang's hierarchical cache of 2025-08, ``sglang==0.5.0rc0``, run unmodified on a CPU as a test peer.
 
 ``install.py`` puts the wheel, without its dependencies, into a folder of its own; ``world.py`` loads from there, each
 time into a private set of modules that ``sys.modules`` never sees, so that nothing of it can reach the product and two
-originals in one process share no class variable. Loaded as they are in the wheel: mem_cache/{hiradix_cache, radix_cache,
-base_prefix_cache, allocator, memory_pool, memory_pool_host, hicache_storage}, managers/cache_controller,
+originals in one process share no class variable. Loaded as they are in the wheel: mem_cache/{hiradix_cache,
+radix_cache, base_prefix_cache, allocator, memory_pool, memory_pool_host, hicache_storage}, managers/cache_controller,
 torch_memory_saver_adapter, constants. Their threads (write, load, prefetch, backup) run.
 
 Shims, the complete list (``shims.py``; what any other module of the wheel would import is never imported):
@@ -13,16 +13,16 @@ name                                   why                                 what 
 ====================================== =================================== ============================================
 torch.cuda                             no GPU                              Stream, current_stream, set_stream,
                                                                            synchronize: nothing to wait for, as every
-                                                                           copy below is done when it returns
+                                                                           copy is done when it returns
 torch.empty, torch.zeros               pinned memory needs a driver        the real ones, ``pin_memory`` dropped; all
                                                                            else of torch is the real torch
-triton, triton.language                not installed, needs a GPU          ``jit`` keeps the name of a kernel; alloc_extend
-                                                                           and alloc_decode are plain loops with the same
-                                                                           contract, any other kernel raises
+triton, triton.language                not installed, needs a GPU          ``jit`` keeps the name of a kernel;
+                                                                           alloc_extend and alloc_decode are plain loops
+                                                                           with the same contract, any other raises
 sgl_kernel.kvcacheio                   a compiled CUDA package             the nine transfer functions of 0.3.2 as row
                                                                            copies by address; the two page_first loads
-                                                                           have no layer argument there, and read layer 0
-                                                                           here as there
+                                                                           have no layer argument there, and read
+                                                                           layer 0 here as there
 psutil                                 not needed otherwise                64 GiB of memory available
 sglang.srt.utils                       imports the whole server            is_cuda, is_npu: False; get_bool_env_var,
                                                                            next_power_of_2: their contract

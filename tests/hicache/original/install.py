@@ -5,7 +5,6 @@ Without its dependencies, by pip from whatever index pip is set up with, checked
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -32,9 +31,10 @@ def installed() -> Path:
         wanted = Path(beside) / "requirements.txt"
         wanted.write_text(f"sglang=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
         target = Path(beside) / "installed"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--no-compile", "--only-binary=:all:", "--require-hashes", "--target", str(target), "-r", str(wanted)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_RETRIES": "1"})
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--retries", "1", "install"]
+        strict = ["--no-deps", "--no-compile", "--only-binary=:all:", "--require-hashes"]
+        command = [*pip, *strict, "--target", str(target), "-r", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise OriginalAbsent(f"pip could not install sglang=={VERSION}: {done.stderr.strip()[-400:]}")
         try:

@@ -1,4 +1,4 @@
-"""What the original imports and a CPU does not have; ``__init__.py`` lists each with its reason. Contracts, not copies."""
+"""What the original imports and a CPU does not have; ``__init__.py`` lists each with its reason."""
 
 from __future__ import annotations
 
@@ -201,13 +201,17 @@ def kernel_shim(valve: Valve, copies: bool) -> ModuleType:
             for source, target in zip(src_layers.tolist(), dst_layers.tolist(), strict=True):
                 _copy(source, item, src_indices, target, item, dst_indices, item)
 
-    def all_layer_pf(halves: Sequence[tuple[Any, Any]], src_indices: Any, dst_indices: Any, item: int, dim: int) -> None:
+    def all_layer_pf(
+        halves: Sequence[tuple[Any, Any]], src_indices: Any, dst_indices: Any, item: int, dim: int
+    ) -> None:
         valve("backup")
         for src_layers, dst in halves:
             for layer, source in enumerate(src_layers.tolist()):
                 _copy(source, item, src_indices, dst.data_ptr() + layer * item, dim, dst_indices, item)
 
-    def per_layer(halves: Sequence[tuple[Any, Any]], src_indices: Any, dst_indices: Any, item: int, stride: int) -> None:
+    def per_layer(
+        halves: Sequence[tuple[Any, Any]], src_indices: Any, dst_indices: Any, item: int, stride: int
+    ) -> None:
         valve("load")
         for src, dst in halves:  # a page_first source is given whole and without a layer: its layer 0 is read
             _copy(src.data_ptr(), stride, src_indices, dst.data_ptr(), item, dst_indices, item)

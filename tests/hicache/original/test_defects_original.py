@@ -6,21 +6,21 @@ that are slow to allocate or rounded up, inserts that free the target of a runni
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from .. import content
+from ..engine import Request
 from ..gate import original_or_skip
-from ..sides import LAYERS, OriginalSide, Setup, make_original, wait_for
+from ..sides import LAYERS, wait_for
+from .kit import PAGE, A, B, end_of, expected, make, put, settled, stored, wrong_kv
 
-PAGE = 16
-A, B, C = ([first + i for i in range(4 * PAGE)] for first in (1_000, 2_000, 3_000))
-"""Three keys of four pages that share nothing."""
+chain = partial(content.chain, page_size=PAGE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,76 +28,45 @@ def _original() -> None:
     original_or_skip()
 
 
-def make(**options: Any) -> OriginalSide:
-    poll_s = options.pop("poll_s", 0.01)
-    defaults = {"device_tokens": 16 * PAGE, "host_ratio": 2.0, "prefetch_threshold": PAGE}
-    return make_original(Setup(**{**defaults, **options}), poll_s=poll_s)
-
-
-def put(side: Any, key: list[int]) -> int:
-    """Insert a key with its KV, give the duplicates back. Returns: tokens that were there."""
-    slots = side.allocator.alloc(len(key))
-    planes = side.planes()
-    side.write(slots, content.rows(content.prefix_marks(key), len(planes), planes[0].shape[1]))
-    present = side.cache.insert(key, slots.clone())
-    side.allocator.free(slots[:present])
-    return int(present)
-
-
-def settled(side: Any) -> None:
-    """Everything done, and the cache has been told."""
-    side.settle()
-    side.cache.check_hicache_events()
-
-
-def end_of(side: Any, key: list[int]) -> Any:
-    return side.cache.match_prefix(key).last_host_node
-
-
-def chain(tokens: list[int], page_size: int = PAGE) -> list[str]:
-    """Storage keys of a prompt, written down afresh."""
-    keys, last = [], b""
-    for start in range(0, len(tokens), page_size):
-        page = b"".join(token.to_bytes(4, "little") for token in tokens[start : start + page_size])
-        last = hashlib.sha256(last + page).digest()
-        keys.append(last.hex())
-    return keys
-
-
-def stored(side: OriginalSide) -> set[str]:
-    assert side.storage_folder is not None
-    return {path.stem for path in side.storage_folder.iterdir()}
-
-
-def wrong_kv(side: Any, key: list[int], tier: str) -> tuple[int, ...]:
-    """Planes of the node at the end of ``key`` whose bytes are not what was written."""
-    node = end_of(side, key)
-    rows = side.host_rows(node.host_value) if tier == "host" else side.device_rows(node.value)
-    planes = side.planes()
-    expected = content.rows(content.prefix_marks(key), len(planes), planes[0].shape[1])[-len(rows) :]
-    return tuple(plane for plane in range(rows.shape[1]) if (rows[:, plane] != expected[:, plane]).any())
-
-
 # ---- named in the design's list --------------------------------------------------------------------------------------
 def test_child_is_stored_under_the_keys_of_another_prefix() -> None:
     """A child backed up before its parent's ack chains from nothing; a prompt that begins with it is given its KV."""
+    page = B[:PAGE]
     with make(storage=True) as side:
         put(side, A)
         settled(side)
         with side.world.valve.hold("set"):
             put(side, A)  # the second hit: A goes to storage, and is held there
-            put(side, A + B)
-            put(side, A + B)
+            put(side, A + page)
+            wait_for(side.controller.write_queue.idle, lambda: "a copy to the host is under way")
+            put(side, A + page)
         settled(side)
-        assert not set(chain(A + B)[4:]) & stored(side), "B after A is not under its own keys"
-        assert set(chain(B)) <= stored(side), "but under those of a prompt that begins with B"
+        assert chain(A + page)[-1] not in stored(side), "what follows A is not under its own key"
+        assert chain(page)[0] in stored(side), "but under that of a prompt that begins with it"
         side.cache.evict(16 * PAGE)
         side.cache.evict_host(32 * PAGE)
-        side.cache.prefetch_from_storage("r", side.cache.root_node, B, None)
+        side.cache.prefetch_from_storage("r", side.cache.root_node, page, None)
         side.settle()
         assert side.cache.check_prefetch_progress("r")
-        assert side.cache.match_prefix(B).host_hit_length == len(B)
-        assert wrong_kv(side, B, "host"), "what was computed after A is served as the beginning of a prompt"
+        assert side.cache.match_prefix(page).host_hit_length == PAGE
+        served = side.host_rows(end_of(side, page).host_value)
+        assert (served == expected(side, A + page)[-PAGE:]).all(), "what was computed after A begins another prompt"
+
+
+def test_pages_of_one_fetch_all_get_the_bytes_of_the_last() -> None:
+    with make(storage=True) as side:
+        put(side, A)
+        settled(side)
+        put(side, A)
+        settled(side)
+        side.cache.evict(16 * PAGE)
+        side.cache.evict_host(32 * PAGE)
+        side.cache.prefetch_from_storage("r", side.cache.root_node, A, None)
+        side.settle()
+        assert side.cache.check_prefetch_progress("r")
+        served = side.host_rows(end_of(side, A).host_value)
+        last = expected(side, A)[-PAGE:]
+        assert all((served[start : start + PAGE] == last).all() for start in range(0, len(A), PAGE))
 
 
 def test_split_during_a_backup_gives_the_lower_node_all_hashes() -> None:
@@ -204,7 +173,7 @@ def test_page_first_loads_lose_the_layer(kind: str) -> None:
         side.cache.ready_to_load_host_cache()
         settled(side)
         assert len(sources) == LAYERS
-        pointers = {tuple(source[k].data_ptr() for k in source if k.startswith("src") and "indices" not in k) for source in sources}
+        pointers = {tuple(one.data_ptr() for name, one in s.items() if name != "src_indices") for s in sources}
         assert len(pointers) == 1
         halves = 1 if kind == "mla" else 2
         assert wrong_kv(side, A, "device") == tuple(p for p in range(halves * LAYERS) if p % LAYERS)
@@ -215,7 +184,7 @@ def test_evict_walks_the_whole_tree() -> None:
         """Nodes looked at in order to evict one page."""
         with make(device_tokens=64 * PAGE, write_policy="write_through_selective") as side:
             for leaf in range(leaves):
-                put(side, [5_000 + leaf] + A[1:PAGE])
+                put(side, [5_000 + leaf, *A[1:PAGE]])
             node_class = type(side.cache.root_node)
             seen: list[int] = []
             evicted = node_class.evicted
@@ -264,8 +233,7 @@ def test_load_back_evicts_the_host_pages_that_it_loads() -> None:
         side.cache.ready_to_load_host_cache()
         settled(side)
         assert side.cache.match_prefix(A).host_hit_length + len(side.cache.match_prefix(A).device_indices) == 0
-        expected = content.rows(content.prefix_marks(A), len(side.planes()), side.planes()[0].shape[1])
-        assert (side.device_rows(loaded) != expected).any(), "the request got B's KV for A"
+        assert (side.device_rows(loaded) != expected(side, A)).any(), "the request got B's KV for A"
 
 
 def test_store_that_was_cut_off_stays_visible_and_kills_the_fetch_thread() -> None:
@@ -273,13 +241,13 @@ def test_store_that_was_cut_off_stays_visible_and_kills_the_fetch_thread() -> No
         assert side.storage_folder is not None
         for key in chain(A):
             (side.storage_folder / f"{key}.bin").write_bytes(b"torn")
-        before = {thread for thread in threading.enumerate() if thread.is_alive()}
+        before = threading.enumerate()
         side.cache.prefetch_from_storage("r", side.cache.root_node, A, None)
         controller = side.controller
         hooked: list[Any] = []
         original_hook, threading.excepthook = threading.excepthook, hooked.append
         try:
-            wait_for(lambda: bool(before - {t for t in threading.enumerate() if t.is_alive()}), lambda: "fetch thread lives")
+            wait_for(lambda: not all(thread.is_alive() for thread in before), lambda: "the fetch thread lives")
         finally:
             threading.excepthook = original_hook
         assert not side.cache.check_prefetch_progress("r"), "wait_complete: it waits for ever"
@@ -346,6 +314,35 @@ def test_mla_is_stored_once_per_rank() -> None:
 
 
 # ---- found while comparing -------------------------------------------------------------------------------------------
+def test_row_keeps_slots_of_a_page_that_was_freed() -> None:
+    """Two requests compute one prompt in chunks that end inside of a page. The second gives its page back for the
+    first one's, and its row goes on naming the slots of the freed one."""
+    with make() as side:
+        prompt, half = A[: 2 * PAGE], PAGE + PAGE // 2
+
+        def begin(rid: str) -> Request:
+            nothing = side.allocator.alloc(0)
+            request = Request(rid, 0, prompt, side.req_to_token_pool.alloc(1)[0], nothing, side.cache.root_node)
+            slots = side.allocator.alloc(2 * PAGE)
+            side.write(slots, expected(side, prompt))
+            side.req_to_token_pool.write((request.req_pool_idx, slice(0, 2 * PAGE)), slots.int())
+            return request
+
+        def cache(request: Request, tokens: int) -> None:
+            request.fill_ids = prompt[:tokens]
+            side.cache.cache_unfinished_req(request)
+
+        one, two = begin("one"), begin("two")
+        cache(two, half)
+        cache(one, 2 * PAGE)
+        row = side.req_to_token_pool.req_to_token[two.req_pool_idx]
+        freed = int(row[PAGE]) // PAGE
+        cache(two, 2 * PAGE)
+        assert freed in side.allocator.release_pages
+        assert (row[PAGE:half] // PAGE == freed).all()
+        assert (row[half : 2 * PAGE] // PAGE != freed).all()
+
+
 def test_page_is_stored_before_its_copy_to_the_host_has_arrived() -> None:
     """A hit on a node whose copy to the host still runs sends it to storage: whatever the host page held is stored."""
     with make(storage=True) as side:
