@@ -23,6 +23,7 @@ from radixkv.pool.slots import SlotAllocator
 from radixkv.storage import MemoryStorage, PageNamespace, PageStore, Storage, host_page_parts
 from radixkv.transfer.cpu import CpuTransfer, Progress
 from radixkv.transfer.plan import staging_view
+from radixkv.tree.page_hash import sha256_page_hash
 from radixkv.types import ROOT, PageIds
 
 GEOMETRY = KVGeometry(kind="mha", num_layers=2, num_heads=1, head_bytes=16, page_size=4)
@@ -254,7 +255,7 @@ class Stack:
     ) -> None:  # fmt: skip
         self.device = DeviceMemory(device_pages)
         self.host = host_cache(host_pages)
-        self.tree = tree if tree is not None else RadixTree(P)
+        self.tree = tree if tree is not None else RadixTree(P, page_hash=sha256_page_hash())
         self.mover = mover or ScriptedMover(self.device.view(), self.host.view())
         more = {} if clock is None else {"clock": clock}
         self.config = ControllerConfig(

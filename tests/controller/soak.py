@@ -23,6 +23,7 @@ from radixkv.controller import Load, LocalGroup
 from radixkv.errors import LoadError, LockError, StorageError, TransferError
 from radixkv.key import encode_namespace
 from radixkv.storage import MemoryStorage, Storage
+from radixkv.tree.page_hash import sha256_page_hash
 from radixkv.tree.reference import ReferenceTree
 from radixkv.types import PageIds
 
@@ -146,7 +147,8 @@ class Soak:
 
     def start(self) -> None:
         """A process starts: everything but storage is new."""
-        tree = RadixTree(P) if self.tree_name == "core" else ReferenceTree(P)
+        page_hash = sha256_page_hash() if self.random.integers(2) else None  # None: paths are hashed by the controller
+        tree = RadixTree(P, page_hash=page_hash) if self.tree_name == "core" else ReferenceTree(P)
         self.stack = Stack(
             self.device_pages, self.host_pages, tree=tree, storage=self.storage, clock=lambda: self.now_s,
             group=self.group, **self.settings,
