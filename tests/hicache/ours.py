@@ -26,25 +26,20 @@ from .original.shims import Clock, Valve
 from .sides import HEAD_DIM, HEADS, LAYERS, LORA_RANK, ROPE_DIM, Setup, Side, single_rank_group, wait_for
 
 
-class ValvedTransfer:
-    """Copies that pass a valve first; without ``copies`` they move nothing."""
+class ValvedRoute:
+    """Copies in one direction that pass a valve first; without ``copies`` they move nothing."""
 
-    def __init__(self, transfer: Any, valve: Valve, copies: bool) -> None:
-        self.geometry = transfer.geometry
-        self._transfer, self._valve, self._copies = transfer, valve, copies
+    def __init__(self, route: Any, kind: str, num_layers: int, valve: Valve, copies: bool) -> None:
+        self._route, self._kind, self._num_layers = route, kind, num_layers
+        self._valve, self._copies = valve, copies
 
-    def backup(self, *arguments: Any) -> None:
-        self._valve("backup")
+    def copy(self, src_pages: Any, dst_pages: Any, progress: Any = None) -> None:
+        self._valve(self._kind)
         if self._copies:
-            self._transfer.backup(*arguments)
-
-    def load_back(self, host: Any, device: Any, host_pages: Any, device_pages: Any, progress: Any) -> None:
-        self._valve("load")
-        if self._copies:
-            self._transfer.load_back(host, device, host_pages, device_pages, progress)
-        else:
-            progress.begin(self.geometry.num_layers)
-            progress.advance(self.geometry.num_layers)
+            self._route.copy(src_pages, dst_pages, progress)
+        elif progress is not None:
+            progress.begin(self._num_layers)
+            progress.advance(self._num_layers)
 
 
 class ValvedStorage(Storage):
@@ -118,7 +113,8 @@ class OurSide(Side):
             ),
         )  # fmt: skip
         mover = self.core._context.mover
-        mover._transfer = ValvedTransfer(mover._transfer, self.valve, copies)
+        mover._to_host = ValvedRoute(mover._to_host, "backup", LAYERS, self.valve, copies)
+        mover._to_device = ValvedRoute(mover._to_device, "load", LAYERS, self.valve, copies)
 
     @property
     def core(self) -> Any:
