@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -169,7 +168,7 @@ def make(name: str, workload: Workload) -> Any:
 
 
 def compare(workload: Workload, names: Sequence[str], rounds: int) -> dict[str, Any]:
-    """All sides, ``rounds`` times in rotating order. Returns: side -> medians over the rounds, in us."""
+    """All sides, ``rounds`` times in rotating order. Returns: times by side, and ratios."""
     requests = prompts(workload)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -179,34 +178,39 @@ def compare(workload: Workload, names: Sequence[str], rounds: int) -> dict[str, 
                 runs[name].append(replay(side, requests))
     hits = {name: [run["found"] for run in runs[name]] for name in names}
     distinct = {tuple(sorted(found.items())) for each in hits.values() for found in each}
+    times = {name: settled_times(runs[name]) for name in names}
     return {
         "notes": workload.describe(),
         "found": hits,
         "same_hits": len(distinct) == 1,
-        "sides": {name: medians([run["times"] for run in runs[name]]) for name in names},
-        "ratios": ratios(runs) if len(names) == 2 else {},
+        "sides": {name: summary(times[name]) for name in names},
+        "ratios": ratios(times["radixkv"], times["original"]) if len(names) == 2 else {},
     }
 
 
-def medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Operation -> p50, p99, mean (us) and calls of the median round; "total_ms"."""
-    out: dict[str, Any] = {}
-    for name in OPERATIONS:
-        each = [measure.percentiles(run[name])._asdict() for run in runs if len(run[name])]
-        out[name] = {k: statistics.median(one[k] for one in each) for k in each[0]} if each else None
-    out["total_ms"] = statistics.median(sum(int(run[name].sum()) for name in OPERATIONS) / 1e6 for run in runs)
+def settled_times(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Operation -> ns of each call: the median over the rounds, call by call, as all rounds make the same calls.
+
+    A call that was interrupted in one round does not count then; what is slow every time does.
+    """
+    return {name: np.median([run["times"][name] for run in runs], axis=0) for name in OPERATIONS}
+
+
+def summary(times: dict[str, Any]) -> dict[str, Any]:
+    """Operation -> p50, p99, mean (us) and calls, None if there were none; "total_ms"."""
+    out: dict[str, Any] = {
+        name: measure.percentiles(times[name])._asdict() if len(times[name]) else None for name in OPERATIONS
+    }
+    out["total_ms"] = sum(float(times[name].sum()) for name in OPERATIONS) / 1e6
     return out
 
 
-def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:
-    """radixkv's summed time over the original's, of each operation and of all; the median of the rounds' ratios."""
+def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float | None]:
+    """Our summed time over the original's, of each operation and of all."""
 
     def share(names: Sequence[str]) -> float | None:
-        pairs = [
-            (sum(int(ours["times"][n].sum()) for n in names), sum(int(theirs["times"][n].sum()) for n in names))
-            for ours, theirs in zip(runs["radixkv"], runs["original"], strict=True)
-        ]
-        return statistics.median(a / b for a, b in pairs) if all(b for _, b in pairs) else None
+        beside = sum(float(theirs[name].sum()) for name in names)
+        return sum(float(ours[name].sum()) for name in names) / beside if beside else None
 
     return {**{name: share([name]) for name in OPERATIONS}, "whole workload": share(OPERATIONS)}
 
