@@ -13,6 +13,7 @@ SOURCES := setup.py $(wildcard radixkv/*/*.pyx radixkv/*/*.pxd csrc/src/* csrc/c
 INSTALLED := $(VENV)/.installed
 BUILT := build/.built
 DEMO := build/demo
+STUBBED := $(subst /,.,$(basename $(wildcard radixkv/*/*.pyi)))
 
 .PHONY: help venv build demo test lint fuzz soak bench bench-quick callgrind coverage sanitize gpu dist clean
 
@@ -28,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "Python.h is missing: install python3-dev"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" "cython>=3.1,<4" "numpy>=2.0" -c constraints.txt
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates]" -c constraints.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates,storage-test]" -c constraints.txt
 	@mkdir -p $(dir $(BUILT))
 	@touch $(BUILT) $@
 
@@ -49,9 +50,10 @@ test: lint ## set up, build, lint, type-check, run every test, gate the instruct
 	$(PYTEST)
 	$(PY) -m bench.callgrind --check
 
-lint: $(BUILT) ## ruff, and mypy on the public API
+lint: $(BUILT) ## ruff, mypy on the public API, and stubtest: the stubs of the compiled modules against the modules
 	$(PY) -m ruff check .
 	$(PY) -m mypy radixkv
+	$(PY) -m mypy.stubtest $(STUBBED) --allowlist tests/stubtest_allowlist.txt --ignore-unused-allowlist
 
 fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then libFuzzer on the C ABI (FUZZ_RUNS=N)
 	$(PY) -m tests.oracle.fuzz --ops 1000000
@@ -60,7 +62,9 @@ fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then li
 sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 	$(PYTEST) tests/abi/test_sanitizers.py
 
-soak: $(BUILT) ## hours of churn under a bounded memory (SOAK_OPS=N)
+soak: $(BUILT) ## hours of churn: the whole stack with every byte checked (SOAK_STEPS=N), the tree under a bounded memory (SOAK_OPS=N)
+	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000}
+	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 
 bench: $(BUILT) ## every benchmark beside its peers: table and JSON
@@ -75,8 +79,8 @@ callgrind: $(BUILT) ## instruction counts of the C core against the recorded one
 coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/measure_coverage.py
 	$(PY) tools/measure_coverage.py
 
-gpu: ## on a machine with CUDA, PyTorch and CuPy (no registry needed): suite on the GPU, compute-sanitizer, benchmarks
-	$(PYTHON) tools/gpu.py
+gpu: ## on a machine with CUDA, PyTorch, CuPy (no registry): checks, suite, compute-sanitizer, benchmarks (GPU_ARGS=...)
+	$(PYTHON) tools/gpu.py $(GPU_ARGS)
 
 dist: $(INSTALLED) ## sdist and manylinux wheel, each tested in a clean virtual environment
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dist]" --no-build-isolation -c constraints.txt

@@ -29,7 +29,7 @@ ALLOWED = {("tree", "key"), ("pool", "key"), ("cli", "metrics"), ("cli", "doctor
 
 # Only the controller puts tree, pool, transfer and storage together.
 COMPOSED = {"tree", "pool", "transfer", "storage"}
-COMPOSERS = {"controller", "hicache", "engines", "replay", "cli"}
+COMPOSERS = {"controller", "hicache", "engines", "replay", "cli", "doctor"}
 
 # Nothing but the standard library and numpy may be imported when a module of these is loaded.
 HEAVY = {"torch", "cupy", "matplotlib", "rich"}

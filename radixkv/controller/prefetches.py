@@ -105,7 +105,9 @@ class Prefetches:
         if op.stage is Stage.LOOKING_UP:
             return self._looked_up(op, pages, success)
         op.to(Stage.FETCHED)
-        self.backoff.result(success and pages == op.num_pages)
+        complete = success and pages == op.num_pages
+        self.backoff.result(complete)
+        self.context.counts["prefetch_failures"] += not complete
         rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
         self.context.ledger.free_host(rest)
         return True
@@ -117,6 +119,7 @@ class Prefetches:
         assert self.edge is not None
         if not success:
             self.backoff.result(False)
+            context.counts["prefetch_failures"] += 1
         if pages * page_size >= max(config.prefetch_threshold, 1):
             room = context.reserve_host(pages)
             if room is None:  # as many as there are, if that is still worth it
@@ -143,10 +146,10 @@ class Prefetches:
             return True
         if op.stage is Stage.FETCHING and op.job.done():
             return True
-        if config.prefetch_policy == "wait_complete":
-            return False
-        share = config.prefetch_timeout_per_ki_s * len(op.tokens) / 1024
-        return self.context.clock() - op.started_s >= config.prefetch_timeout_base_s + share
+        limit_s = config.prefetch_deadline_s
+        if config.prefetch_policy == "timeout":
+            limit_s = config.prefetch_timeout_base_s + config.prefetch_timeout_per_ki_s * len(op.tokens) / 1024
+        return self.context.clock() - op.started_s >= limit_s
 
     def finish(self, req_id: str) -> bool:
         """See Controller.finish_prefetch."""

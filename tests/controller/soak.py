@@ -140,6 +140,7 @@ class Soak:
             "write_through_threshold_storage": int(self.random.integers(1, 3)),
             "max_writes": int(self.random.integers(2, 8)), "max_stores": int(self.random.integers(2, 8)),
             "prefetch_capacity_floor": 0.5, "settle_timeout_s": 0.0, "copy_timeout_s": 1e-6, "share_storage": shared,
+            "write_timeout_s": 0.5, "prefetch_deadline_s": 2.0,
         }  # fmt: skip
         self.device_pages = int(self.random.integers(16, 40))
         self.host_pages = int(self.random.integers(8, 60))
@@ -381,22 +382,16 @@ class Soak:
         self.stack.device.refuse = 0
         controller = self.controller
         controller.start_loads()
-        for _ in range(50):
-            self.stack.mover.run()
-            assert self.stack.edge is not None
-            self.stack.edge.run()
-            self.now_s += 100.0
-            controller.poll()
+        self.rest()
         self.check()
         stats = controller.stats()
         moving = {name: value for name, value in stats._asdict().items() if "in_flight" in name or "stuck" in name}
         assert not any(moving.values()), f"does not come to rest: {moving}"
-        self.stack.mover.instant = True
+        self.stack.mover.instant = True  # which means nothing to a real one
         total = controller.tree.stats()
         assert total.protected_tokens == 0, f"{total.protected_tokens} tokens are still locked"
         while controller.evict(1000 * P):
-            self.stack.edge.run()  # what was written back may go on to storage
-            controller.poll()
+            self.rest()  # what was written back may go on to storage
         while controller.evict_host(1000 * P):
             pass
         self.check()
@@ -405,6 +400,56 @@ class Soak:
         assert self.stack.host.available_size() == self.stack.host.size
         self.stack.mover.instant = False
 
+    def rest(self) -> None:
+        """Let everything end."""
+        for _ in range(20):
+            self.stack.mover.run()
+            self.stack.edge.run()
+            self.now_s += 100.0
+            self.controller.poll()
+
+
+class ThreadedSoak(Soak):
+    """The same with the threads of earnest: copies and storage calls end when they do. A seed does not name a run."""
+
+    def start(self) -> None:
+        tree = RadixTree(P, page_hash=sha256_page_hash())
+        settings = self.settings | {"copy_timeout_s": 30.0, "settle_timeout_s": 30.0}
+        self.stack = Stack(
+            self.device_pages, self.host_pages, tree=tree, threads=True, storage=self.storage,
+            clock=lambda: self.now_s, **settings,
+        )  # fmt: skip
+        self.controller = self.stack.controller
+        self.requests = []
+
+    def copy(self) -> None:
+        time.sleep(0)  # let threads run
+
+    call_storage = machine = copy
+
+    def reattach(self) -> None:
+        store = self.controller.detach_storage()
+        assert store is self.stack.pages
+        self.check()
+        self.controller.attach_storage(store)
+
+    def rest(self) -> None:
+        end_s = time.monotonic() + 60
+        while time.monotonic() < end_s:
+            self.now_s += 100.0
+            self.controller.poll()
+            stats = self.controller.stats()
+            if not any(value for name, value in stats._asdict().items() if "in_flight" in name or "stuck" in name):
+                return
+            time.sleep(0)
+
+    ACTIONS = (
+        *((action, weight) for action, weight in Soak.ACTIONS if action.__name__ not in
+          ("copy", "call_storage", "machine", "reattach")),
+        (copy, 40), (reattach, 0.1),
+    )  # fmt: skip
+    WEIGHTS = np.array([weight for _, weight in ACTIONS]) / sum(weight for _, weight in ACTIONS)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -412,11 +457,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first run")
     parser.add_argument("--steps-each", type=int, default=5_000, help="of a run, before the next seed")
     parser.add_argument("--tree", choices=["core", "reference"], default="core")
+    parser.add_argument("--threads", action="store_true", help="with the real threads; a seed does not name a run then")
     options = parser.parse_args()
     began_s, seed, left, served = time.time(), options.seed, options.steps, 0
     while left > 0:
         steps = min(left, options.steps_each)
-        soak = Soak(seed, options.tree)
+        soak = ThreadedSoak(seed) if options.threads else Soak(seed, options.tree)
         try:
             soak.run(steps)
         except BaseException:

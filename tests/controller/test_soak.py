@@ -16,7 +16,7 @@ from radixkv.controller.writes import Writes
 from radixkv.storage.file import FileStorage
 from radixkv.tree import page_hash
 
-from .soak import Soak
+from .soak import Soak, ThreadedSoak
 
 SEEDS = range(100, 136)
 
@@ -38,6 +38,13 @@ def test_on_files(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_on_the_reference_tree(seed: int) -> None:
     Soak(seed, "reference").run(1000)
+
+
+def test_with_the_threads_of_earnest() -> None:
+    for seed in range(4):
+        soak = ThreadedSoak(seed)
+        soak.run(1500)
+        assert soak.served_pages > 100
 
 
 # ---- the run can fail ------------------------------------------------------------------------------------------------
