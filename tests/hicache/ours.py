@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
 from radixkv.controller import WRITING, ControllerConfig
+from radixkv.controller.operations import RUNNING
 from radixkv.hicache import (
     HiCacheConfig,
     HiRadixCache,
@@ -17,10 +20,9 @@ from radixkv.hicache import (
     ReqToTokenPool,
     TokenToKVPoolAllocator,
 )
+from radixkv.pool.host import HostPoolConfig
 from radixkv.storage import Storage, create_storage
 from radixkv.storage.base import BoolArray, IntArray, Parts
-
-from radixkv.pool.host import HostPoolConfig
 
 from .original.shims import Clock, Valve
 from .sides import HEAD_DIM, HEADS, LAYERS, LORA_RANK, ROPE_DIM, Setup, Side, single_rank_group, wait_for
@@ -128,6 +130,7 @@ class OurSide(Side):
         busy = [f"write {op.op_id}" for op in core._writes.operations if not op.ticket.done()]
         busy += [f"load {batch.index}" for batch in core._loads.batches if not batch.ticket.done()]
         busy += [f"store {op.op_id}" for op in core._stores.operations if not op.job.done()]
+        busy += [f"drain of {op.op_id}" for op in core._drains.operations if not op.work.done()]
         return busy + [f"prefetch of {op.req_id}" for op in core._prefetches.running if not op.job.done()]
 
     def advance(self, seconds: float) -> None:
@@ -152,6 +155,28 @@ class OurSide(Side):
         wanted = [letters.index(letter) for letter in ("N", "P", "K", "L", "H", "D")]
         rows = apart.transpose(wanted)  # pages, slots a page, halves, layers, heads, D
         return rows.reshape(rows.shape[0] * rows.shape[1], rows.shape[2] * rows.shape[3], -1)
+
+    @contextmanager
+    def lagging_rank(self) -> Any:
+        class Group:
+            rank, size = 0, 2
+
+            @staticmethod
+            def min(values: Sequence[int]) -> list[int]:
+                return [*values[:2], *(min(value, RUNNING) for value in values[2:])]  # the first two: where it is
+
+        context = self.core._context
+        context.group, own = Group(), context.group
+        try:
+            yield
+        finally:
+            context.group = own
+
+    def tear_storage(self) -> None:
+        assert self.storage is not None
+        values = self.storage.inner._values  # type: ignore[attr-defined]
+        for key in values:
+            values[key] = values[key][:100]
 
     def close(self) -> None:
         for kind in ("backup", "load", "set", "get", "exists"):

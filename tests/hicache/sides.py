@@ -12,7 +12,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Side(ABC):
 
     name: str
     setup: Setup
+    valve: Any
+    """What copies and storage calls pass first: original.shims.Valve."""
     cache: Any
     allocator: Any
     device_pool: Any
@@ -69,6 +71,14 @@ class Side(ABC):
     @abstractmethod
     def host_rows(self, slots: torch.Tensor) -> np.ndarray:
         """KV of host slots: float32 [n, planes, D], planes as ``planes``."""
+
+    @abstractmethod
+    def lagging_rank(self) -> AbstractContextManager[None]:
+        """A second rank of a tensor-parallel group, none of whose operations ever ends."""
+
+    @abstractmethod
+    def tear_storage(self) -> None:
+        """Cut every stored value off, as a machine that fails while it writes."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -111,8 +121,9 @@ class Side(ABC):
 Factory = Callable[[Setup], Side]
 
 
-def wait_for(condition: Callable[[], bool], what: Callable[[], str], seconds: float = SETTLE_S) -> None:
-    """Poll until the condition holds. Raises: TimeoutError."""
+def wait_for(condition: Callable[[], bool], what: Callable[[], str], seconds: float | None = None) -> None:
+    """Poll until the condition holds. Raises: TimeoutError after ``seconds``, SETTLE_S by default."""
+    seconds = SETTLE_S if seconds is None else seconds
     end = time.monotonic() + seconds
     for turn in itertools.count():
         if condition():
@@ -140,7 +151,7 @@ class OriginalSide(Side):
     def __init__(self, setup: Setup, world: Any, storage_folder: Path | None = None) -> None:
         from .original import world as names
 
-        self.setup, self.world = setup, world
+        self.setup, self.world, self.valve = setup, world, world.valve
         pools, allocators = world.module(names.POOL), world.module(names.ALLOCATOR)
         size, page = setup.device_tokens, setup.page_size
         if setup.kind == "mha":
@@ -235,6 +246,27 @@ class OriginalSide(Side):
 
     def advance(self, seconds: float) -> None:
         self.world.clock.advance(seconds)
+
+    @contextmanager
+    def lagging_rank(self) -> Any:
+        class Distributed:
+            ReduceOp = torch.distributed.ReduceOp
+
+            @staticmethod
+            def all_reduce(tensor: torch.Tensor, **options: Any) -> None:
+                tensor.zero_()
+
+        shim = self.world.module("torch")
+        self.cache.tp_world_size, shim.distributed = 2, Distributed
+        try:
+            yield
+        finally:
+            self.cache.tp_world_size, shim.distributed = 1, torch.distributed
+
+    def tear_storage(self) -> None:
+        assert self.storage_folder is not None
+        for path in self.storage_folder.iterdir():
+            path.write_bytes(path.read_bytes()[:100])
 
     def host_rows(self, slots: torch.Tensor) -> np.ndarray:
         kv = self.cache.token_to_kv_pool_host.kv_buffer
