@@ -20,8 +20,11 @@ from .sides import OriginalSide, Setup, make_original, make_ours
 DEVICE_TOKENS = {1: 320, 16: 512, 64: 2048}
 POLICIES = ("write_through", "write_through_selective", "write_back")
 CASES = list(itertools.product(DEVICE_TOKENS, POLICIES))
-KINDS = (("mha", "layer_first", "kernel"), ("mla", "layer_first", "kernel"), ("mha", "page_first", "kernel"),
-         ("mla", "page_first", "kernel"), ("mha", "layer_first", "direct"), ("mla", "layer_first", "direct"))  # fmt: skip
+KINDS = [
+    (kind, layout, io_backend)
+    for layout, io_backend in (("layer_first", "kernel"), ("page_first", "kernel"), ("layer_first", "direct"))
+    for kind in ("mha", "mla")
+]
 PREFETCH = ("wait_complete", "best_effort", "timeout")
 
 
