@@ -29,11 +29,15 @@ PREFETCH = ("wait_complete", "best_effort", "timeout")
 
 
 def setup_of(page_size: int, policy: str, seed: int, storage: bool) -> Setup:
-    """The cache of a seed."""
+    """The cache of a seed.
+
+    With storage the host is large: in the original a prefetch near the limit of its capacity counts itself or does
+    not, as its thread is quick or slow.
+    """
     kind, layout, io_backend = KINDS[seed % len(KINDS)]
     return Setup(
         page_size=page_size, write_policy=policy, kind=kind, layout=layout, io_backend=io_backend,
-        device_tokens=DEVICE_TOKENS[page_size], host_ratio=(2.0, 1.1, 4.0, 1.5)[seed // 6 % 4], storage=storage,
+        device_tokens=DEVICE_TOKENS[page_size], host_ratio=(2.0, 1.1, 4.0, 1.5)[seed // 6 % 4] + 2 * storage, storage=storage,
         prefetch_policy=PREFETCH[seed % 3], prefetch_threshold=2 * page_size,
     )  # fmt: skip
 
