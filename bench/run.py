@@ -19,7 +19,7 @@ from typing import Any
 
 from . import report
 
-PARTS = ("tree", "index", "copy", "page_hash", "controller", "callgrind")
+PARTS = ("tree", "index", "copy", "page_hash", "controller", "hicache", "callgrind")
 
 
 def run_part(part: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:

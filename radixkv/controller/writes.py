@@ -161,10 +161,5 @@ class Writes:
         context.finished("write_back", outcome, num_pages if arrived else 0, ticket.seconds, started_s)
 
     def _find_room(self, requests: list[BackupRequest]) -> list[PageIds | None]:
-        """Host pages for each request, as far as they go after one eviction of what is missing."""
-        context = self.context
-        wanted = sum(len(request.page_ids) for request in requests)
-        free = context.ledger.host.available_size() // context.page_size
-        if wanted > free:
-            context.evict_host((wanted - free) * context.page_size)
-        return [context.ledger.reserve(len(request.page_ids), for_copy=True) for request in requests]
+        """Host pages for each request; each evicts once for itself, as a backup does."""
+        return [self.context.reserve_host(len(request.page_ids), for_copy=True) for request in requests]

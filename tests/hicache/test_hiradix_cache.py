@@ -679,9 +679,10 @@ def test_a_host_pool_by_its_size_and_smaller_than_the_device() -> None:
 @pytest.mark.parametrize("layout", ["layer_first", "page_first", "page_first_direct", "page_head"])
 @pytest.mark.parametrize("io_backend", ["kernel", "direct", "auto"])
 def test_layouts_and_io_backends(layout: str, io_backend: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "radixkv"), construct(
-        hicache_mem_layout=layout, hicache_io_backend=io_backend
-    ) as cache:
+    with (
+        caplog.at_level(logging.WARNING, "radixkv"),
+        construct(hicache_mem_layout=layout, hicache_io_backend=io_backend) as cache,
+    ):
         falls_back = (layout, io_backend) == ("page_first", "direct")
         assert cache.token_to_kv_pool_host.layout == ("layer_first" if falls_back else layout)
         assert len(caplog.records) == falls_back

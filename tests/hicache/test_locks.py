@@ -55,8 +55,9 @@ def run(cache: Any, page_size: int, seed: int, steps: int) -> None:
     allocator = cache.token_to_kv_pool_allocator
     held: list[tuple[Any, tuple[int, ...]]] = []
     for _ in range(steps):
-        step, key = rng.choice(["insert", "insert", "match", "lock", "lock", "unlock", "move", "evict"]), random_key(
-            rng, page_size
+        step, key = (
+            rng.choice(["insert", "insert", "match", "lock", "lock", "unlock", "move", "evict"]),
+            random_key(rng, page_size),
         )
         before = cache.evictable_size()
         if step == "insert":
