@@ -11,6 +11,7 @@ __all__ = [
     "IntegrityError",
     "InvalidArgumentError",
     "LockError",
+    "MissingExtraError",
     "PageLockError",
     "PageOwnershipError",
     "RadixKVError",
@@ -35,6 +36,10 @@ class ArgumentTypeError(RadixKVError, TypeError):
 
 class TokenRangeError(RadixKVError, OverflowError):
     """A token or page id outside the range of int32."""
+
+
+class MissingExtraError(RadixKVError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
 
 
 class HandleError(RadixKVError, KeyError):

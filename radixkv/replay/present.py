@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import RadixKVError
+from .. import extras
+from ..errors import MissingExtraError
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -30,17 +30,9 @@ KNEES = (0.5, 0.8, 0.9, 0.95, 0.99)
 GIB = 2**30
 
 
-class MissingExtraError(RadixKVError, ImportError):
-    """An optional package is not installed; the message says how to install it."""
-
-
 def require(module: str, purpose: str) -> Any:
-    """Import an optional module. Raises: MissingExtraError."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise MissingExtraError(f"{purpose} needs {package}: pip install 'radixkv[cli]' ({error})") from error
+    """Import a module of the extra ``cli``. Raises: MissingExtraError."""
+    return extras.require(module, purpose, "cli")
 
 
 def _table(title: str, *columns: str, first: Literal["left", "right"] = "left") -> Table:
