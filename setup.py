@@ -57,7 +57,7 @@ DIRECTIVES = {
     "embedsignature": True,
 }
 
-MODULES = ["radixkv.tree.core", "radixkv.tree.prefix_index", "radixkv.transfer.cpu"]
+MODULES = ["radixkv.tree.core", "radixkv.tree.prefix_index", "radixkv.transfer.cpu", "radixkv.hicache.slots"]
 LEAVES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "src").glob("*.c"))
 
 

@@ -6,16 +6,20 @@ __all__ = [
     "AllocationError",
     "ArgumentTypeError",
     "DeviceUnavailableError",
+    "GroupError",
     "HandleError",
     "HostMemoryError",
     "IntegrityError",
     "InvalidArgumentError",
+    "LoadError",
     "LockError",
     "MissingExtraError",
     "PageLockError",
     "PageOwnershipError",
     "RadixKVError",
     "StateError",
+    "StorageError",
+    "StorageTimeoutError",
     "TokenRangeError",
     "TransferError",
     "UnsupportedLayoutError",
@@ -83,6 +87,22 @@ class UnsupportedLayoutError(RadixKVError, ValueError):
 
 class TransferError(RadixKVError, RuntimeError):
     """A driver refused a copy; how much of it has happened is unknown."""
+
+
+class LoadError(RadixKVError, RuntimeError):
+    """Pages that somebody waits for did not arrive on the device: the copy failed, was cancelled, or takes too long."""
+
+
+class GroupError(RadixKVError, RuntimeError):
+    """Ranks that must agree cannot: one is gone, does not answer in time, or has made other calls than the rest."""
+
+
+class StorageError(RadixKVError, OSError):
+    """A storage backend cannot be used, or failed as a whole; of the call's keys nothing is known."""
+
+
+class StorageTimeoutError(StorageError, TimeoutError):
+    """A storage backend did not answer within the deadline of the call."""
 
 
 class IntegrityError(RadixKVError, AssertionError):

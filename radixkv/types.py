@@ -11,11 +11,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["POLICIES", "ROOT", "BackupRequest", "Event", "Medium", "NodeInfo", "PageIds", "Policy", "TreeStats"]
+__all__ = [
+    "POLICIES", "ROOT", "BackupRequest", "Event", "Medium", "NextTier", "NodeInfo", "PageIds", "Policy", "TreeStats",
+]  # fmt: skip
 
 PageIds = npt.NDArray[np.int32]
 Policy = Literal["lru", "lfu", "fifo", "mru", "filo", "priority", "slru"]
 Medium = Literal["device", "host"]
+NextTier = Literal["host", "storage"]
 
 POLICIES: tuple[Policy, ...] = ("lru", "lfu", "fifo", "mru", "filo", "priority", "slru")
 
@@ -45,7 +48,8 @@ class Event(NamedTuple):
 
 
 class NodeInfo(NamedTuple):
-    """A snapshot of one node. ``tokens`` is its own run, ``path_tokens`` the length of the path up to its end."""
+    """A snapshot of one node. ``tokens`` is its own run, ``path_tokens`` the length of the path up to its end.
+    ``marks`` is the caller's byte of marks, see ``BaseRadixTree.mark``."""
 
     node: int
     parent: int
@@ -63,6 +67,7 @@ class NodeInfo(NamedTuple):
     pinned_until_ns: int | None
     loading: bool
     backup_pending: bool
+    marks: int
 
 
 class TreeStats(NamedTuple):
@@ -70,8 +75,10 @@ class TreeStats(NamedTuple):
 
     evictable_tokens + protected_tokens = all tokens with device pages. Protected: locked, pinned or loading, or on the
     path above such a node. pending_tokens (backup requested, not finished) are counted in one of the two as well.
-    host_tokens: every token with a host copy. memory_bytes: resident memory of the tree's own bookkeeping, page digests
-    apart (digest_memory_bytes). dropped_events: events lost because nobody drained the bounded queue.
+    host_tokens: every token with a host copy; of these host_evictable_tokens could be freed by ``evict_host`` now, were
+    it asked for everything. loading_tokens: their device pages are still being filled; protected ones, all.
+    memory_bytes: resident memory of the tree's own bookkeeping, page digests apart (digest_memory_bytes).
+    dropped_events: events lost because nobody drained the bounded queue.
     """
 
     evictable_tokens: int
@@ -85,3 +92,5 @@ class TreeStats(NamedTuple):
     digest_memory_bytes: int
     queued_events: int
     dropped_events: int
+    host_evictable_tokens: int
+    loading_tokens: int

@@ -20,4 +20,11 @@ enum {
     RKV_TIER_CHECK_SIZE_V1 = RKV_SIZE_THROUGH(rkv_tier_check, num_free_pages)
 };
 
+/* What has been added since, and how long a caller's struct must be to get it. */
+enum {
+    RKV_MATCH_LOADING_SIZE = RKV_SIZE_THROUGH(rkv_match, loading_tokens),
+    RKV_NODE_INFO_MARKS_SIZE = RKV_SIZE_THROUGH(rkv_node_info, reserved),
+    RKV_TREE_STATS_TIERS_SIZE = RKV_SIZE_THROUGH(rkv_tree_stats, loading_tokens)
+};
+
 #endif

@@ -57,6 +57,10 @@ static const rkv_api api = {
     .index_get_stats = rkv_index_get_stats,
     .index_dump = rkv_index_dump,
     .index_check_integrity = rkv_index_check_integrity,
+    .tree_mark = rkv_tree_mark,
+    .tree_due = rkv_tree_due,
+    .tree_path = rkv_tree_path,
+    .tree_host_path = rkv_tree_host_path,
 };
 
 const rkv_api *rkv_get_api(uint32_t abi_version)

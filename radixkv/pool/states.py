@@ -13,6 +13,7 @@ Storage writes RESERVED pages only, and reads what a copy or storage has written
 
 from __future__ import annotations
 
+import functools
 import threading
 from enum import IntEnum
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentTypeError, IntegrityError, InvalidArgumentError, PageOwnershipError, StateError
+from ..types import PageIds
 from .arrays import Array, Library, to_library
 from .slots import SlotAllocator
 
@@ -38,6 +40,15 @@ class MemoryStateInt(IntEnum):
 
 
 _IDLE, _RESERVED, _PROTECTED, _SYNCED, _BACKUP = MemoryStateInt
+_NOTHING = np.zeros(0, np.bool_)
+
+
+@functools.cache
+def _none_of(states: tuple[MemoryStateInt, ...]) -> npt.NDArray[np.bool_]:
+    """A table by state: whether it is none of these."""
+    table = np.ones(len(MemoryStateInt), np.bool_)
+    table[list(states)] = False
+    return table
 
 
 class HostSlots:
@@ -76,11 +87,9 @@ class HostSlots:
         """
         if need_size < 0 or need_size % self.page_size:
             raise InvalidArgumentError(f"{need_size} slots are no whole pages of {self.page_size}")
-        with self.lock:
-            pages = self._allocator.alloc(need_size // self.page_size)
-            if pages is None:
-                return None
-            self._state[pages] = _RESERVED
+        pages = self.alloc_pages(need_size // self.page_size)
+        if pages is None:
+            return None
         slots = (pages.astype(np.int64)[:, None] * self.page_size + self._offsets).reshape(-1)
         return to_library(slots, self._library)
 
@@ -94,12 +103,7 @@ class HostSlots:
             copy is reading or writing.
         """
         pages = self._pages(indices)
-        with self.lock:
-            busy = self._state[pages] == _PROTECTED
-            if busy.any():
-                raise StateError(f"host page {pages[busy][0]} is freed while a copy is in flight")
-            self._allocator.free(pages)
-            self._state[pages] = _IDLE
+        self.free_pages(pages)
         return pages.size * self.page_size
 
     def _pages(self, indices: Any) -> npt.NDArray[np.int64]:
@@ -119,6 +123,44 @@ class HostSlots:
         if outside.any():
             raise PageOwnershipError(f"host page {pages[outside][0]} is not of this pool of {self.num_pages}")
         return pages
+
+    # ---- by page ids: what a controller calls for every node, so nothing is expanded to slots ------------------------
+    def alloc_pages(self, num_pages: int) -> PageIds | None:
+        """As ``alloc``, in pages. Returns: int32 ids, new."""
+        with self.lock:
+            pages = self._allocator.alloc(num_pages)
+            if pages is not None:
+                self._state[pages] = _RESERVED
+        return pages
+
+    def free_pages(self, pages: npt.NDArray[Any]) -> None:
+        """As ``free``, in pages."""
+        with self.lock:
+            busy = self._state[pages] == _PROTECTED if len(pages) else _NOTHING
+            if busy.any():
+                raise StateError(f"host page {pages[busy][0]} is freed while a copy is in flight")
+            self._allocator.free(pages)
+            self._state[pages] = _IDLE
+
+    def move_pages(self, pages: npt.NDArray[Any], to: MemoryStateInt, verb: str, *allowed: MemoryStateInt) -> None:
+        """Change the state of pages that the caller knows to be of this pool.
+
+        Args: verb: for the message, "be loaded". Raises: StateError, and nothing changes, unless each is in one of
+        ``allowed``.
+        """
+        with self.lock:
+            self._check(pages, verb, allowed)
+            self._state[pages] = to
+
+    def states_of(self, pages: npt.NDArray[Any] | slice) -> npt.NDArray[np.uint8]:
+        """The states of pages (slice(None): of all), a copy."""
+        with self.lock:
+            return np.array(self._state[pages])
+
+    def free_page_ids(self) -> PageIds:
+        """All pages that are free now: a new int32 array, in no order. O(free)."""
+        with self.lock:
+            return self._allocator.free_ids()
 
     # ---- states ------------------------------------------------------------------------------------------------------
     def get_state(self, indices: Any) -> MemoryStateInt:
@@ -183,10 +225,7 @@ class HostSlots:
         self._move(indices, to, "abort a copy", _PROTECTED)
 
     def _move(self, indices: Any, to: MemoryStateInt, verb: str, *allowed: MemoryStateInt) -> None:
-        pages = self._pages(indices)
-        with self.lock:
-            self._check(pages, verb, allowed)
-            self._state[pages] = to
+        self.move_pages(self._pages(indices), to, verb, *allowed)
 
     def check_integrity(self) -> None:
         """Verify that exactly the allocated pages have a state but IDLE. O(pages). Raises: IntegrityError."""
@@ -205,9 +244,9 @@ class HostSlots:
         self._check(pages, verb, allowed)
         return pages
 
-    def _check(self, pages: npt.NDArray[np.int64], verb: str, allowed: tuple[MemoryStateInt, ...]) -> None:
+    def _check(self, pages: npt.NDArray[Any], verb: str, allowed: tuple[MemoryStateInt, ...]) -> None:
         states = self._state[pages]
-        wrong = ~np.isin(states, allowed)
+        wrong = _none_of(allowed)[states]
         if wrong.any():
             names = " or ".join(state.name for state in allowed)
             now = MemoryStateInt(states[wrong][0]).name

@@ -34,6 +34,8 @@ cdef extern from "radixkv/radixkv.h" nogil:
         RKV_EVENT_CLEARED
         RKV_MEDIUM_DEVICE
         RKV_MEDIUM_HOST
+        RKV_NEXT_HOST
+        RKV_NEXT_STORAGE
 
     ctypedef void *(*rkv_realloc_fn)(void *ctx, void *ptr, size_t old_bytes, size_t new_bytes) noexcept nogil
 
@@ -79,6 +81,7 @@ cdef extern from "radixkv/radixkv.h" nogil:
         int64_t host_num_tokens
         rkv_node device_node
         rkv_node host_node
+        int64_t loading_tokens
 
     ctypedef struct rkv_insert:
         uint32_t struct_size
@@ -132,6 +135,8 @@ cdef extern from "radixkv/radixkv.h" nogil:
         uint64_t created_time
         uint64_t num_children
         uint64_t ns_bytes
+        uint32_t marks
+        uint32_t reserved
 
     ctypedef struct rkv_tree_stats:
         uint32_t struct_size
@@ -147,6 +152,8 @@ cdef extern from "radixkv/radixkv.h" nogil:
         uint64_t digest_memory_bytes
         uint64_t queued_events
         uint64_t dropped_events
+        int64_t host_evictable_tokens
+        int64_t loading_tokens
 
     ctypedef struct rkv_tier_check:
         uint32_t struct_size
@@ -171,6 +178,9 @@ cdef extern from "abi_tree.h" nogil:
         NODE_INFO_SIZE "RKV_NODE_INFO_SIZE_V1"
         TREE_STATS_SIZE "RKV_TREE_STATS_SIZE_V1"
         TIER_CHECK_SIZE "RKV_TIER_CHECK_SIZE_V1"
+        MATCH_LOADING_SIZE "RKV_MATCH_LOADING_SIZE"
+        NODE_INFO_MARKS_SIZE "RKV_NODE_INFO_MARKS_SIZE"
+        TREE_STATS_TIERS_SIZE "RKV_TREE_STATS_TIERS_SIZE"
 
 
 cdef extern from "status.h" nogil:

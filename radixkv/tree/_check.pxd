@@ -8,7 +8,7 @@ from radixkv.tree._abi cimport (
 from radixkv.tree._memory cimport reallocate
 from radixkv.tree._nodes cimport (
     DEVICE, HASHED, HEAP_ROOT, HOST, LIVE, LOADING, NO_INDEX, NUM_ORDERS, OP_HEAD, ORDER_MASK, ORDER_SHIFT, PENDING, ROOT_NODE,
-    Node, Order, Tree, entry_of, find_child, is_gone, is_protected, is_root, wanted_order,
+    Node, Order, Tree, entry_of, find_child, host_evictable, is_gone, is_protected, is_root, marks_of, wanted_order,
 )
 from radixkv.tree._store cimport (
     ADD_OK, NO_UNIT, NUM_BINS, PageSet, bin_of, is_edge, pageset_add, pageset_count, pageset_has, pageset_release, unit_key,
@@ -23,7 +23,9 @@ cdef struct Audit:
     int64_t evictable
     int64_t protected_
     int64_t pending
+    int64_t loading
     int64_t host_pages
+    int64_t host_evictable
     uint64_t device_pages
     uint64_t pins
     uint64_t ordered
@@ -60,6 +62,8 @@ cdef inline rkv_status check_state(const Tree *t, uint32_t i) noexcept nogil:
         return broken(b"it is on the device and its parent is not", i)
     if not n.flags & DEVICE and (n.lock_ref or n.own_locks or n.pin_ref or n.flags & (LOADING | PENDING)):
         return broken(b"it is host-only and locked, pinned, loading or pending", i)
+    if marks_of(p) and p.flags & ROOT_NODE:
+        return broken(b"its root has marks", i)
     if n.host_ref and not n.flags & HOST:
         return broken(b"host_ref without host pages", i)
     if n.flags & PENDING and n.flags & (HOST | LOADING):
@@ -160,8 +164,11 @@ cdef inline rkv_status check_nodes(const Tree *t, Audit *a) noexcept nogil:
                     a.evictable += n.num_pages
             if n.flags & PENDING:
                 a.pending += n.num_pages
+            if n.flags & LOADING:
+                a.loading += n.num_pages
             if n.flags & HOST:
                 a.host_pages += n.num_pages
+            a.host_evictable += host_evictable(n)   # of a sub_host_ref that check_children verifies
             status = check_state(t, i)
             if status == RKV_OK:
                 status = check_pages(t, a, i)
@@ -219,6 +226,9 @@ cdef inline rkv_status check_totals(const Tree *t, const Audit *a) noexcept nogi
                     <unsigned long long>t.table_used)
     if a.roots != <uint64_t>t.num_spaces + (t.default_root != NO_INDEX):
         return fail(RKV_ERR_INTEGRITY, b"%llu roots for %u namespaces", <unsigned long long>a.roots, t.num_spaces)
+    if a.loading != t.loading or a.host_evictable != t.host_evictable:
+        return fail(RKV_ERR_INTEGRITY, b"pages loading %lld, evictable on the host %lld, but %lld, %lld counted",
+                    <long long>a.loading, <long long>a.host_evictable, <long long>t.loading, <long long>t.host_evictable)
     if a.evictable != t.evictable or a.protected_ != t.protected_ or a.pending != t.pending or a.host_pages != t.host_pages:
         return fail(RKV_ERR_INTEGRITY,
                     b"pages evictable %lld, protected %lld, pending %lld, host %lld, but %lld, %lld, %lld, %lld counted",

@@ -9,9 +9,9 @@ from radixkv.tree._abi cimport (
 from radixkv.tree._events cimport emit, push_event
 from radixkv.tree._memory cimport drop, grow, reallocate
 from radixkv.tree._nodes cimport (
-    DEVICE, HARD, HEAP_ROOT, HOST, HOST_LEAF, LIVE, LOADING, NO_INDEX, NUM_ORDERS, OP_HEAD, ORDER_MASK, ORDER_SHIFT, PENDING,
-    ROOT_NODE, SOFT, Namespace, Node, Order, Pin, Slot, Tree, child_changed, drop_root_if_empty, handle_of, is_gone, is_protected,
-    is_root, node_give, order_remove, pin_place, pin_remove, refresh, refresh_if_ordered, set_pending, table_remove,
+    DEVICE, HARD, HEAP_ROOT, HOST, HOST_LEAF, LIVE, LOADING, MARK_SHIFT, NO_INDEX, NUM_ORDERS, OP_HEAD, ORDER_MASK, ORDER_SHIFT, PENDING,
+    ROOT_NODE, SOFT, Namespace, Node, Order, Pin, Slot, Tree, child_changed, drop_root_if_empty, handle_of, host_evictable, is_gone,
+    is_protected, is_root, node_give, order_remove, pin_place, pin_remove, refresh, refresh_if_ordered, set_pending, table_remove,
     unlink_child,
 )
 from radixkv.tree._store cimport (
@@ -96,17 +96,22 @@ cdef inline rkv_status unlock(Tree *t, uint32_t i, int64_t *delta) noexcept nogi
 
 cdef inline void count_host_ref(Tree *t, uint32_t i, int change) noexcept nogil:
     """A node's host_ref went from or to 0: its ancestors keep count of such descendants."""
+    cdef Node *n
     i = t.nodes[i].parent
     while not is_root(t, i):
-        t.nodes[i].sub_host_ref += change
+        n = &t.nodes[i]
+        t.host_evictable -= host_evictable(n)
+        n.sub_host_ref += change
+        t.host_evictable += host_evictable(n)
         refresh(t, i)
-        i = t.nodes[i].parent
+        i = n.parent
 
 
 cdef inline rkv_status protect_host(Tree *t, uint32_t i) noexcept nogil:
     cdef Node *n = &t.nodes[i]
     if not n.flags & HOST:
         return fail(RKV_ERR_STATE, b"protect_host: node %#llx has no host pages", <unsigned long long>handle_of(t, i))
+    t.host_evictable -= host_evictable(n)
     n.host_ref += 1
     if n.host_ref == 1:
         refresh(t, i)
@@ -119,6 +124,7 @@ cdef inline rkv_status release_host(Tree *t, uint32_t i) noexcept nogil:
     if n.host_ref == 0:
         return fail(RKV_ERR_LOCK, b"release_host: node %#llx is not protected", <unsigned long long>handle_of(t, i))
     n.host_ref -= 1
+    t.host_evictable += host_evictable(n)
     if n.host_ref == 0:
         refresh(t, i)
         count_host_ref(t, i, -1)
@@ -194,6 +200,7 @@ cdef inline void lose_device(Tree *t, rkv_freed *out, uint32_t i) noexcept nogil
         t.pending -= n.num_pages
     forget_device(t, out, i)
     n.flags &= ~<uint32_t>(DEVICE | PENDING | OP_HEAD)
+    t.host_evictable += host_evictable(n)
     refresh(t, i)
     child_changed(t, n.parent, -1, -1 if was_gone else 0)
 
@@ -203,6 +210,7 @@ cdef inline void delete_leaf(Tree *t, rkv_freed *out, uint32_t i) noexcept nogil
     cdef Node *n = &t.nodes[i]
     cdef uint32_t parent = n.parent
     cdef bint was_device = (n.flags & DEVICE) != 0, was_gone = is_gone(n)
+    t.host_evictable -= host_evictable(n)
     if n.flags & PENDING:
         t.pending -= n.num_pages
     if was_device:
@@ -437,20 +445,45 @@ cdef inline rkv_status finish_backup(Tree *t, uint32_t i, const int32_t *ids, ui
     return RKV_OK
 
 
+cdef inline rkv_status above_last_pages(const Tree *t, uint32_t i, uint64_t pages, const char *what, uint32_t *above) noexcept nogil:
+    """The node above those that hold exactly the last ``pages`` pages of the path to node i."""
+    cdef uint64_t covered = 0
+    above[0] = i
+    while covered < pages and not is_root(t, above[0]):
+        covered += t.nodes[above[0]].num_pages
+        above[0] = t.nodes[above[0]].parent
+    if pages == 0 or covered != pages:
+        return fail(RKV_ERR_ARGUMENT, b"%s: %llu pages above the end of node %#llx do not begin at a node boundary (the next one: %llu)",
+                    what, <unsigned long long>pages, <unsigned long long>handle_of(t, i), <unsigned long long>covered)
+    return RKV_OK
+
+
+cdef inline rkv_status mark(Tree *t, uint32_t i, uint32_t set_, uint32_t clear, uint64_t num_pages) noexcept nogil:
+    """num_pages 0: node i alone."""
+    cdef uint32_t above = t.nodes[i].parent
+    cdef rkv_status status = RKV_OK
+    if num_pages:
+        status = above_last_pages(t, i, num_pages, b"mark", &above)
+    if status != RKV_OK:
+        return status
+    while i != above:
+        t.nodes[i].flags = (t.nodes[i].flags & ~(clear << MARK_SHIFT)) | set_ << MARK_SHIFT
+        i = t.nodes[i].parent
+    return RKV_OK
+
+
 cdef inline rkv_status set_host(Tree *t, uint32_t i, const int32_t *ids, uint64_t num_ids) noexcept nogil:
-    cdef uint32_t k = i
-    cdef uint64_t left = num_ids
-    cdef rkv_status status
-    if num_ids == 0:
-        return fail(RKV_ERR_ARGUMENT, b"set_host: no page ids")
-    while left > 0:
-        if is_root(t, k) or t.nodes[k].num_pages > left:
-            return fail(RKV_ERR_ARGUMENT, b"set_host: %llu page ids do not end at a node boundary above node %#llx",
-                        <unsigned long long>num_ids, <unsigned long long>handle_of(t, i))
+    cdef uint32_t k = i, above = NO_INDEX
+    cdef const char *state
+    cdef rkv_status status = above_last_pages(t, i, num_ids, b"set_host", &above)
+    if status != RKV_OK:
+        return status
+    while k != above:
         if not t.nodes[k].flags & DEVICE or t.nodes[k].flags & (HOST | PENDING):
-            return fail(RKV_ERR_STATE, b"set_host: node %#llx has a host copy, is host-only, or is pending",
-                        <unsigned long long>handle_of(t, k))
-        left -= t.nodes[k].num_pages
+            state = (b"pending" if t.nodes[k].flags & PENDING else
+                     b"on the host already" if t.nodes[k].flags & DEVICE else b"host-only")
+            return fail(RKV_ERR_STATE, b"set_host: node %#llx, covered by the %llu host pages, is %s",
+                        <unsigned long long>handle_of(t, k), <unsigned long long>num_ids, state)
         k = t.nodes[k].parent
     status = claim(&t.host_ids, ids, num_ids, b"set_host")
     if status != RKV_OK:
@@ -475,6 +508,7 @@ cdef inline rkv_status set_device(Tree *t, uint32_t i, const int32_t *ids, uint6
     if loading:
         n.flags |= LOADING | OP_HEAD
         n.op_pages_above = 0
+        t.loading += n.num_pages
         protect_path(t, i, 0, 1)
     return RKV_OK
 
@@ -508,6 +542,7 @@ cdef inline rkv_status finish_load(Tree *t, uint32_t i, bint success, rkv_freed 
     t.nodes[i].op_pages_above = 0
     while left > 0:
         t.nodes[k].flags &= ~<uint32_t>(LOADING | OP_HEAD)
+        t.loading -= t.nodes[k].num_pages
         left -= t.nodes[k].num_pages
         k = t.nodes[k].parent
     protect_path(t, i, 0, -1)
@@ -625,6 +660,6 @@ cdef inline rkv_status reset(Tree *t, rkv_freed *out) noexcept nogil:
     t.space_end = t.num_spaces = t.default_root = t.num_nodes = t.num_pins = 0
     t.free_space = NO_UNIT
     t.table_used = t.name_memory = 0
-    t.evictable = t.protected_ = t.pending = t.host_pages = 0
+    t.evictable = t.protected_ = t.pending = t.loading = t.host_pages = t.host_evictable = 0
     t.clock = 0
     return RKV_OK

@@ -30,6 +30,8 @@ cdef enum:
     HASHED = 128            # page digests are in the store
     ORDER_SHIFT = 8         # which heap: 0 none, else NUM + 1
     ORDER_MASK = 3 << 8
+    MARK_SHIFT = 24         # the caller's marks: the highest byte
+    MAX_MARKS = 255
 
 cdef enum:
     HARD = 0
@@ -138,7 +140,9 @@ cdef struct Tree:
     int64_t evictable
     int64_t protected_
     int64_t pending
+    int64_t loading
     int64_t host_pages
+    int64_t host_evictable
     uint64_t clock
     # events
     rkv_event *events
@@ -183,6 +187,15 @@ cdef inline bint is_protected(const Node *n) noexcept nogil:
 cdef inline bint is_gone(const Node *n) noexcept nogil:
     """As good as gone for the parent: its backup is pending, and so is that of everything below it on the device."""
     return (n.flags & PENDING) != 0 and n.num_device_children == n.num_gone_children
+
+
+cdef inline uint32_t marks_of(const Node *n) noexcept nogil:
+    return n.flags >> MARK_SHIFT
+
+
+cdef inline int64_t host_evictable(const Node *n) noexcept nogil:
+    """The node's pages if evict_host could free them, asked for everything: it is host-only, and nobody holds it or what is below."""
+    return n.num_pages if (n.flags & (DEVICE | HOST)) == HOST and n.host_ref == 0 and n.sub_host_ref == 0 else 0
 
 
 # ---- eviction orders -------------------------------------------------------------------------------------------------
@@ -512,7 +525,7 @@ cdef inline uint32_t split(Tree *t, uint32_t i, uint32_t pages) noexcept nogil:
 
         parent                     parent
           |                          |
-        [i: a b c d e]     ->      [upper: a b]         lock_ref, pin_ref, hits, priority, times, flags copied
+        [i: a b c d e]     ->      [upper: a b]         lock_ref, pin_ref, hits, priority, times, flags, marks copied
           |     |                    |
         kids   kids                [i: c d e]           the handle, host_ref, the pin, the operation's head
                                      |     |

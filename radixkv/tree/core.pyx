@@ -17,18 +17,20 @@ cimport numpy as cnp
 from radixkv.tree._abi cimport *
 from radixkv.tree._check cimport check_integrity
 from radixkv.tree._evict cimport (
-    delete_node, delete_root, evict, evict_host, expire, finish_backup, finish_load, freed_release, lock, pin, protect_host,
+    delete_node, delete_root, evict, evict_host, expire, finish_backup, finish_load, freed_release, lock, mark, pin, protect_host,
     release_host, reset, set_device, set_host, unlock, unpin,
 )
 from radixkv.tree._events cimport ensure_hashed, page_key
 from radixkv.tree._memory cimport drop, reallocate, resident
 from radixkv.tree._nodes cimport (
-    DEVICE, HEAP_ROOT, HOST, LIVE, LOADING, NO_INDEX, NUM_ORDERS, PENDING, ROOT_NODE, Namespace, Node, Order, Pin, Slot,
-    Tree, find_root, handle_of, hash_name, index_of, nodes_reserve, split, tree_memory,
+    DEVICE, HEAP_ROOT, HOST, LIVE, LOADING, MAX_MARKS, NO_INDEX, NUM_ORDERS, PENDING, ROOT_NODE, Namespace, Node, Order, Pin, Slot,
+    Tree, find_root, handle_of, hash_name, index_of, marks_of, nodes_reserve, split, tree_memory,
 )
 from radixkv.tree._store cimport MAX_UNITS, NO_UNIT, pageset_release, store_init, store_release, unit_digest, unit_key
 from radixkv.tree._tokens cimport TokenView, read_tokens, release_tokens
-from radixkv.tree._walk cimport insert, match, match_extend, peek
+from radixkv.tree._walk cimport (
+    LIST_ALL, LIST_DUE_FOR_HOST, LIST_DUE_FOR_STORAGE, LIST_HOST_ONLY, insert, list_path, match, match_extend, peek,
+)
 
 # ======================================================================================================================
 # The C ABI. Each function: check the arguments, take the lock, do the work in a part above, release. radixkv.h is the manual.
@@ -441,6 +443,79 @@ cdef public rkv_status rkv_tree_delete(rkv_tree *tree, rkv_node node, rkv_freed 
     return settle(<Tree *>tree, node, OP_DELETE, NULL, 0, False, out)
 
 
+cdef rkv_status mark_locked(Tree *t, rkv_node node, uint32_t set_, uint32_t clear, uint64_t num_pages) noexcept nogil:
+    """The caller has the lock."""
+    cdef uint32_t i = index_of(t, node)
+    if set_ > MAX_MARKS or clear > MAX_MARKS:
+        return fail(RKV_ERR_ARGUMENT, b"mark: set %#x or clear %#x is not in 0..%d", set_, clear, <int>MAX_MARKS)
+    if set_ & clear:
+        return fail(RKV_ERR_ARGUMENT, b"mark: set %#x and clear %#x share the bits %#x", set_, clear, set_ & clear)
+    if node == 0:
+        return root_refused(b"mark")
+    if i == NO_INDEX:
+        return bad_handle(node)
+    return mark(t, i, set_, clear, num_pages)
+
+
+cdef public rkv_status rkv_tree_mark(rkv_tree *tree, rkv_node node, uint32_t set_, uint32_t clear, size_t num_pages) noexcept nogil:
+    cdef Tree *t = <Tree *>tree
+    cdef rkv_status status
+    if t == NULL:
+        return no_tree()
+    rwlock_write(&t.lock)
+    status = mark_locked(t, node, set_, clear, num_pages)
+    rwlock_release(&t.lock)
+    return status
+
+
+cdef rkv_status list_locked(const Tree *t, rkv_node node, int what, uint64_t min_hits, uint32_t without_marks, rkv_node *nodes,
+                            size_t max_nodes, size_t *num_nodes) noexcept nogil:
+    """The nodes of a path that a caller asks for; it has the lock, shared or not."""
+    cdef uint32_t i = index_of(t, node)
+    num_nodes[0] = 0
+    if without_marks > MAX_MARKS:
+        return fail(RKV_ERR_ARGUMENT, b"due: without_marks %#x is not in 0..%d", without_marks, <int>MAX_MARKS)
+    if node == 0:
+        return RKV_OK
+    if i == NO_INDEX:
+        return bad_handle(node)
+    num_nodes[0] = list_path(t, i, what, min_hits, without_marks, nodes, max_nodes)
+    if max_nodes > 0 and num_nodes[0] > max_nodes:
+        return fail(RKV_ERR_CAPACITY, b"path, host_path, due: room for %zu of %zu nodes", max_nodes, num_nodes[0])
+    return RKV_OK
+
+
+cdef rkv_status list_nodes(Tree *t, rkv_node node, int what, uint64_t min_hits, uint32_t without_marks, rkv_node *nodes,
+                           size_t max_nodes, size_t *num_nodes) noexcept nogil:
+    cdef rkv_status status
+    if t == NULL:
+        return no_tree()
+    if num_nodes == NULL or (nodes == NULL and max_nodes > 0):
+        return fail(RKV_ERR_ARGUMENT, b"path, host_path, due: a NULL")
+    rwlock_read(&t.lock)
+    status = list_locked(t, node, what, min_hits, without_marks, nodes, max_nodes, num_nodes)
+    rwlock_release(&t.lock)
+    return status
+
+
+cdef public rkv_status rkv_tree_due(rkv_tree *tree, rkv_node node, int32_t next_tier, uint32_t min_hits, uint32_t without_marks,
+                                    rkv_node *nodes, size_t max_nodes, size_t *num_nodes) noexcept nogil:
+    if next_tier != RKV_NEXT_HOST and next_tier != RKV_NEXT_STORAGE:
+        return fail(RKV_ERR_ARGUMENT, b"due: unknown next_tier %d", next_tier)
+    return list_nodes(<Tree *>tree, node, LIST_DUE_FOR_HOST if next_tier == RKV_NEXT_HOST else LIST_DUE_FOR_STORAGE, min_hits,
+                      without_marks, nodes, max_nodes, num_nodes)
+
+
+cdef public rkv_status rkv_tree_path(rkv_tree *tree, rkv_node node, rkv_node *nodes, size_t max_nodes,
+                                     size_t *num_nodes) noexcept nogil:
+    return list_nodes(<Tree *>tree, node, LIST_ALL, 0, 0, nodes, max_nodes, num_nodes)
+
+
+cdef public rkv_status rkv_tree_host_path(rkv_tree *tree, rkv_node node, rkv_node *nodes, size_t max_nodes,
+                                          size_t *num_nodes) noexcept nogil:
+    return list_nodes(<Tree *>tree, node, LIST_HOST_ONLY, 0, 0, nodes, max_nodes, num_nodes)
+
+
 cdef public rkv_status rkv_tree_split_at(rkv_tree *tree, rkv_node node, int64_t num_tokens, rkv_node *upper) noexcept nogil:
     cdef Tree *t = <Tree *>tree
     cdef rkv_status status = RKV_OK
@@ -581,6 +656,9 @@ cdef void fill_info(const Tree *t, uint32_t i, rkv_node_info *out) noexcept nogi
     out.access_time = n.access
     out.created_time = n.created
     out.ns_bytes = t.spaces[t.nodes[n.root].start].name_bytes
+    if out.struct_size >= NODE_INFO_MARKS_SIZE:
+        out.marks = marks_of(n)
+        out.reserved = 0
     out.num_children = 0
     while child != NO_INDEX:
         out.num_children += 1
@@ -715,6 +793,9 @@ cdef public rkv_status rkv_tree_get_stats(rkv_tree *tree, rkv_tree_stats *out) n
     out.digest_memory_bytes = resident(<uint64_t>t.store.digest_touched * t.store.digest_bytes)
     out.queued_events = t.event_end - t.event_start
     out.dropped_events = t.dropped_events
+    if out.struct_size >= TREE_STATS_TIERS_SIZE:
+        out.host_evictable_tokens = t.host_evictable * t.page_size
+        out.loading_tokens = t.loading * t.page_size
     rwlock_release(&t.lock)
     return RKV_OK
 
@@ -792,6 +873,7 @@ cdef uint64_t copy_node(const Tree *t, uint32_t i, Snapshot *s, uint64_t first_p
     out.handle = handle_of(t, i)
     out.first_page = first_page
     out.first_name = first_name
+    out.info.struct_size = sizeof(rkv_node_info)
     fill_info(t, i, &out.info)
     memcpy(s.tokens + first_page * t.page_size, unit_key(&t.store, n.start), 4 * <size_t>n.num_pages * t.page_size)
     if n.flags & DEVICE:
@@ -869,6 +951,7 @@ _C_API = PyCapsule_New(<void *>rkv_get_api(RKV_ABI_VERSION), b"radixkv._C_API", 
 # microseconds. But nobody waits for the tree's lock with the GIL in hand: they try it, and if it is taken they release the GIL first.
 cdef enum:
     NOGIL_TOKENS = 65536            # calls about more tokens release it in any case
+    NODES_AT_ONCE = 64              # of a path; a longer one takes a second walk
 
 
 cdef int raise_status(rkv_status status) except -1:
@@ -901,6 +984,13 @@ cdef int64_t read_int64(object value, str name) except? -1:
         raise ArgumentTypeError(f"{name} is an int, not {type(value).__name__}") from None
     except OverflowError:
         raise InvalidArgumentError(f"{name} {value} does not fit 64 bits") from None
+
+
+cdef uint32_t read_marks(object value, str name) except? 0xffffffff:
+    cdef int64_t marks = read_int64(value, name)
+    if not 0 <= marks <= MAX_MARKS:
+        raise InvalidArgumentError(f"{name} is {marks}, outside 0 .. {MAX_MARKS}")
+    return <uint32_t>marks
 
 
 cdef list as_list(object keys):
@@ -966,6 +1056,10 @@ cdef class MatchResult:
     @property
     def host_node(self):
         return self.found.host_node
+
+    @property
+    def loading_tokens(self):
+        return self.found.loading_tokens
 
     def page_ids(self):
         """A new int32 array: the device page ids of the hit, [num_tokens // page_size]."""
@@ -1438,6 +1532,77 @@ cdef class RadixTree:
         """End a load begun with set_device(loading=True); see BaseRadixTree.finish_load."""
         return self.settle(node, OP_FINISH_LOAD, None, bool(success))
 
+    # ---- what a controller keeps on the tree, and asks of it ----
+
+    def mark(self, node, set=0, clear=0, num_pages=None):
+        """Set and clear the caller's marks of a node, or of the last pages of its path; see BaseRadixTree.mark."""
+        cdef rkv_node handle
+        cdef uint32_t on = read_marks(set, "set"), off = read_marks(clear, "clear")
+        cdef int64_t pages = 0
+        cdef rkv_status status
+        read_node(node, &handle)
+        if num_pages is not None:
+            pages = read_int64(num_pages, "num_pages")
+            if pages < 1:
+                raise InvalidArgumentError(f"mark: {pages} pages")
+        if self.try_lock(0):
+            status = mark_locked(<Tree *>self.c, handle, on, off, pages)
+            self.release()
+        else:
+            with nogil:
+                status = rkv_tree_mark(self.c, handle, on, off, pages)
+        if status != RKV_OK:
+            raise_status(status)
+
+    cdef list nodes_of_path(self, object node, int what, uint64_t min_hits, uint32_t without_marks):
+        cdef rkv_node small[NODES_AT_ONCE]
+        cdef rkv_node *nodes = small
+        cdef rkv_node *more
+        cdef rkv_node handle
+        cdef size_t room = NODES_AT_ONCE, n = 0, k
+        cdef rkv_status status
+        read_node(node, &handle)
+        try:
+            while True:
+                if self.try_lock(0):
+                    status = list_locked(<Tree *>self.c, handle, what, min_hits, without_marks, nodes, room, &n)
+                    self.release()
+                else:
+                    with nogil:
+                        status = list_nodes(<Tree *>self.c, handle, what, min_hits, without_marks, nodes, room, &n)
+                if status == RKV_OK:
+                    return [nodes[k] for k in range(n)]
+                if status != RKV_ERR_CAPACITY:
+                    raise_status(status)
+                room = n + n // 4           # another thread may split some before the second try
+                more = <rkv_node *>malloc(room * sizeof(rkv_node))
+                if more == NULL:
+                    raise AllocationError(f"no memory for the {n} nodes of a path")
+                if nodes != small:
+                    free(nodes)
+                nodes = more
+        finally:
+            if nodes != small:
+                free(nodes)
+
+    def due(self, node, tier, min_hits, without_marks=0):
+        """The nodes of a path that lack their copy in the next tier, root side first; see BaseRadixTree.due."""
+        cdef int64_t hits = read_int64(min_hits, "min_hits")
+        cdef uint32_t marks = read_marks(without_marks, "without_marks")
+        if tier not in ("host", "storage"):
+            raise InvalidArgumentError(f"due: tier is {tier!r}, not 'host' or 'storage'")
+        if hits < 0:
+            raise InvalidArgumentError(f"min_hits is {hits}")
+        return self.nodes_of_path(node, LIST_DUE_FOR_HOST if tier == "host" else LIST_DUE_FOR_STORAGE, hits, marks)
+
+    def path(self, node):
+        """The nodes of the path root -> node, root side first."""
+        return self.nodes_of_path(node, LIST_ALL, 0, 0)
+
+    def host_path(self, node):
+        """The host-only tail of the path root -> node, root side first."""
+        return self.nodes_of_path(node, LIST_HOST_ONLY, 0, 0)
+
     # ---- structure ----
 
     def split_at(self, node, num_tokens):
@@ -1593,7 +1758,7 @@ cdef class RadixTree:
             int32_array(s.device + n.first_page, pages) if info.on_device else None,
             int32_array(s.host + n.first_page, pages) if info.on_host else None,
             info.lock_ref, info.host_ref, info.hit_count, info.priority, info.access_time, info.created_time,
-            info.pinned_until_ns if info.pinned else None, bool(info.loading), bool(info.backup_pending))
+            info.pinned_until_ns if info.pinned else None, bool(info.loading), bool(info.backup_pending), info.marks)
 
     def to_dot(self):
         """The tree as a Graphviz digraph."""
@@ -1616,7 +1781,7 @@ cdef class RadixTree:
             raise_status(status)
         return TreeStats(
             s.evictable_tokens, s.protected_tokens, s.pending_tokens, s.host_tokens, s.nodes, s.namespaces, s.pinned_nodes,
-            s.memory_bytes, s.digest_memory_bytes, s.queued_events, s.dropped_events)
+            s.memory_bytes, s.digest_memory_bytes, s.queued_events, s.dropped_events, s.host_evictable_tokens, s.loading_tokens)
 
     def check_integrity(self, capacity=None, free_page_ids=None, host_capacity=None, free_host_page_ids=None):
         """Verify every invariant from scratch; see BaseRadixTree.check_integrity."""

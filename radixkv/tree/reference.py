@@ -28,7 +28,7 @@ from ..errors import (
     StateError,
 )
 from ..key import NamespacePart, encode_namespace
-from ..types import POLICIES, ROOT, BackupRequest, Event, Medium, NodeInfo, Policy, TreeStats
+from ..types import POLICIES, ROOT, BackupRequest, Event, Medium, NextTier, NodeInfo, Policy, TreeStats
 from .base import BaseRadixTree, Tokens
 from .base import MatchResult as AnyMatch
 from .reference_check import check_tree
@@ -46,6 +46,7 @@ from .reference_node import (
     namespace_digest,
     page_digest,
     parent_of,
+    path_down,
     path_length,
     path_tokens,
     path_up,
@@ -440,23 +441,27 @@ class ReferenceTree(BaseRadixTree):
         #   [a b | 1 2 | 7 8] -- [c | 3 | 9]     after
         target = self._proper_node(node, "set_host")
         ids = self._read_ids(host_page_ids)
-        wanted = len(ids) * self.page_size
-        parts: list[Node] = []
-        covered = 0
-        for part in path_up(target):
-            if covered >= wanted:
-                break
-            parts.insert(0, part)
-            covered += len(part.tokens)
-        if not ids or covered != wanted:
-            raise InvalidArgumentError(f"{len(ids)} host pages above the end of node {target.handle:#x} do not end at "
-                                       f"a node boundary (the next one: {covered // self.page_size})")
+        parts = self._last_parts(target, len(ids), "set_host")
         for part in parts:
             if part.host_pages is not None or part.pages is None or part.pending:
                 state = "pending" if part.pending else "on the host already" if part.pages is not None else "host-only"
                 raise StateError(f"node {part.handle:#x}, covered by the {len(ids)} host pages, is {state}")
         self._check_owner(ids, [], self._host_ids, "host page")
         self._enter_host_parts(parts, ids)
+
+    def _last_parts(self, node: Node, pages: int, operation: str) -> list[Node]:
+        """The nodes that hold exactly the last ``pages`` pages of a node's path, uppermost first."""
+        parts: list[Node] = []
+        covered = 0
+        for part in path_up(node):
+            if covered >= pages:
+                break
+            parts.insert(0, part)
+            covered += len(part.tokens) // self.page_size
+        if pages < 1 or covered != pages:
+            raise InvalidArgumentError(f"{operation}: {pages} pages above the end of node {node.handle:#x} do not "
+                                       f"begin at a node boundary (the next one: {covered})")
+        return parts
 
     def set_device(self, node: int, page_ids: Tokens, loading: bool = False) -> None:
         #   [a | 1 | 5] -- [b | - | 6]      before
@@ -518,6 +523,37 @@ class ReferenceTree(BaseRadixTree):
             part.loading = part.pending = part.is_job_part = False
             part.job_pages_above = 0
 
+    # ---- what a controller keeps on the tree, and asks of it ---------------------------------------------------------
+
+    def mark(self, node: int, set: int = 0, clear: int = 0, num_pages: int | None = None) -> None:
+        target = self._proper_node(node, "mark")
+        on, off = read_int(set, "set", 0, 255), read_int(clear, "clear", 0, 255)
+        if on & off:
+            raise InvalidArgumentError(f"mark: set {on:#x} and clear {off:#x} share the bits {on & off:#x}")
+        pages = None if num_pages is None else read_int(num_pages, "num_pages")
+        for part in [target] if pages is None else self._last_parts(target, pages, "mark"):
+            part.marks = part.marks & ~off | on
+
+    def due(self, node: int, tier: NextTier, min_hits: int, without_marks: int = 0) -> list[int]:
+        if tier not in ("host", "storage"):
+            raise InvalidArgumentError(f"due: tier is {tier!r}, not 'host' or 'storage'")
+        hits, refused = read_int(min_hits, "min_hits", 0), read_int(without_marks, "without_marks", 0, 255)
+
+        def lacks_copy(part: Node) -> bool:
+            if tier == "storage":
+                return part.host_pages is not None
+            return part.on_device and part.host_pages is None and not (part.loading or part.pending)
+
+        path = path_down(self._node(node))
+        return [part.handle for part in path
+                if part.hit_count >= hits and not part.marks & refused and lacks_copy(part)]
+
+    def path(self, node: int) -> list[int]:
+        return [part.handle for part in path_down(self._node(node))]
+
+    def host_path(self, node: int) -> list[int]:
+        return [part.handle for part in path_down(self._node(node)) if not part.on_device]
+
     # ---- structure ---------------------------------------------------------------------------------------------------
 
     def split_at(self, node: int, num_tokens: int) -> int:
@@ -575,6 +611,7 @@ class ReferenceTree(BaseRadixTree):
         upper.lock_ref, upper.pin_ref = node.lock_ref, node.pin_ref
         upper.hit_count, upper.priority = node.hit_count, node.priority
         upper.access_time, upper.created_time = node.access_time, node.created_time
+        upper.marks = node.marks
         # 2. The runs are divided.
         upper.pages, node.pages = _divide(node.pages, pages)
         upper.host_pages, node.host_pages = _divide(node.host_pages, pages)
@@ -730,7 +767,20 @@ class ReferenceTree(BaseRadixTree):
             digest_memory_bytes=sum(8 * len(node.digests) for node in nodes if node.digests is not None),
             queued_events=len(self._events) if self._events is not None else 0,
             dropped_events=self._dropped_events,
+            host_evictable_tokens=self._host_evictable_tokens(),
+            loading_tokens=sum(len(node.tokens) for node in nodes if node.loading),
         )
+
+    def _host_evictable_tokens(self) -> int:
+        """What evict_host could free: host-only nodes, but those that are host-protected and those above such a one."""
+        tokens = 0
+        held: set[Node] = set()
+        for node in reversed([node for root in self._roots.values() for node in below(root)]):
+            if node.host_ref or node in held:
+                held.add(parent_of(node))
+            elif not node.on_device:
+                tokens += len(node.tokens)
+        return tokens
 
     def check_integrity(self, capacity: int | None = None, free_page_ids: Tokens | None = None,
                         host_capacity: int | None = None, free_host_page_ids: Tokens | None = None) -> None:
@@ -765,6 +815,7 @@ class ReferenceTree(BaseRadixTree):
             pinned_until_ns=node.pin_until,
             loading=node.loading,
             backup_pending=node.pending,
+            marks=node.marks,
         )
 
     # ---- reading and checking arguments ------------------------------------------------------------------------------

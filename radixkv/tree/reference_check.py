@@ -89,6 +89,7 @@ def _check_counts(node: Node) -> None:
     _require(node.pin_ref == pins, f"{name} has pin_ref {node.pin_ref}, but {pins} pins and loads on it or below")
     _require(own == 0 or node.on_device, f"{name} is pinned or loading, but host-only")
     _require(node.hit_count >= 0, f"{name} has hit_count {node.hit_count}")
+    _require(0 <= node.marks <= 255, f"{name} has marks {node.marks:#x}")
 
 
 def _check_times(node: Node, clock: int) -> None:

@@ -42,6 +42,7 @@ class Node:
     is_job_part: bool = False
     job_pages_above: int = 0
     digests: list[int] | None = None  # of its own pages; computed when first asked for
+    marks: int = 0  # the caller's
 
     @property
     def is_root(self) -> bool:
@@ -64,6 +65,11 @@ def path_up(node: Node) -> Iterator[Node]:
     while node.parent is not None:
         yield node
         node = node.parent
+
+
+def path_down(node: Node | None) -> list[Node]:
+    """The nodes from below the root down to ``node``; none for None."""
+    return [] if node is None else list(path_up(node))[::-1]
 
 
 def path_tokens(node: Node) -> tuple[int, ...]:
@@ -207,7 +213,8 @@ class MatchResult:
     """See base.MatchResult. ``tree_id`` and ``namespace`` let insert and match_extend know whose it is."""
 
     __slots__ = (
-        "_host_ids", "_ids", "device_node", "host_node", "host_num_tokens", "namespace", "num_tokens", "tree_id",
+        "_host_ids", "_ids", "device_node", "host_node", "host_num_tokens", "loading_tokens", "namespace",
+        "num_tokens", "tree_id",
     )  # fmt: skip
 
     def __init__(self, tree_id: int, namespace: bytes) -> None:
@@ -215,6 +222,7 @@ class MatchResult:
         self.namespace = namespace
         self.num_tokens = 0
         self.host_num_tokens = 0
+        self.loading_tokens = 0
         self.device_node = ROOT
         self.host_node = ROOT
         self._ids: list[int] = []
@@ -232,6 +240,7 @@ class MatchResult:
         if node.pages is not None:
             self.device_node = node.handle
             self.num_tokens += used
+            self.loading_tokens += used if node.loading else 0
             self._ids += node.pages[: used // page_size]
         else:
             assert node.host_pages is not None

@@ -60,4 +60,6 @@ def _label(info: NodeInfo) -> str:
         if shown
     )
     counts = f"lock {info.lock_ref} host_ref {info.host_ref} hits {info.hit_count}"
+    if info.marks:
+        counts += f" marks {info.marks:#04x}"
     return f"[{tokens}] {len(info.tokens)} tokens\\n{tiers} {counts}{flags}"

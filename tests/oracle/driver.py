@@ -90,15 +90,32 @@ class Mirror:
                 require(not self.children["host"][key], "left the tree before a child on the host", event)
 
 
+    def read(self, tree: Any) -> None:
+        """After a gap: believe what the tree's dump says."""
+        self.__init__()
+        last: dict[int, int | None] = {ROOT: None}
+        for info in tree.dump():
+            key = last[info.parent]
+            for page in tree.page_keys(info.node).tolist():
+                for medium, ids in (("device", info.page_ids), ("host", info.host_page_ids)):
+                    if ids is not None:
+                        self.parents[medium][page] = key
+                        self.children[medium][key] += 1
+                key = page
+            last[info.node] = key
+
+
 class Driver:
     """Two trees, the pools around them, and everything that is under way."""
 
     def __init__(
         self, ours: Any, theirs: Any, page_size: int, policy: str, *, events: bool, pages: int = 120,
-        host_pages: int = 160, letters: int = 3, longest: int = 9,
+        host_pages: int = 160, letters: int = 3, longest: int = 9, max_events: int = 1 << 20,
     ) -> None:  # fmt: skip
-        self.a = ours(page_size, policy, events=events)
-        self.b = theirs(page_size, policy, events=events)
+        self.a = ours(page_size, policy, events=events, max_events=max_events)
+        self.b = theirs(page_size, policy, events=events, max_events=max_events)
+        self.max_events = max_events
+        self.dropped_events = 0
         self.page_size = page_size
         self.events = events
         self.device, self.host = Pool(pages), Pool(host_pages)
@@ -208,6 +225,7 @@ class Driver:
         a, b = pair
         self.same("num_tokens", a.num_tokens, b.num_tokens)
         self.same("host_num_tokens", a.host_num_tokens, b.host_num_tokens)
+        self.same("loading_tokens", a.loading_tokens, b.loading_tokens)
         ids = self.same_ids("page_ids", a.page_ids(), b.page_ids())
         host_ids = self.same_ids("host_page_ids", a.host_page_ids(), b.host_page_ids())
         require(len(ids) * self.page_size == a.num_tokens, "ids of the match", ids, a.num_tokens)
@@ -435,8 +453,15 @@ class Driver:
         self.same_departures(out, ordered=True, host_ordered=True)
 
     def op_evict_everything(self, c: Choices) -> None:
+        """On the host this frees exactly what the counter says."""
         if c.below(4) == 0:
             self.same_departures(self.call("evict", 1 << 40, bool(c.below(2))), ordered=True)
+        elif c.below(4) == 0:
+            could = [tree.stats().host_evictable_tokens for tree in (self.a, self.b)]
+            out = self.call("evict_host", 1 << 40)
+            self.same("tokens that evict_host could free", could, [result.num_tokens for result in out])
+            self.same_departures(out, ordered=True, host_ordered=True)
+            self.same("host tokens left to free", self.a.stats().host_evictable_tokens, 0)
 
     def op_finish_backup(self, c: Choices) -> None:
         """Most often the oldest one, with ids; else another, none, a wrong number, or a node that is not pending."""
@@ -523,6 +548,51 @@ class Driver:
             self.loads.remove(node)
             self.same_departures(pair, ordered=True)
 
+    # ---- operations: marks, and the nodes of a path ------------------------------------------------------------------
+
+    def op_mark(self, c: Choices) -> None:
+        """Most often one node; else the last pages of its path, now and then a number that ends inside a node."""
+        node = self.some_node(c)
+        if node is None:
+            return
+        on, off = c.below(8), c.below(8)
+        if c.below(6):
+            off &= ~on
+        if c.below(24) == 1:
+            on += 256
+        pages = None
+        if c.below(3) == 0:
+            pages = c.below(self.longest)
+            infos = self.call("node_info", node=node) if node[0] != ROOT and c.below(3) else None
+            if infos is not None:  # the node and its parent, as if it had been split while a copy ran
+                above = self.call("node_info", node=(infos[0].parent, infos[1].parent)) if infos[0].parent else None
+                pages = sum(len(info[0].tokens) for info in (infos, above) if info is not None) // self.page_size
+        self.call("mark", on, off, pages, node=node, exact=False)
+
+    def op_due(self, c: Choices) -> None:
+        """What a controller asks after each insert: the answer follows from the infos of the path."""
+        node = self.some_node(c)
+        if node is None:
+            return
+        tier = (*("host", "storage") * 6, "device")[c.below(13)]
+        hits, without = c.below(4), (0, 1, 6, 255)[c.below(4)]
+        pair = self.call("due", tier, hits, without, node=node, exact=False)
+        path = self.call("path", node=node)
+        tail = self.call("host_path", node=node)
+        if path is None:
+            return
+        nodes = [self.same_node(a, b) for a, b in zip(*path, strict=True)]
+        require(nodes[-1:] == ([node] if node[0] != ROOT else []), "the end of a path", nodes, node)
+        infos = [self.call("node_info", node=pair)[0] for pair in nodes]
+        parents = [info.parent for info in infos]
+        self.same("parents along a path", parents, [ROOT, *path[0]][: len(parents)])
+        for at in range(2):
+            host_only = [pair[at] for pair, info in zip(nodes, infos, strict=True) if info.page_ids is None]
+            self.same("host_path", tail[at], host_only)
+            if pair is not None:
+                self.same("due", pair[at], [pair[at] for pair, info in zip(nodes, infos, strict=True)
+                                            if _is_due(info, tier, hits, without)])
+
     # ---- operations: structure ---------------------------------------------------------------------------------------
 
     def op_split_at(self, c: Choices) -> None:
@@ -583,7 +653,19 @@ class Driver:
             self.hear(c)
 
     def hear(self, c: Choices) -> None:
-        """Drain both queues, in batches. Siblings may leave in any order: then the content must agree."""
+        """Drain both queues, in batches. Siblings may leave in any order: then the content must agree. If events were
+        dropped, do what a consumer must: discard what is queued, and read the dump."""
+        dropped, queued = zip(*((stats.dropped_events, stats.queued_events)
+                                for stats in (tree.stats() for tree in (self.a, self.b))), strict=True)
+        self.same("events dropped", *dropped)
+        require(self.same("events queued", *queued) <= self.max_events, "too many events queued", queued)
+        if dropped[0] != self.dropped_events:
+            self.same("events queued when one is dropped", queued[0], self.max_events)
+            self.dropped_events = dropped[0]
+            for tree, mirror in zip((self.a, self.b), self.mirrors, strict=True):
+                require(len(tree.take_events()) == queued[0], "events queued", queued[0])
+                mirror.read(tree)
+            return
         limit = c.below(12) if c.below(16) == 1 else None
         heard: list[list[Any]] = [[], []]
         for at, tree in enumerate((self.a, self.b)):
@@ -630,8 +712,17 @@ class Driver:
         self.same("host tokens", stats.host_tokens, host)
         pending = sum(len(info.tokens) for info in nodes if info.backup_pending)
         self.same("pending tokens", stats.pending_tokens, pending)
+        loading = sum(len(info.tokens) for info in nodes if info.loading)
+        self.same("loading tokens", stats.loading_tokens, loading)
         self.same("pinned nodes", stats.pinned_nodes, sum(info.pinned_until_ns is not None for info in nodes))
         self.same("namespaces", stats.namespaces, len({info.namespace for info in nodes}))
+        held: set[int] = set()
+        for info in reversed(nodes):  # children first
+            if info.host_ref or info.node in held:
+                held.add(info.node)
+                held.add(info.parent)
+        tokens = sum(len(info.tokens) for info in nodes if info.page_ids is None and info.node not in held)
+        self.same("tokens that may leave the host", stats.host_evictable_tokens, tokens)
         protected: set[int] = set()
         for info in reversed(nodes):  # children first
             if info.lock_ref or info.loading or info.pinned_until_ns is not None or info.node in protected:
@@ -680,6 +771,14 @@ class Driver:
         self.same("host pages back", sorted(self.host.free), list(range(self.host.capacity)))
 
 
+def _is_due(info: Any, tier: str, hits: int, without: int) -> bool:
+    if info.hit_count < hits or info.marks & without:
+        return False
+    if tier == "storage":
+        return info.host_page_ids is not None
+    return info.page_ids is not None and info.host_page_ids is None and not (info.loading or info.backup_pending)
+
+
 class _Zero:
     def below(self, n: int) -> int:
         return 0
@@ -693,5 +792,6 @@ WEIGHTS: dict[str, int] = {
     "op_evict": 4, "op_evict_backup": 5, "op_evict_host": 2, "op_evict_everything": 1, "op_finish_backup": 9,
     "op_begin_write": 3, "op_set_host": 4, "op_load_back": 6, "op_finish_load": 5, "op_split_at": 3, "op_delete": 1,
     "op_delete_namespace": 1, "op_reset": 1, "op_node_info": 1, "op_page_keys": 1,
+    "op_mark": 4, "op_due": 4,
 }  # fmt: skip
 """How often the fuzzer takes each operation."""

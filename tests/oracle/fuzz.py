@@ -37,13 +37,14 @@ def new_driver(dice: Dice, trees: tuple[str, str], policy: str | None, page_size
     ours, theirs = (implementations()[name] for name in trees)
     return Driver(
         ours, theirs,
-        page_size or (1, 2, 3, 16)[dice.below(4)],
+        page_size or (1, 2, 3, 16, 64)[dice.below(5)],
         policy or POLICIES[dice.below(len(POLICIES))],
         events=dice.below(3) > 0,
         pages=(20, 60, 150)[dice.below(3)],
         host_pages=(10, 80, 250)[dice.below(3)],
         letters=(2, 3)[dice.below(2)],
         longest=(6, 9, 14)[dice.below(3)],
+        max_events=(1 << 20, 1 << 20, 5, 1)[dice.below(4)],
     )  # fmt: skip
 
 
@@ -70,7 +71,8 @@ def run(ops: int, seed: int, trees: tuple[str, str], policy: str | None = None, 
         driver.finish()
     except Exception:
         print(f"\nFAILED: seed {seed}, step {step} ({name}), trees {trees}", file=sys.stderr)
-        print(f"page_size {driver.page_size}, policy {driver.a.policy}, events {driver.events}", file=sys.stderr)
+        print(f"page_size {driver.page_size}, policy {driver.a.policy}, events {driver.events}, "
+              f"at most {driver.max_events}", file=sys.stderr)
         for line in driver.told():
             print("  ", line, file=sys.stderr)
         raise

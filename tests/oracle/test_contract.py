@@ -27,7 +27,7 @@ def test_an_empty_tree(kit: Kit) -> None:
     assert len(kit.tree) == 0
     assert list(kit.tree) == []
     assert kit.tree.dump() == []
-    assert kit.tree.stats()._replace(memory_bytes=0) == (0,) * 11
+    assert set(kit.tree.stats()._replace(memory_bytes=0)) == {0}
     kit.tree.check_integrity(0, [], 0, [])
 
 
@@ -105,7 +105,8 @@ def test_match_stamps_its_path_and_nothing_else(kit: Kit) -> None:
     kit.insert("abcd", [1, 2, 3, 4])  # 2
     kit.insert("x", [9])  # 3
     kit.match("abc")  # 4
-    times = {path: kit.info(path)[-5:-3] for path in kit.shape()}  # (access_time, created_time)
+    infos = {path: kit.info(path) for path in kit.shape()}
+    times = {path: (info.access_time, info.created_time) for path, info in infos.items()}
     assert times == {"ab": (4, 1), "abc": (4, 2), "abcd": (2, 2), "x": (3, 3)}
 
 
@@ -1045,7 +1046,7 @@ def test_reset_drops_everything(kit: Kit) -> None:
     gone = kit.tree.reset()
     assert (kit.pages(gone.num_tokens), sorted(gone.page_ids.tolist())) == (4, [1, 2, 3, 4])
     assert sorted(gone.host_page_ids.tolist()) == [5, 6, 7]
-    assert kit.tree.stats()._replace(memory_bytes=0) == (0,) * 11
+    assert set(kit.tree.stats()._replace(memory_bytes=0)) == {0}
     for handle in handles:
         kit.refuses(HandleError, kit.tree.node_info, handle)
     kit.insert("ab", [1, 2])

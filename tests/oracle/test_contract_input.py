@@ -121,6 +121,18 @@ def test_tokens_of_the_whole_int32_range(kit: Kit) -> None:
             assert kit.tree.match(key).page_ids().tolist() == [at]
 
 
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_runs_of_ints_between_odd_items(kit: Kit, sequence: Any) -> None:
+    """Ints of one digit are read in runs: what is none may stand before, between and after them."""
+    values = [2**31 - 1, 5, 0, -1, 2**30, 7, -(2**30) + 1, 2**30 - 1, -(2**31), 3, 4, np.int64(9)]
+    page = kit.page_size
+    for at in range(len(values)):
+        key = sequence((values[at:] + values[:at]) * page)
+        kit.tree.insert(key, np.arange(at * len(values), (at + 1) * len(values)))
+        exact = np.array([int(value) for value in key], np.int64)
+        assert kit.tree.peek(exact).num_tokens == len(key)
+
+
 BAD_TOKENS: dict[str, Any] = {
     "None": None, "str": "abcd", "bytes": b"abcdefgh", "bytearray": bytearray(8), "int": 5, "float": 1.5,
     "float list": [1.0, 2.0], "bool list": [True, False], "str list": ["1"], "None list": [None],

@@ -38,10 +38,11 @@ def machine(ours: Any, theirs: Any, policy: str) -> type[RuleBasedStateMachine]:
     """A state machine with one rule for each operation of the driver."""
 
     class SideBySide(RuleBasedStateMachine):
-        @initialize(page_size=st.sampled_from([1, 2, 7]), events=st.booleans(), pages=st.sampled_from([40, 8]))
-        def start(self, page_size: int, events: bool, pages: int) -> None:
+        @initialize(page_size=st.sampled_from([1, 2, 7, 64]), events=st.booleans(), pages=st.sampled_from([40, 8]),
+                    max_events=st.sampled_from([1 << 20, 3]))
+        def start(self, page_size: int, events: bool, pages: int, max_events: int) -> None:
             self.driver = Driver(ours, theirs, page_size, policy, events=events, pages=pages, host_pages=pages,
-                                 letters=2, longest=6)
+                                 letters=2, longest=6, max_events=max_events)
 
         @invariant()
         def agree(self) -> None:
@@ -163,6 +164,47 @@ class KeepsAPinOfTheDead(ReferenceTree):
         return 0 if node.parent.is_root and node.pin_until is not None else super()._unpin(node)
 
 
+class ForgetsMarksOnSplit(ReferenceTree):
+    def _split(self, node: Any, at: int) -> Any:
+        upper = super()._split(node, at)
+        upper.marks = 0
+        return upper
+
+
+class MarksTheNodeOnly(ReferenceTree):
+    def mark(self, node: int, set: int = 0, clear: int = 0, num_pages: int | None = None) -> None:
+        before = [(part, part.marks) for part in self._handles.nodes() if part.handle != node]
+        super().mark(node, set, clear, num_pages)
+        for part, marks in before:
+            part.marks = marks
+
+
+class IsDueWhilePending(ReferenceTree):
+    def due(self, node: int, tier: Any, min_hits: int, without_marks: int = 0) -> list[int]:
+        hidden = [part for part in self._handles.nodes() if part.pending]
+        for part in hidden:
+            part.pending = False
+        found = super().due(node, tier, min_hits, without_marks)
+        for part in hidden:
+            part.pending = True
+        return found
+
+
+class ForgetsWhatIsLoading(ReferenceTree):
+    def _describe(self, namespace: bytes, steps: Any) -> Any:
+        out = super()._describe(namespace, steps)
+        out.loading_tokens = 0
+        return out
+
+
+class DropsOneEventTooMany(ReferenceTree):
+    def _emit(self, event: Any) -> None:
+        if len(self._events or ()) + 1 < self._max_events:
+            super()._emit(event)
+        else:
+            self._dropped_events += 1
+
+
 class AcceptsAStrangersId(ReferenceTree):
     def _check_owner(self, ids: Any, present: Any, owned: Any, what: str) -> None:
         super()._check_owner(ids, [], set(), what)
@@ -171,7 +213,8 @@ class AcceptsAStrangersId(ReferenceTree):
 BROKEN = [
     LosesAPage, EvictsInAnotherOrder, ForgetsToStampOnExtend, DropsTheLockOnSplit, TakesHostProtectedDescendants,
     DuplicatesWhatIsEqual, CountsAdoptionAsAHit, SettlesTheLowerPartOnly, SaysNothingOnAdoption, LetsAnyoneUnlock,
-    KeepsAPinOfTheDead, AcceptsAStrangersId,
+    KeepsAPinOfTheDead, AcceptsAStrangersId, ForgetsMarksOnSplit, MarksTheNodeOnly, IsDueWhilePending,
+    ForgetsWhatIsLoading, DropsOneEventTooMany,
 ]  # fmt: skip
 
 
@@ -182,7 +225,7 @@ def test_the_driver_finds_a_broken_tree(broken: Any) -> None:
 
     def drive() -> None:
         for _ in range(6):
-            driver = Driver(ReferenceTree, broken, 2, "lru", events=True, pages=40, host_pages=40)
+            driver = Driver(ReferenceTree, broken, 2, "lru", events=True, pages=40, host_pages=40, max_events=40)
             for _ in range(1000):
                 driver.step(wheel[dice.below(len(wheel))], dice)
                 driver.check()

@@ -27,6 +27,8 @@ EXPECTED = {
     "UnsupportedLayoutError": ValueError,
     "IntegrityError": AssertionError,
     "TransferError": RuntimeError,
+    "StorageError": OSError,
+    "StorageTimeoutError": TimeoutError,
 }
 CONCRETE = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)
             if issubclass(cls, RadixKVError) and cls is not RadixKVError]  # fmt: skip

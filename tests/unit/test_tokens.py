@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from radixkv import RadixTree
 from radixkv.errors import ArgumentTypeError, InvalidArgumentError, TokenRangeError
 from radixkv.tree.tokens import read_int, read_tokens
 
@@ -38,3 +39,23 @@ def test_read_int() -> None:
         read_int(6, "n", 0, 5)
     with pytest.raises(ArgumentTypeError, match="n must be an int, not str"):
         read_int("6", "n")
+
+
+def test_a_list_that_changes_while_the_compiled_tree_reads_it() -> None:
+    class Grows:
+        def __index__(self) -> int:
+            key.extend(range(10_000))
+            return 1
+
+    class Shrinks:
+        def __index__(self) -> int:
+            key.clear()
+            return 1
+
+    tree = RadixTree(1)
+    key: list[object] = [1, Grows(), 3]
+    tree.insert(key, [1, 2, 3])
+    assert tree.match([1, 1, 3, 0]).num_tokens == 3
+    key = [1, Shrinks(), 2]
+    with pytest.raises(ArgumentTypeError, match="the list shrank"):
+        tree.match(key)

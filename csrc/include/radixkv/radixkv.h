@@ -22,8 +22,8 @@
  *              never change while it is alive. When the node is gone every use is RKV_ERR_HANDLE, never a wild read. A handle of
  *              another tree is refused likewise (save for a chance of about 2^-32: handles carry a per-tree salt).
  *   Threads    Every rkv_tree_* function may run beside every other, on the same tree, from any thread, but for
- *              rkv_tree_destroy, which must come last. Inside is a reader-writer lock: peek, peek_many, stats, node_*, nodes and
- *              check_integrity share it; all others exclude. rkv_freed and buffers belong to one thread at a time.
+ *              rkv_tree_destroy, which must come last. Inside is a reader-writer lock: peek, peek_many, stats, node_*, nodes,
+ *              due, path, host_path and check_integrity share it; all others exclude. rkv_freed and buffers belong to one thread at a time.
  *              rkv_index_*: see there. A page-hash callback and an allocator are called under the lock: they must not call back
  *              into the same tree.
  *   Memory     Allocation failure is RKV_ERR_NO_MEMORY and leaves the tree as it was.
@@ -170,6 +170,7 @@ typedef struct rkv_match {
     int64_t host_num_tokens;    /* of the hit beyond num_tokens, with pages on the host only */
     rkv_node device_node;       /* end of the device part, or RKV_ROOT */
     rkv_node host_node;         /* end of the whole hit; equal to device_node if host_num_tokens is 0 */
+    int64_t loading_tokens;     /* of num_tokens, those whose load is not finished: wait for it before using them */
 } rkv_match;
 
 /* Find the longest cached prefix, stamp its path as used now, and split the node where the hit ends, so that device_node's
@@ -320,6 +321,8 @@ typedef struct rkv_node_info {
     uint64_t created_time;
     uint64_t num_children;
     uint64_t ns_bytes;
+    uint32_t marks;             /* the caller's; see rkv_tree_mark */
+    uint32_t reserved;
 } rkv_node_info;
 
 RKV_API rkv_status rkv_tree_node_info(rkv_tree *tree, rkv_node node, rkv_node_info *out);
@@ -349,6 +352,8 @@ typedef struct rkv_tree_stats {
     uint64_t digest_memory_bytes;
     uint64_t queued_events;
     uint64_t dropped_events;
+    int64_t host_evictable_tokens; /* of host_tokens, what rkv_tree_evict_host could free now, asked for everything */
+    int64_t loading_tokens;     /* load not finished; counted in protected_tokens too */
 } rkv_tree_stats;
 
 RKV_API rkv_status rkv_tree_get_stats(rkv_tree *tree, rkv_tree_stats *out);
@@ -486,6 +491,27 @@ RKV_API rkv_status rkv_index_dump(rkv_index *index, rkv_index_page *pages, size_
 /* Verify every invariant from scratch, O(index), beside which only find runs. message: NULL or room for max_bytes. */
 RKV_API rkv_status rkv_index_check_integrity(rkv_index *index, char *message, size_t max_bytes);
 
+/* ------------------------------------------------------------------------------------------ a controller of tiers */
+
+/* Marks: a byte a node that is the caller's, for what the tree has no word for (a copy is in flight, a copy is in storage ...). 0 for a
+ * new node, copied to both parts by a split, changed by nothing but this. First clear, then set; masks are 0 .. 255 and share no bit.
+ * num_pages 0: this node alone; else the nodes that hold the last num_pages pages of its path, whole nodes only (it was split while the
+ * copy ran). */
+RKV_API rkv_status rkv_tree_mark(rkv_tree *tree, rkv_node node, uint32_t set, uint32_t clear, size_t num_pages);
+
+enum { RKV_NEXT_HOST = 0, RKV_NEXT_STORAGE = 1 };
+
+/* The nodes of the path root -> node that lack a copy in the next tier, root side first, of those with hit_count >= min_hits and none of
+ * the marks without_marks. RKV_NEXT_HOST: on the device, no host copy, neither loading nor pending. RKV_NEXT_STORAGE: with a host copy
+ * (what is in storage only the caller's marks tell). *num_nodes is always set to the total; max_nodes 0: count only;
+ * RKV_ERR_CAPACITY if there are more than max_nodes. RKV_ROOT: none. */
+RKV_API rkv_status rkv_tree_due(rkv_tree *tree, rkv_node node, int32_t next_tier, uint32_t min_hits, uint32_t without_marks,
+                                rkv_node *nodes, size_t max_nodes, size_t *num_nodes);
+
+/* The nodes of the path root -> node, root side first / those of them that are host-only (always its tail). As rkv_tree_due. */
+RKV_API rkv_status rkv_tree_path(rkv_tree *tree, rkv_node node, rkv_node *nodes, size_t max_nodes, size_t *num_nodes);
+RKV_API rkv_status rkv_tree_host_path(rkv_tree *tree, rkv_node node, rkv_node *nodes, size_t max_nodes, size_t *num_nodes);
+
 /* ---------------------------------------------------------------------------------------------------------- table */
 
 /* Every function above, in one struct. struct_size tells how much of it this library has. */
@@ -545,6 +571,10 @@ typedef struct rkv_api {
     rkv_status (*index_get_stats)(rkv_index *, rkv_index_stats *);
     rkv_status (*index_dump)(rkv_index *, rkv_index_page *, size_t, uint32_t *, size_t, size_t *, size_t *);
     rkv_status (*index_check_integrity)(rkv_index *, char *, size_t);
+    rkv_status (*tree_mark)(rkv_tree *, rkv_node, uint32_t, uint32_t, size_t);
+    rkv_status (*tree_due)(rkv_tree *, rkv_node, int32_t, uint32_t, uint32_t, rkv_node *, size_t, size_t *);
+    rkv_status (*tree_path)(rkv_tree *, rkv_node, rkv_node *, size_t, size_t *);
+    rkv_status (*tree_host_path)(rkv_tree *, rkv_node, rkv_node *, size_t, size_t *);
 } rkv_api;
 
 /* The table for an ABI version, or NULL if this library does not speak it. Never freed. */

@@ -1,0 +1,129 @@
+"""L3: what the parts of a controller share: the things it puts together, its counters, and how ranks agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+
+from ..errors import GroupError
+from ..tree.base import BaseRadixTree
+from ..types import PageIds
+from .base import Finished, Group, Kind, Listener, Mover, Outcome
+from .config import ControllerConfig
+from .ledger import NO_PAGES, Ledger
+
+__all__ = ["Context", "Where"]
+
+
+class Where(IntEnum):
+    """Where ranks meet; a rank that is elsewhere has made other calls."""
+
+    MAKE = 1
+    POLL = 2
+    FINISH_PREFETCH = 3
+    WRITE_BACK = 4
+    RESET = 5
+
+
+class Context:
+    """Shared by Writes, Loads, Stores, Prefetches and Drains. See Controller for the arguments."""
+
+    def __init__(
+        self,
+        tree: BaseRadixTree,
+        ledger: Ledger,
+        mover: Mover | None,
+        group: Group,
+        config: ControllerConfig,
+        listener: Listener | None,
+        clock: Callable[[], float],
+        page_bytes: int,
+    ) -> None:
+        self.tree, self.ledger, self.group, self.config = tree, ledger, group, config
+        self.listener, self.clock, self.page_bytes = listener, clock, page_bytes
+        self._mover = mover
+        self.page_size = tree.page_size
+        self.counts: Counter[str] = Counter()
+        """By the names of ControllerStats."""
+        self.last_op_id = 0
+
+    @property
+    def mover(self) -> Mover:
+        assert self._mover is not None, "there is no host tier"
+        return self._mover
+
+    def next_op_id(self) -> int:
+        """The same on all ranks, as all begin the same operations."""
+        self.last_op_id += 1
+        return self.last_op_id
+
+    def agree(self, where: Where, values: Sequence[int]) -> list[int]:
+        """The element-wise minimum over the ranks, after a check that they are at the same place.
+
+        Raises: GroupError.
+        """
+        if self.group.size == 1:
+            return list(values)
+        here = self.last_op_id * 16 + where
+        low, high, *agreed = self.group.min([here, -here, *values])
+        if low != -high:
+            raise GroupError(
+                f"rank {self.group.rank} is at {where.name} after {self.last_op_id} operations, others at "
+                f"{Where(low % 16).name} after {low // 16} and {Where(-high % 16).name} after {-high // 16}: "
+                "they have made different calls"
+            )
+        return agreed
+
+    def finished(
+        self, kind: Kind, outcome: Outcome, num_pages: int, seconds: float, started_s: float
+    ) -> None:
+        """Tell the listener."""
+        if self.listener is not None:
+            tokens, num_bytes = num_pages * self.page_size, num_pages * self.page_bytes
+            self.listener.finished(Finished(kind, outcome, tokens, num_bytes, seconds, self.clock() - started_s))
+
+    # ---- eviction that copies nothing --------------------------------------------------------------------------------
+    def evicted_from_device(self, pages: PageIds, dropped_host_pages: PageIds = NO_PAGES) -> int:
+        """Pages that an eviction has returned: to the pools. Returns: device tokens."""
+        self.ledger.free_device(pages)
+        tokens = len(pages) * self.page_size
+        self._count_evicted("device", tokens)
+        if len(dropped_host_pages):
+            self.ledger.free_host(dropped_host_pages)
+            self._count_evicted("host", len(dropped_host_pages) * self.page_size)
+        return tokens
+
+    def evict_host(self, num_tokens: int) -> int:
+        """Free host pages of host-only leaves. Returns: tokens."""
+        if not self.ledger.has_host:
+            return 0
+        result = self.tree.evict_host(num_tokens)
+        self.ledger.free_host(result.host_page_ids)
+        self._count_evicted("host", result.num_tokens)
+        return result.num_tokens
+
+    def reserve_host(self, num_pages: int) -> PageIds | None:
+        """Take host pages, after one eviction if there are too few."""
+        pages = self.ledger.reserve(num_pages)
+        if pages is None:
+            self.evict_host(num_pages * self.page_size)
+            pages = self.ledger.reserve(num_pages)
+        return pages
+
+    def _count_evicted(self, tier: Literal["device", "host"], num_tokens: int) -> None:
+        if num_tokens:
+            self.counts[f"{tier}_evicted_tokens"] += num_tokens
+            if self.listener is not None:
+                self.listener.evicted(tier, num_tokens)
+
+    # ---- arrays ------------------------------------------------------------------------------------------------------
+    @staticmethod
+    def join(parts: Sequence[PageIds]) -> PageIds:
+        """One array; that of a single part is not copied."""
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else NO_PAGES

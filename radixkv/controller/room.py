@@ -1,0 +1,42 @@
+"""L3: room on the device: evictions, and allocations that may evict once."""
+
+from __future__ import annotations
+
+from ..types import PageIds
+from .context import Context
+from .writes import Writes
+
+__all__ = ["Room"]
+
+
+class Room:
+    """Evicts by the write policy."""
+
+    def __init__(self, context: Context, writes: Writes) -> None:
+        self.context, self.writes = context, writes
+
+    def evict(self, num_tokens: int) -> int:
+        """See Controller.evict."""
+        context = self.context
+        if context.config.write_policy == "write_back" and context.ledger.has_host:
+            return self.writes.evict(num_tokens)
+        result = context.tree.evict(num_tokens)
+        return context.evicted_from_device(result.page_ids, result.host_page_ids)
+
+    def alloc(self, num_pages: int) -> PageIds | None:
+        """Take device pages, after one eviction of what is missing."""
+        ledger = self.context.ledger
+        pages = ledger.alloc_device(num_pages)
+        if pages is None:
+            self.evict((num_pages - ledger.device.available) * self.context.page_size)
+            pages = ledger.alloc_device(num_pages)
+        return pages
+
+    def alloc_for_load(self, num_pages: int) -> PageIds | None:
+        """As alloc, but evicts as much as is asked for, as engines know it: the request goes on to compute more."""
+        ledger = self.context.ledger
+        pages = ledger.alloc_device(num_pages)
+        if pages is None:
+            self.evict(num_pages * self.context.page_size)
+            pages = ledger.alloc_device(num_pages)
+        return pages

@@ -1,0 +1,152 @@
+"""L3: device to host: write-through, one operation a node, and write-back, within an eviction."""
+
+from __future__ import annotations
+
+from ..errors import GroupError
+from ..types import ROOT, BackupRequest, PageIds
+from .base import Outcome, Ticket
+from .config import WRITING
+from .context import Context, Where
+from .drains import Drains
+from .operations import FAILED, RUNNING, SUCCEEDED, Stage, WriteOp, copy_status
+
+__all__ = ["Writes"]
+
+
+class Writes:
+    """Backups in flight, in the order in which they began."""
+
+    def __init__(self, context: Context, drains: Drains) -> None:
+        self.context, self.drains = context, drains
+        self.operations: list[WriteOp] = []
+
+    # ---- write-through -----------------------------------------------------------------------------------------------
+    def begin(self, node: int) -> int:
+        """See Controller.backup."""
+        context, tree = self.context, self.context.tree
+        if node == ROOT or not context.ledger.has_host:
+            return 0
+        info = tree.node_info(node)
+        pages = info.page_ids
+        if (
+            pages is None or info.host_page_ids is not None or info.loading or info.backup_pending
+            or info.marks & WRITING
+        ):  # fmt: skip
+            return 0
+        host_pages = None
+        if len(self.operations) < context.config.max_writes:
+            host_pages = context.reserve_host(len(pages))
+        if host_pages is None:
+            context.counts["refused_backups"] += 1
+            return 0
+        context.ledger.begin_write(host_pages)
+        tree.lock(node)
+        tree.mark(node, set=WRITING)
+        ticket = context.mover.backup(pages, host_pages)
+        self.operations.append(
+            WriteOp(context.next_op_id(), context.clock(), node, pages, host_pages, ticket)
+        )
+        return len(pages) * context.page_size
+
+    def settle(self, op: WriteOp, status: int) -> bool:
+        """The copy has ended on all ranks. Returns: whether the node has its host copy now."""
+        context, tree = self.context, self.context.tree
+        num_pages = len(op.host_pages)
+        tree.mark(op.node, clear=WRITING, num_pages=num_pages)
+        if status == SUCCEEDED:
+            op.to(Stage.DONE)
+            tree.set_host(op.node, op.host_pages)
+            context.ledger.end_write(op.device_pages, op.host_pages)
+            context.counts["backups"] += 1
+            context.counts["backup_tokens"] += num_pages * context.page_size
+            context.finished("backup", "done", num_pages, op.ticket.seconds, op.started_s)
+        else:
+            op.to(Stage.FAILED)
+            context.ledger.free_host(op.host_pages)
+            context.counts["backup_failures"] += 1
+            context.finished("backup", "failed", 0, op.ticket.seconds, op.started_s)
+        tree.unlock(op.node)
+        self.operations.remove(op)
+        return status == SUCCEEDED
+
+    # ---- write-back --------------------------------------------------------------------------------------------------
+    def evict(self, num_tokens: int) -> int:
+        """Evict with write-back, in rounds: a node can leave only after its children have.
+
+        1. The tree frees what has a host copy, and names what needs one, children first.
+        2. Host room for each, one eviction of the host for all.  3. One copy; wait; agree.
+        4. Each node gets its host copy, or is dropped.
+        """
+        context, freed = self.context, 0
+        while freed < num_tokens:
+            result = context.tree.evict(num_tokens - freed, backup=True)
+            freed += context.evicted_from_device(result.page_ids, result.host_page_ids)
+            if not result.to_backup:
+                break
+            moved = self._write_back(result.to_backup)
+            freed += moved
+            if not moved:
+                break
+        return freed
+
+    def _write_back(self, requests: list[BackupRequest]) -> int:
+        """Settle a list of nodes that the tree wants to have copied. Returns: device tokens freed."""
+        context = self.context
+        started_s = context.clock()
+        rooms = self._find_room(requests)
+        chosen = [(request.page_ids, room) for request, room in zip(requests, rooms, strict=True) if room is not None]
+        if not chosen:
+            return sum(self._finish(request, None) for request in requests)
+        device_pages, host_pages = (context.join(pages) for pages in zip(*chosen, strict=True))
+        context.ledger.begin_write(host_pages)
+        ticket = context.mover.backup(device_pages, host_pages)
+        if not ticket.wait(context.config.copy_timeout_s):
+            ticket.cancel()
+        status, broken = RUNNING, None
+        try:
+            status = context.agree(Where.WRITE_BACK, [copy_status(ticket)])[0]
+        except GroupError as error:
+            broken = error
+        arrived = status == SUCCEEDED
+        freed = sum(
+            self._finish(request, room if arrived else None) for request, room in zip(requests, rooms, strict=True)
+        )
+        if status == RUNNING:  # on some rank it still writes these; that it reads device pages does no harm
+            self.drains.add("write_back", ticket, host_pages=host_pages)
+        elif status == FAILED:
+            context.ledger.free_host(host_pages)
+        self._count_write_back(ticket, len(host_pages), arrived, started_s)
+        if broken is not None:
+            raise broken
+        return freed
+
+    def _finish(self, request: BackupRequest, host_pages: PageIds | None) -> int:
+        """Settle one node, with its host copy or without. Returns: device tokens freed."""
+        context = self.context
+        result = context.tree.finish_backup(request.node, host_pages)
+        if host_pages is not None:
+            context.ledger.end_write(request.page_ids, host_pages)
+        elif len(result.page_ids):
+            context.counts["dropped_nodes"] += 1
+            context.counts["dropped_tokens"] += result.num_tokens
+            context.finished("write_back", "dropped", len(result.page_ids), 0.0, context.clock())
+        return context.evicted_from_device(result.page_ids, result.host_page_ids)
+
+    def _count_write_back(self, ticket: Ticket, num_pages: int, arrived: bool, started_s: float) -> None:
+        context = self.context
+        if arrived:
+            context.counts["write_backs"] += 1
+            context.counts["write_back_tokens"] += num_pages * context.page_size
+        else:
+            context.counts["backup_failures"] += 1
+        outcome: Outcome = "done" if arrived else "failed"
+        context.finished("write_back", outcome, num_pages if arrived else 0, ticket.seconds, started_s)
+
+    def _find_room(self, requests: list[BackupRequest]) -> list[PageIds | None]:
+        """Host pages for each request, as far as they go after one eviction of what is missing."""
+        context = self.context
+        wanted = sum(len(request.page_ids) for request in requests)
+        free = context.ledger.host.available_size() // context.page_size
+        if wanted > free:
+            context.evict_host((wanted - free) * context.page_size)
+        return [context.ledger.reserve(len(request.page_ids)) for request in requests]

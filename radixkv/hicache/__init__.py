@@ -1,0 +1,32 @@
+"""L5: the HiCache API: SGLang's prefix caches and the classes around them (2025-08), over radixkv's own parts."""
+
+from __future__ import annotations
+
+from ..pool.device import MHATokenToKVPool, MLATokenToKVPool
+from ..pool.host import MHATokenToKVPoolHost, MLATokenToKVPoolHost
+from ..pool.paged import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
+from ..pool.states import MemoryStateInt
+from .base import BasePrefixCache, MatchResult, Request
+from .events import AllBlocksCleared, BlockRemoved, BlockStored
+from .node import TreeNode
+from .radix_cache import RadixCache
+from .req_pool import ReqToTokenPool
+
+__all__ = [
+    "AllBlocksCleared",
+    "BasePrefixCache",
+    "BlockRemoved",
+    "BlockStored",
+    "MHATokenToKVPool",
+    "MHATokenToKVPoolHost",
+    "MLATokenToKVPool",
+    "MLATokenToKVPoolHost",
+    "MatchResult",
+    "MemoryStateInt",
+    "PagedTokenToKVPoolAllocator",
+    "RadixCache",
+    "ReqToTokenPool",
+    "Request",
+    "TokenToKVPoolAllocator",
+    "TreeNode",
+]

@@ -1,0 +1,133 @@
+"""L5: what an engine holds (tensors of slots, allocators of slots) as page ids, and back."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+
+from ..errors import InvalidArgumentError
+from ..pool.arrays import Array, Library, parse_device
+from ..types import PageIds
+from .slots import pages_of, slots_of
+
+__all__ = ["AllocatorPages", "Indices", "NumberedPages"]
+
+
+class Indices:
+    """Turns page ids into int64 slots where the engine wants them, and slots into page ids.
+
+    On a GPU the ids travel (an int32 a page), and are expanded there.
+
+    Args:
+        page_size: P.
+        device: of the slots that are handed out.
+        library: "torch" or "numpy"; None: torch if it is installed.
+    """
+
+    def __init__(self, page_size: int, device: Any = "cpu", library: Library | None = None) -> None:
+        self.page_size = page_size
+        self.device = device
+        self.library: Library = library or ("torch" if importlib.util.find_spec("torch") else "numpy")
+        self._on_cpu = parse_device(device) == "cpu"
+        if self.library == "torch":
+            import torch
+
+            self._from_numpy = torch.from_numpy
+            self._offsets = torch.arange(page_size, dtype=torch.int64, device=device)
+        self.none = self.of_pages(np.zeros(0, np.int32))
+        """No slots. One array for all: nobody may write to it."""
+
+    def of_pages(self, page_ids: PageIds) -> Array:
+        """The slots of pages, page by page: a new int64 array on the device."""
+        if self.library != "torch":
+            return slots_of(page_ids, self.page_size)
+        if self._on_cpu:
+            return self._from_numpy(slots_of(page_ids, self.page_size))
+        pages = self._from_numpy(page_ids).to(self.device)
+        return (pages.long()[:, None] * self.page_size + self._offsets).reshape(-1)
+
+    def pages(self, indices: Any, num_pages: int | None = None) -> PageIds:
+        """The pages of slots: a new int32 array. From a GPU only the first slot of each page travels, and is checked.
+
+        Args: indices: a tensor, array or sequence of integers; num_pages: read only so many.
+        Raises: InvalidArgumentError if there are too few, or they are not whole pages, each in ascending order.
+        """
+        if num_pages is not None:
+            if len(indices) < num_pages * self.page_size:
+                raise InvalidArgumentError(f"{len(indices)} slots for {num_pages} pages of {self.page_size}")
+            indices = indices[: num_pages * self.page_size]
+        if not getattr(indices, "is_cpu", True):
+            starts = indices[:: self.page_size].cpu().numpy()
+            wrong = np.flatnonzero(starts % self.page_size)
+            if len(indices) % self.page_size or wrong.size:
+                first = starts[wrong[0]] if wrong.size else starts[-1]
+                raise InvalidArgumentError(f"{len(indices)} slots, {first} among the first of each {self.page_size}")
+            return pages_of(starts // self.page_size, 1)
+        array = indices.detach().numpy() if hasattr(indices, "detach") else np.asarray(indices)
+        return pages_of(np.ascontiguousarray(array), self.page_size)
+
+    def copy(self, indices: Array) -> Array:
+        """A copy of slots as int64."""
+        if self.library == "torch":
+            return indices.to(self.none.dtype, copy=True)
+        return indices.astype(np.int64)
+
+
+class AllocatorPages:
+    """An engine's allocator of slots as an allocator of pages: whole pages, in the order in which it gives them.
+
+    Freeing goes through ``allocator.free``, so an open free group holds the pages back until it ends.
+    """
+
+    def __init__(self, allocator: Any, indices: Indices, capacity: int) -> None:
+        self.allocator = allocator
+        self.capacity = capacity
+        self._indices = indices
+
+    @property
+    def available(self) -> int:
+        """Pages that ``alloc`` could give now."""
+        return int(self.allocator.available_size()) // self._indices.page_size
+
+    def alloc(self, num_pages: int) -> PageIds | None:
+        """Take pages; None, and nothing changes, if there are fewer."""
+        slots = self.allocator.alloc(num_pages * self._indices.page_size)
+        return None if slots is None else self._indices.pages(slots)
+
+    def free(self, page_ids: PageIds) -> None:
+        """Give pages back."""
+        if len(page_ids):
+            self.allocator.free(self._indices.of_pages(page_ids))
+
+
+class NumberedPages:
+    """Pages of no pool: numbers for a tree that only remembers keys (a scheduler's look at its own queue)."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._spare: list[PageIds] = []
+
+    def alloc(self, num_pages: int) -> PageIds:
+        """Numbers that nobody has, as small as is cheap: the tree's own cost grows with the largest."""
+        parts: list[PageIds] = []
+        missing = num_pages
+        while missing and self._spare:
+            spare = self._spare.pop()
+            if len(spare) > missing:
+                self._spare.append(spare[missing:])
+            parts.append(spare[:missing])
+            missing -= len(parts[-1])
+        parts.append(np.arange(self._next, self._next + missing, dtype=np.int32))
+        self._next += missing
+        return np.concatenate(parts)
+
+    def free(self, page_ids: PageIds) -> None:
+        """Take numbers back."""
+        if len(page_ids):
+            self._spare.append(page_ids)
+
+    def clear(self) -> None:
+        """All numbers are free again."""
+        self._next, self._spare = 0, []

@@ -1,0 +1,98 @@
+"""Between the slots of tokens, which engines pass around, and page ids, which the tree keeps. One pass each way.
+
+    page ids  [ 7          3       ]
+    slots     [28 29 30 31 12 13 14 15]      page_size 4
+"""
+
+cimport numpy as cnp
+from libc.stdint cimport int32_t, int64_t
+
+import numpy as np
+
+from ..errors import ArgumentTypeError, InvalidArgumentError
+
+cnp.import_array()
+
+ctypedef fused slot_t:
+    int32_t
+    int64_t
+
+
+
+cdef void expand(const int32_t *pages, Py_ssize_t n, int64_t size, int64_t *out) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int64_t k, first
+    if size == 1:
+        for i in range(n):
+            out[i] = pages[i]
+        return
+    for i in range(n):
+        first = pages[i] * size
+        for k in range(size):
+            out[k] = first + k
+        out += size
+
+
+cdef Py_ssize_t narrow(const slot_t *slots, Py_ssize_t n, int64_t size, int32_t *out) noexcept nogil:
+    """Page ids of n pages of slots. Returns the place of the first slot that is not where a whole page has it, or -1."""
+    cdef Py_ssize_t i
+    cdef int64_t k, first, wrong = 0
+    if size == 1:       # apart: this loop is one of vectors
+        for i in range(n):
+            out[i] = <int32_t>slots[i]
+            wrong |= (slots[i] ^ out[i]) | (<int64_t>out[i] & <int64_t>0x80000000)
+        if wrong:
+            for i in range(n):
+                if slots[i] < 0 or slots[i] != <int32_t>slots[i]:
+                    return i
+        return -1
+    for i in range(n):
+        first = slots[0]
+        out[i] = <int32_t>(first // size)
+        wrong = (first < 0) | (out[i] * size != first)
+        for k in range(1, size):
+            wrong |= slots[k] ^ (first + k)
+        if wrong:
+            for k in range(size):
+                if slots[k] != <int64_t>out[i] * size + k:
+                    return i * size + k
+            return i * size
+        slots += size
+    return -1
+
+
+def slots_of(const int32_t[::1] page_ids, int64_t page_size):
+    """The slots of pages, page by page: a new int64 array [len(page_ids) * page_size]."""
+    cdef cnp.npy_intp total = page_ids.shape[0] * page_size
+    out = cnp.PyArray_EMPTY(1, &total, cnp.NPY_INT64, 0)
+    if total:
+        expand(&page_ids[0], page_ids.shape[0], page_size, <int64_t *>cnp.PyArray_DATA(out))
+    return out
+
+
+def pages_of(cnp.ndarray slots, int64_t page_size):
+    """The pages that whole runs of slots are: a new int32 array [len(slots) // page_size].
+
+    Args: slots: int32 or int64 [n], contiguous; n is a multiple of page_size.
+    Raises: InvalidArgumentError, naming the place, unless they are whole pages, each in ascending order; ArgumentTypeError.
+    """
+    cdef cnp.npy_intp n, pages
+    cdef Py_ssize_t wrong
+    if slots.ndim != 1 or not cnp.PyArray_IS_C_CONTIGUOUS(slots) or not cnp.PyArray_ISALIGNED(slots):
+        raise ArgumentTypeError(f"slots are contiguous and one-dimensional, not {slots.ndim}-d or strided")
+    n = cnp.PyArray_DIM(slots, 0)
+    if n % page_size:
+        raise InvalidArgumentError(f"{n} slots are no whole pages of {page_size}")
+    pages = n // page_size
+    out = cnp.PyArray_EMPTY(1, &pages, cnp.NPY_INT32, 0)
+    if cnp.PyArray_TYPE(slots) == cnp.NPY_INT64:
+        wrong = narrow(<const int64_t *>cnp.PyArray_DATA(slots), pages, page_size, <int32_t *>cnp.PyArray_DATA(out))
+    elif cnp.PyArray_TYPE(slots) == cnp.NPY_INT32:
+        wrong = narrow(<const int32_t *>cnp.PyArray_DATA(slots), pages, page_size, <int32_t *>cnp.PyArray_DATA(out))
+    else:
+        raise ArgumentTypeError(f"slots are int32 or int64, not {slots.dtype}")
+    if wrong >= 0:
+        raise InvalidArgumentError(
+            f"slot {slots[wrong]} at position {wrong} is not where a whole page of {page_size} has it: pages are handed over "
+            "whole, each in ascending order from a multiple of the page size")
+    return out

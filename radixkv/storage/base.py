@@ -1,0 +1,175 @@
+"""L2: the contract of a storage backend: a blob store with batches, gather and scatter lists, and deadlines.
+
+Every backend passes one suite (tests/storage/test_conformance.py) against the real thing. A backend knows nothing of
+pages, tokens or checksums: that is ``pages.py`` and ``envelope.py``, the same over every backend.
+
+    key    a str of 1 .. 200 characters of 0-9 a-z A-Z . _ - (not starting with a dot): safe as a file name, an object
+           name and in a URL
+    value  opaque bytes, given and taken in *parts*: a list of buffers, in this order the bytes of the value
+
+A value is written once and never changes: two writers of one key write the same bytes, so the first one wins and the
+second may skip its work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidArgumentError, StorageError, StorageTimeoutError
+
+__all__ = ["BoolArray", "Buffer", "Deadline", "IntArray", "Parts", "Storage", "byte_views", "check_keys", "check_pairs"]
+__all__ += ["MISS", "require_package"]
+
+Buffer: TypeAlias = Any
+"""Anything with a C-contiguous buffer: bytes, bytearray, memoryview, mmap, a numpy array. Writable, to read into."""
+Parts: TypeAlias = Sequence[Buffer]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+MISS = -1
+"""What get_many reports for a key that is not there (or that could not be read, which is counted)."""
+
+_KEY = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]{0,199}")
+
+
+class Storage(ABC):
+    """A blob store. Thread-safe: any number of threads may be in any methods, but ``close``.
+
+    Failures. What concerns one key (no room, one unreadable file) is a flag of that key and a count in ``stats``. What
+    concerns the call (no connection, a server that answers nothing) raises StorageError, or StorageTimeoutError once
+    ``timeout_s`` seconds have passed; of its keys nothing is known then, and a put may or may not have happened. None
+    means no deadline for a local store, and the backend's own default for a server: no call hangs on a dead one.
+    A call that has returned or raised no longer touches the buffers it was given. For a store on local disk that comes
+    first: a call may overrun its deadline by one read or write of the kernel's.
+    Programmer errors (a bad key, as many parts as keys are not) raise InvalidArgumentError before anything is done.
+    """
+
+    name: str
+    """Of the kind of backend, as the registry knows it: "file", "redis", ..."""
+
+    @abstractmethod
+    def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
+        """Write values: bool [len(keys)], whether each is stored now (also if it was there already).
+
+        All or nothing for each key: no reader ever sees half a value, unless the machine fails (see each backend's
+        durability), which is what the envelope is for. Args: parts: a gather list for each key.
+        """
+
+    @abstractmethod
+    def get_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> IntArray:
+        """Read values: int64 [len(keys)], the length of each value in bytes, MISS (-1) if there is none.
+
+        Fills the parts in order as far as the value goes; what is beyond them is not read, but counts in the length.
+        The parts of a key that is a MISS, or whose length is not that of its parts, hold anything.
+        Args: parts: a scatter list of writable buffers for each key.
+        """
+
+    @abstractmethod
+    def exists_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
+        """Look up keys: bool [len(keys)]. A later get may miss all the same (eviction, another process)."""
+
+    @abstractmethod
+    def delete_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:
+        """Remove keys; those that are not there are no error."""
+
+    @abstractmethod
+    def clear(self, *, timeout_s: float | None = None) -> None:
+        """Remove everything that this store holds (its folder, its key prefix), and nothing else."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End threads and connections. Values stay. A second call does nothing; any other call raises StorageError."""
+
+    def stats(self) -> Mapping[str, int]:
+        """Counters of this backend, by name, since it was made; what they mean is in the backend's docstring."""
+        return {}
+
+    def register(self, memory: Buffer) -> None:  # noqa: B027  most backends have no use for it
+        """Announce memory that parts will lie in (a host pool's arena), before its first use.
+
+        Parts elsewhere work too, but backends that move bytes by DMA or RDMA copy those once more.
+        """
+
+    def unregister(self, memory: Buffer) -> None:  # noqa: B027
+        """Take ``register`` back; call it before the memory goes away."""
+
+    def __enter__(self) -> Storage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Deadline:
+    """When a call must have ended; made once at its beginning, and asked at every step."""
+
+    __slots__ = ("_end", "timeout_s", "what")
+
+    def __init__(self, timeout_s: float | None, what: str) -> None:
+        if timeout_s is not None and not timeout_s > 0:
+            raise InvalidArgumentError(f"timeout_s is {timeout_s}, and must be above 0 or None")
+        self.timeout_s, self.what = timeout_s, what
+        self._end = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def remaining_s(self) -> float | None:
+        """Seconds left, None without a deadline. Raises: StorageTimeoutError if there are none."""
+        if self._end is None:
+            return None
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise StorageTimeoutError(f"{self.what} did not end within {self.timeout_s} s")
+        return left
+
+    def left_s(self) -> float | None:
+        """Seconds left, at least 1 ms, None without a deadline: for the next call of a series that has begun."""
+        return None if self._end is None else max(self._end - time.monotonic(), 1e-3)
+
+    def passed(self) -> bool:
+        """Whether the time is up."""
+        return self._end is not None and time.monotonic() >= self._end
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """Raise InvalidArgumentError for a key that is none."""
+    for key in keys:
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            raise InvalidArgumentError(f"{key!r} is no key: 1 .. 200 characters of 0-9 a-z A-Z . _ -, no dot first")
+
+
+def check_pairs(keys: Sequence[str], parts: Sequence[Parts]) -> None:
+    """check_keys, and as many lists of parts as keys."""
+    check_keys(keys)
+    if len(keys) != len(parts):
+        raise InvalidArgumentError(f"{len(keys)} keys and {len(parts)} lists of parts")
+
+
+def byte_views(parts: Parts, writable: bool = False) -> list[memoryview]:
+    """The parts as flat memoryviews of bytes, no copy. Raises: InvalidArgumentError if one has no such buffer."""
+    views = []
+    for part in parts:
+        try:
+            view = memoryview(part)
+            view = view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
+        except (TypeError, ValueError, BufferError) as error:
+            raise InvalidArgumentError(f"a part is no C-contiguous buffer: {type(part).__name__}: {error}") from error
+        if writable and view.readonly:
+            raise InvalidArgumentError(f"a part to read into is read-only: {type(part).__name__}")
+        views.append(view)
+    return views
+
+
+def require_package(module: str, package: str, what: str) -> ModuleType:
+    """Import an optional package. Raises: StorageError that names it and how it is installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise StorageError(f"{what} needs {module} (pip install {package}): {error}") from error
