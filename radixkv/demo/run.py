@@ -1,0 +1,201 @@
+"""L6: runs the demo: two processes one after the other with only a folder between them, and judges what they report.
+
+Each claim is a check with a name; the demo has failed if one of them has. The controls turn it round: where something
+was spoiled, the comparison must have failed, or it would prove nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from .. import __version__
+from ..errors import RadixKVError
+from .config import DemoConfig
+
+__all__ = ["TIERS", "Check", "DemoError", "run_demo"]
+
+TIERS = ("device", "host", "storage", "computed")
+DEADLINE_S = 900.0
+"""For each process: beyond any machine that the demo is for."""
+
+Report = dict[str, Any]
+Progress = Callable[[str, dict[str, Any]], None]
+"""Told of each line of a process: its phase, and the line."""
+
+
+class DemoError(RadixKVError, RuntimeError):
+    """A process of the demo died; the message has its last words."""
+
+
+class Check(NamedTuple):
+    """One claim: what it says, whether it holds, and the figures."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def run_demo(config: DemoConfig, folder: Path, progress: Progress | None = None) -> Report:
+    """Run both phases and judge them.
+
+    Args:
+        folder: for the storage tier; its sub-folder ``kv`` is made anew.
+    Returns: everything about the run; ``passed`` is the verdict. Raises: DemoError, OSError.
+    """
+    progress = progress or (lambda phase, line: None)
+    store = folder / "kv"
+    shutil.rmtree(store, ignore_errors=True)
+    store.mkdir(parents=True)
+    begin = time.perf_counter()
+    users = [chr(ord("a") + i % 26) + (str(i // 26) if i >= 26 else "") for i in range(config.users)]
+    before = _phase(config, store, "before", 0, config.turns_before, {user: [] for user in users}, progress)
+    spoiled = _spoil(store, before)
+    history = before["end"]["history"]
+    after = _phase(config, store, "after", config.turns_before, config.turns_after, history, progress)
+    phases = {"before": before, "after": after}
+    checks = list(_checks(phases, spoiled))
+    return {
+        "radixkv": __version__,
+        "config": asdict(config),
+        "model": before["ready"]["model"],
+        "token_bytes": before["ready"]["token_bytes"],
+        "wall_s": time.perf_counter() - begin,
+        "phases": phases,
+        "spoiled": spoiled,
+        "tokens": {name: _tokens(phase["requests"]) for name, phase in phases.items()},
+        "first_token_s": {name: _first_token(phase["requests"]) for name, phase in phases.items()},
+        "checks": [check._asdict() for check in checks],
+        "passed": all(check.passed for check in checks),
+    }
+
+
+# ---- the processes ---------------------------------------------------------------------------------------------------
+def _phase(config: DemoConfig, store: Path, name: str, first_turn: int, turns: int, history: dict[str, Any],
+           progress: Progress) -> dict[str, Any]:  # fmt: skip
+    """Run one process to its end. Returns: its lines, by kind."""
+    plan = {"config": asdict(config), "folder": str(store), "name": name, "first_turn": first_turn, "turns": turns,
+            "history": history}  # fmt: skip
+    found: dict[str, Any] = {"requests": [], "controls": []}
+    begin = time.perf_counter()
+    for line in _lines(json.dumps(plan)):
+        progress(name, line)
+        kind = line.pop("kind")
+        if kind in ("request", "control"):
+            found[kind + "s"].append(line)
+        else:
+            found[kind] = line
+    found["wall_s"] = time.perf_counter() - begin
+    return found
+
+
+def _lines(plan: str) -> Iterator[dict[str, Any]]:
+    """Start a process and yield what it says. Raises: DemoError if it fails or says no end."""
+    command = [sys.executable, "-m", "radixkv.demo.process"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with tempfile.TemporaryFile("w+") as words:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True, env=environment
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        kind = None
+        try:
+            process.stdin.write(plan)
+            process.stdin.close()
+            for text in process.stdout:
+                line = json.loads(text)
+                kind = line["kind"]
+                yield line
+            code = process.wait(DEADLINE_S)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            process.stdout.close()
+        if code or kind != "end":
+            words.seek(0)
+            raise DemoError(f"a process of the demo ended with {code}:\n{words.read()[-4000:]}")
+
+
+def _spoil(store: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """Flip one bit of one page in the files that the first process left."""
+    from .verify import flip_in_files
+
+    page = before["page"]
+    path = flip_in_files(store, bytes.fromhex(page["sample"]))
+    return {"user": page["user"], "page": page["page"], "file": None if path is None else str(path.relative_to(store))}
+
+
+# ---- what came of it -------------------------------------------------------------------------------------------------
+def _tokens(requests: list[dict[str, Any]]) -> dict[str, int]:
+    """Prompt tokens by where they came from."""
+    return {tier: sum(request["tokens"][f"{tier}_tokens"] for request in requests) for tier in TIERS}
+
+
+def _first_token(requests: list[dict[str, Any]]) -> dict[str, float]:
+    """Median seconds to the first token of requests that found something, with the cache and computed from nothing."""
+    hits = [request for request in requests if request["tokens"]["computed_tokens"] < request["prompt_tokens"]]
+    if not hits:
+        return {"requests": 0}
+    return {
+        "requests": len(hits),
+        "cached": median(request["cached_first_token_s"] for request in hits),
+        "recomputed": median(request["first_token_s"] for request in hits),
+    }
+
+
+def _checks(phases: dict[str, dict[str, Any]], spoiled: dict[str, Any]) -> Iterator[Check]:
+    before, after = phases["before"], phases["after"]
+    requests = before["requests"] + after["requests"]
+    rows, wrong = sum(r["rows"] for r in requests), sum(r["wrong_rows"] for r in requests)
+    worst = max(r["max_difference"] for r in requests)
+    yield Check("logits are the same bits as recomputation", not wrong,
+                f"{rows:,} rows of {len(requests)} requests" + (f", {wrong} differ by up to {worst:g}" if wrong else ""))  # fmt: skip
+    pages, bad = sum(r["pages"] for r in requests), sum(len(r["wrong_pages"]) for r in requests)
+    yield Check("every page's KV has the fingerprint of recomputation", not bad,
+                f"{pages:,} pages" + (f", {bad} wrong" if bad else ""))  # fmt: skip
+    accounted = all(sum(r["tokens"].values()) == r["prompt_tokens"] for r in requests)
+    yield Check("every prompt token is accounted for", accounted, f"{sum(r['prompt_tokens'] for r in requests):,} tokens")
+    total = _tokens(requests)
+    for tier in TIERS[:-1]:
+        yield Check(f"prefixes came from the {tier}" if tier != "storage" else "prefixes came from storage",
+                    total[tier] > 0, f"{total[tier]:,} tokens")  # fmt: skip
+    first = after["requests"][0]
+    came = first["tokens"]["storage_tokens"]
+    yield Check("after the restart the first prefix came from storage",
+                came > 0 and before["ready"]["pid"] != after["ready"]["pid"] and not first["tokens"]["host_tokens"],
+                f"{came:,} of {first['prompt_tokens']:,} tokens, process {after['ready']['pid']}")  # fmt: skip
+    yield from _fault_checks(after, spoiled)
+
+
+def _fault_checks(after: dict[str, Any], spoiled: dict[str, Any]) -> Iterator[Check]:
+    corrupt = after["end"]["storage"].get("corrupt", 0)
+    whose = [r for r in after["requests"] if r["user"] == spoiled["user"]]
+    yield Check("a flipped bit in a file is a miss, and its page is computed again",
+                spoiled["file"] is not None and corrupt > 0 and all(r["right"] for r in whose),
+                f"page {spoiled['page']} of {spoiled['user']}, {corrupt} corrupt counted")  # fmt: skip
+    controls = {control["control"]: control for control in after["controls"]}
+    sound = controls["control"]
+    yield Check("control: what the host holds passes", sound["right"] and sound["tokens"]["host_tokens"] > 0,
+                f"{sound['tokens']['host_tokens']:,} tokens from the host")  # fmt: skip
+    flipped = controls["flipped"]
+    yield Check("control: flipped bits of a host page fail the checks",
+                flipped["wrong_rows"] > 0 and len(flipped["wrong_pages"]) > 0,
+                f"{flipped['wrong_rows']} of {flipped['rows']} rows and {len(flipped['wrong_pages'])} pages differ"
+                + ("; the answer is the same" if flipped["same_answer"] else ""))  # fmt: skip
+    moved = controls["exchanged"]
+    yield Check("control: two host pages exchanged fail the checks", len(moved["wrong_pages"]) >= 2,
+                f"{len(moved['wrong_pages'])} pages and {moved['wrong_rows']} of {moved['rows']} rows differ"
+                + ("; the answer is the same" if moved["same_answer"] else ""))  # fmt: skip
