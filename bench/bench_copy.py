@@ -75,7 +75,10 @@ CASES = (
     *_pair("128 B", "page_head", kind="mha", layers=32, heads=8, head_bytes=128, page_size=16),
     *_pair("128 B", "page_first", layers=32, head_bytes=128, page_size=16),
     Case(run="128 B", what="single tokens", **FLAT, layers=4, head_bytes=128, page_size=1),
+    *_pair("64 B", "page_first", layers=32, head_bytes=64, page_size=16),
+    *_pair("32 B", "page_first", layers=32, head_bytes=32, page_size=16),
     *_pair("16 B", "page_first", layers=32, head_bytes=16, page_size=16),
+    *_pair("8 B", "page_first", layers=32, head_bytes=8, page_size=16),
 )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import os
 import platform
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ import numpy as np
 
 from .errors import DeviceUnavailableError
 from .pool.arena import online_nodes
-from .pool.memory import DEFAULT_HEADROOM_BYTES, host_memory, read_text
+from .pool.memory import DEFAULT_HEADROOM_BYTES, host_memory, read_text, usable_cpus
 from .pool.pinning import cuda_registrar
 
 __all__ = ["Choice", "Diagnosis", "Finding", "Machine", "decide", "diagnose", "tables", "text"]
@@ -114,7 +113,7 @@ class Machine:
 
     def cpus(self) -> int:
         """CPUs that this process may use."""
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cpus()
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------

@@ -62,6 +62,44 @@ int64_t rkv_cuda_first_of_run(const void *pages, uint64_t num_pages, uint32_t in
     return first;
 }
 
+/* Strides of a view with the number of parts at each, rising; those of one part left out. */
+typedef struct dims {
+    int count;
+    struct {
+        uint64_t stride, count;
+    } dim[5];
+} dims;
+
+static void add_dim(dims *all, uint64_t stride, uint64_t count)
+{
+    if (count <= 1) return;
+    int at = all->count++;
+    for (; at > 0 && all->dim[at - 1].stride > stride; at--) all->dim[at] = all->dim[at - 1];
+    all->dim[at].stride = stride;
+    all->dim[at].count = count;
+}
+
+static dims dims_of(const rkv_cuda_geometry *g, const rkv_cuda_view *view)
+{
+    dims all = {0};
+    add_dim(&all, view->page_stride, view->num_pages);
+    add_dim(&all, view->token_stride, g->page_size);
+    add_dim(&all, view->head_stride, g->num_heads);
+    return all;
+}
+
+/* The first dimension whose step is not beyond all that the smaller ones reach (or is beyond any memory), and in *extent
+ * what these reach; -1 if there is none: then no two parts share a byte. */
+static int nest(const dims *all, uint64_t part_bytes, uint64_t *extent)
+{
+    *extent = part_bytes;
+    for (int i = 0; i < all->count; i++) {
+        if (all->dim[i].stride < *extent || all->dim[i].stride > MAX_STRIDE / all->dim[i].count) return i;
+        *extent += (all->dim[i].count - 1) * all->dim[i].stride;
+    }
+    return -1;
+}
+
 static rkv_cuda_status check_geometry(const rkv_cuda_geometry *g)
 {
     if (g == NULL || g->struct_size < sizeof *g) {
@@ -96,27 +134,83 @@ static rkv_cuda_status check_view(const char *side, const rkv_cuda_geometry *g, 
     for (uint64_t i = 0; view->num_pages && i < (uint64_t)g->halves * g->num_layers; i++) {
         if (!view->bases[i]) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "base %" PRIu64 " of %s is NULL", i, side);
     }
-    uint64_t strides[3] = {view->page_stride, view->token_stride, view->head_stride};
-    uint64_t counts[3] = {view->num_pages, g->page_size, g->num_heads};
-    for (int i = 0; i < 3; i++) {
-        for (int j = i + 1; j < 3; j++) {
-            if (strides[j] >= strides[i]) continue;
-            const uint64_t stride = strides[i], count = counts[i];
-            strides[i] = strides[j], counts[i] = counts[j];
-            strides[j] = stride, counts[j] = count;
-        }
-    }
-    uint64_t extent = g->head_bytes;
-    for (int i = 0; i < 3; i++) {
-        if (counts[i] <= 1) continue;
-        if (strides[i] < extent || strides[i] > MAX_STRIDE / counts[i]) {
-            return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT,
-                                 "%s: a stride of %" PRIu64 " for %" PRIu64 " parts of %" PRIu64 " bytes", side,
-                                 strides[i], counts[i], extent);
-        }
-        extent += (counts[i] - 1) * strides[i];
+    dims all = dims_of(g, view);
+    uint64_t extent;
+    const int fold = nest(&all, g->head_bytes, &extent);
+    if (fold >= 0) {
+        return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT,
+                             "%s: a stride of %" PRIu64 " for %" PRIu64 " parts of %" PRIu64 " bytes", side,
+                             all.dim[fold].stride, all.dim[fold].count, extent);
     }
     return RKV_CUDA_OK;
+}
+
+/* Whether two grids of parts share a byte, the second `distance` bytes from the first. Exact for dims that nest: the inner
+ * ones reach less far than a step of the outermost, so only the two nearest multiples of it can do. */
+static int touch(int64_t distance, const dims *all, int outermost, uint64_t part_bytes)
+{
+    if (outermost < 0) return distance < (int64_t)part_bytes && -distance < (int64_t)part_bytes;
+    const int64_t stride = (int64_t)all->dim[outermost].stride, count = (int64_t)all->dim[outermost].count;
+    int64_t steps = distance / stride;
+    steps -= distance % stride < 0; /* towards minus infinity */
+    for (int64_t last = steps + 1; steps <= last; steps++) {
+        if (steps < count && -steps < count && touch(distance - steps * stride, all, outermost - 1, part_bytes)) return 1;
+    }
+    return 0;
+}
+
+/* Whether the halves and layers lie at even distances, which makes them two more dimensions. */
+static int even(const rkv_cuda_geometry *g, const uint64_t *bases, dims *all)
+{
+    const uint64_t half = g->halves > 1 ? bases[g->num_layers] - bases[0] : 0;
+    const uint64_t layer = g->num_layers > 1 ? bases[1] - bases[0] : 0;
+    for (uint32_t i = 0; i < g->halves; i++) {
+        for (uint32_t j = 0; j < g->num_layers; j++) {
+            if (bases[(uint64_t)i * g->num_layers + j] != bases[0] + i * half + j * layer) return 0;
+        }
+    }
+    add_dim(all, half < -half ? half : -half, g->halves);
+    add_dim(all, layer < -layer ? layer : -layer, g->num_layers);
+    return 1;
+}
+
+static int by_address(const void *a, const void *b)
+{
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* No byte of a destination is of two layers or halves: whoever writes last would win. Exact; _check_apart of
+ * radixkv/transfer/plan.py has the same three steps. */
+static rkv_cuda_status check_apart(const char *side, const rkv_cuda_geometry *g, const rkv_cuda_view *view)
+{
+    const uint64_t count = (uint64_t)g->halves * g->num_layers;
+    if (!view->num_pages || count == 1) return RKV_CUDA_OK;
+    const dims all = dims_of(g, view);
+    dims with_layers = all;
+    uint64_t reach, extent;
+    nest(&all, g->head_bytes, &reach); /* check_view has seen that it nests */
+    if (even(g, view->bases, &with_layers) && nest(&with_layers, g->head_bytes, &extent) < 0) return RKV_CUDA_OK;
+    uint64_t *ordered = malloc(count * sizeof *ordered);
+    if (ordered == NULL) return rkv_cuda_fail(RKV_CUDA_ERR_NO_MEMORY, "no memory for %" PRIu64 " bases", count);
+    memcpy(ordered, view->bases, count * sizeof *ordered);
+    qsort(ordered, count, sizeof *ordered, by_address);
+    rkv_cuda_status status = RKV_CUDA_OK;
+    int near = 1;
+    for (uint64_t apart = 1; near && apart < count && status == RKV_CUDA_OK; apart++) {
+        near = 0;
+        for (uint64_t i = 0; i + apart < count && status == RKV_CUDA_OK; i++) {
+            const uint64_t distance = ordered[i + apart] - ordered[i];
+            if (distance >= reach) continue;
+            near = 1;
+            if (!touch((int64_t)distance, &all, all.count - 1, g->head_bytes)) continue;
+            status = rkv_cuda_fail(RKV_CUDA_ERR_OVERLAP,
+                                   "two layers or halves of %s overlap: those at 0x%" PRIx64 " and 0x%" PRIx64, side,
+                                   ordered[i], ordered[i + apart]);
+        }
+    }
+    free(ordered);
+    return status;
 }
 
 static rkv_cuda_status check_ids(const char *side, const rkv_cuda_copy *copy, const void *pages, uint64_t pool_pages)
@@ -202,6 +296,7 @@ rkv_cuda_status rkv_cuda_check(const rkv_cuda_copy *copy)
     rkv_cuda_status status = check_geometry(copy->geometry);
     if (status == RKV_CUDA_OK) status = check_view("src", copy->geometry, copy->src);
     if (status == RKV_CUDA_OK) status = check_view("dst", copy->geometry, copy->dst);
+    if (status == RKV_CUDA_OK) status = check_apart("dst", copy->geometry, copy->dst);
     if (status != RKV_CUDA_OK) return status;
     const uint32_t layers = copy->geometry->num_layers;
     if (!copy->num_layers || copy->first_layer >= layers || copy->num_layers > layers - copy->first_layer) {

@@ -24,6 +24,7 @@
 enum {
     CHUNK_BYTES = 256 << 10,  /* what a thread takes at a time: small against a copy, large against taking it */
     PIECE_BYTES = 256 << 10,  /* longer runs are cut, so that threads can share one */
+    RUN_COST_BYTES = 64,      /* a run takes as long as so many more bytes */
     STREAM_BYTES = 2 << 20,   /* smaller copies stay in the cache: who asked for them reads them next */
     STREAM_RUN = 64,          /* shorter runs fill no line */
     BATCH = 128,
@@ -231,6 +232,15 @@ static size_t fill(struct walker *w, struct run *runs, size_t num)
     return num;
 }
 
+/* Under the mutex. */
+static void publish(rkv_copy_progress *progress, uint64_t layers_done)
+{
+    if (layers_done > rkv_leaf_progress_load(progress)) {
+        __atomic_store_n(&progress->layers_done, layers_done, __ATOMIC_RELEASE);
+        pthread_cond_broadcast(&progress->changed);
+    }
+}
+
 static void report(struct work *work, uint64_t layer)
 {
     rkv_copy_progress *progress = work->job->progress;
@@ -242,8 +252,7 @@ static void report(struct work *work, uint64_t layer)
            __atomic_load_n(&work->chunks_left[work->next_layer], __ATOMIC_ACQUIRE) == 0) {
         work->next_layer++;
     }
-    __atomic_store_n(&progress->layers_done, work->next_layer, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&progress->changed);
+    publish(progress, work->next_layer);
     pthread_mutex_unlock(&progress->mutex);
 }
 
@@ -273,21 +282,25 @@ static void do_chunk(void *context, uint64_t chunk)
     }
 }
 
-static void finish(rkv_copy_progress *progress, uint64_t num_layers)
+static uint64_t count_runs(const rkv_copy_job *job)
 {
-    pthread_mutex_lock(&progress->mutex);
-    __atomic_store_n(&progress->layers_done, num_layers, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&progress->changed);
-    pthread_mutex_unlock(&progress->mutex);
+    uint64_t num_runs = 1;
+    for (uint32_t k = 0; k < job->num_loops; k++) {
+        num_runs *= job->loops[k].count;
+    }
+    return num_runs;
+}
+
+uint32_t rkv_leaf_copy_threads(const rkv_copy_job *job, uint32_t most)
+{
+    uint64_t worth = 1 + count_runs(job) * (job->run_bytes + RUN_COST_BYTES) / CHUNK_BYTES;
+    return worth < most ? (uint32_t)worth : most;
 }
 
 int rkv_leaf_copy(const rkv_copy_job *job)
 {
     struct work work = {.job = job};
-    uint64_t num_runs = 1, layers = job->steps_per_layer ? job->num_layers : 1;
-    for (uint32_t k = 0; k < job->num_loops; k++) {
-        num_runs *= job->loops[k].count;
-    }
+    uint64_t num_runs = count_runs(job), layers = job->steps_per_layer ? job->num_layers : 1;
     if (num_runs && job->run_bytes) {
         uint64_t total = num_runs * job->run_bytes;
         int stream = job->store == RKV_COPY_STREAM || (job->store == RKV_COPY_AUTO && total >= STREAM_BYTES);
@@ -312,7 +325,7 @@ int rkv_leaf_copy(const rkv_copy_job *job)
         rkv_leaf_pool_run(do_chunk, &work, layers * work.chunks_per_layer, job->num_threads);
     }
     if (job->progress) {
-        finish(job->progress, job->num_layers);
+        rkv_leaf_progress_advance(job->progress, job->num_layers);
     }
     free(work.chunks_left);
     return 0;
@@ -328,6 +341,7 @@ int rkv_leaf_progress_init(rkv_copy_progress *progress)
         return error;
     }
     progress->layers_done = 0;
+    progress->failed = 0;
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     error = pthread_cond_init(&progress->changed, &attributes);
     pthread_condattr_destroy(&attributes);
@@ -352,21 +366,45 @@ uint64_t rkv_leaf_progress_load(const rkv_copy_progress *progress)
     return __atomic_load_n(&progress->layers_done, __ATOMIC_ACQUIRE);
 }
 
+void rkv_leaf_progress_advance(rkv_copy_progress *progress, uint64_t layers_done)
+{
+    pthread_mutex_lock(&progress->mutex);
+    publish(progress, layers_done);
+    pthread_mutex_unlock(&progress->mutex);
+}
+
+void rkv_leaf_progress_fail(rkv_copy_progress *progress)
+{
+    pthread_mutex_lock(&progress->mutex);
+    __atomic_store_n(&progress->failed, 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&progress->changed);
+    pthread_mutex_unlock(&progress->mutex);
+}
+
+static int reached(const rkv_copy_progress *progress, uint64_t layer)
+{
+    const int failed = __atomic_load_n(&progress->failed, __ATOMIC_ACQUIRE); /* first: what came before it counts */
+    if (rkv_leaf_progress_load(progress) > layer) {
+        return RKV_PROGRESS_DONE;
+    }
+    return failed ? RKV_PROGRESS_FAILED : RKV_PROGRESS_TIMEOUT;
+}
+
 int rkv_leaf_progress_wait(rkv_copy_progress *progress, uint64_t layer, uint64_t timeout_ns)
 {
     struct timespec until;
-    int error = 0;
-    if (rkv_leaf_progress_load(progress) > layer) {
-        return 1;
+    int error = 0, found = reached(progress, layer);
+    if (found || !timeout_ns) {
+        return found;
     }
     clock_gettime(CLOCK_MONOTONIC, &until);
     uint64_t nanoseconds = (uint64_t)until.tv_nsec + timeout_ns % 1000000000u;
     until.tv_sec += (time_t)(timeout_ns / 1000000000u + nanoseconds / 1000000000u);
     until.tv_nsec = (long)(nanoseconds % 1000000000u);
     pthread_mutex_lock(&progress->mutex);
-    while (rkv_leaf_progress_load(progress) <= layer && error == 0) {
+    while (!(found = reached(progress, layer)) && error == 0) {
         error = pthread_cond_timedwait(&progress->changed, &progress->mutex, &until);
     }
     pthread_mutex_unlock(&progress->mutex);
-    return rkv_leaf_progress_load(progress) > layer;
+    return found;
 }

@@ -24,12 +24,16 @@ typedef struct rkv_copy_loop {
     uint64_t count;
 } rkv_copy_loop;
 
-/* How many layers are complete, for readers that wait for them. Zeroed by init; one copy at a time may report to it. */
+/* How many layers are complete, for readers that wait for them. Zeroed by init; one copy in its life reports to it. */
 typedef struct rkv_copy_progress {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
     uint64_t layers_done; /* atomic; all bytes of the layers below it are in place */
+    int failed;           /* atomic; no more layers will come */
 } rkv_copy_progress;
+
+/* What a wait for a layer has come to. */
+enum { RKV_PROGRESS_TIMEOUT = 0, RKV_PROGRESS_DONE = 1, RKV_PROGRESS_FAILED = 2 };
 
 typedef struct rkv_copy_job {
     uint64_t src_base, dst_base, run_bytes;
@@ -42,9 +46,12 @@ typedef struct rkv_copy_job {
     rkv_copy_progress *progress; /* or NULL */
 } rkv_copy_job;
 
-/* Run a job to its end. 0, or ENOMEM with nothing copied. Fewer helpers than wanted (no threads to be had) is no error.
- * */
+/* Run a job to its end. 0, or ENOMEM with nothing copied and its progress as it was. Fewer helpers than wanted (no
+ * threads to be had) is no error. */
 int rkv_leaf_copy(const rkv_copy_job *job);
+
+/* The threads that this job is worth, 1 .. most: waking one costs as much as copying some 100 KiB. */
+uint32_t rkv_leaf_copy_threads(const rkv_copy_job *job, uint32_t most);
 
 /* Stop and join the helpers. Not while a copy runs. The next copy starts new ones. */
 void rkv_leaf_copy_shutdown(void);
@@ -62,7 +69,14 @@ int rkv_leaf_copy_use_lanes(const char *name);
 int rkv_leaf_progress_init(rkv_copy_progress *progress);
 void rkv_leaf_progress_destroy(rkv_copy_progress *progress);
 
-/* Wait until more than ``layer`` layers are done, at most timeout_ns. 1 if they are, 0 after the timeout. */
+/* Say that layers_done layers are in place, unless more were already, and wake who waits. */
+void rkv_leaf_progress_advance(rkv_copy_progress *progress, uint64_t layers_done);
+
+/* Say that the layers which are not done will never be, and wake who waits. */
+void rkv_leaf_progress_fail(rkv_copy_progress *progress);
+
+/* Wait until more than ``layer`` layers are done, at most timeout_ns. Returns: RKV_PROGRESS_*; a layer that came before
+ * the failure is DONE. */
 int rkv_leaf_progress_wait(rkv_copy_progress *progress, uint64_t layer, uint64_t timeout_ns);
 
 /* layers_done with acquire order: what was copied is readable. */

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
+from ..errors import GroupError
+
 __all__ = ["LocalGroup", "TorchGroup"]
+
+PAD = 64
+"""Vectors are padded to multiples of this: ranks that disagree a little find out, where a collective would hang."""
 
 
 class LocalGroup:
@@ -29,16 +36,45 @@ class TorchGroup:
     Raises: GroupError without torch.distributed.
     """
 
-    rank: int
-    size: int
-
     def __init__(self, process_group: Any = None, timeout_s: float = 30.0, device: Any = "cpu") -> None:
-        raise NotImplementedError
+        try:
+            self._torch: Any = importlib.import_module("torch")
+            self._dist: Any = importlib.import_module("torch.distributed")
+        except ImportError as error:
+            raise GroupError(f"a group of ranks needs torch (radixkv[torch]): {error}") from error
+        if not self._dist.is_available() or not self._dist.is_initialized():
+            raise GroupError("torch.distributed is not initialised")
+        self._group, self._device, self.timeout_s = process_group, device, timeout_s
+        self.rank: int = self._dist.get_rank(process_group)
+        self.size: int = self._dist.get_world_size(process_group)
+        self._broken: GroupError | None = None
 
     def min(self, values: Sequence[int]) -> list[int]:
         """The element-wise minimum over the ranks.
 
-        Raises: GroupError if a rank is gone or does not come within timeout_s. The group is of no use then, and every
-        further call raises at once.
+        Raises: GroupError if a rank is gone or does not come within timeout_s, or ranks give different numbers of
+        values. The group is of no use then, and every further call raises at once.
         """
-        raise NotImplementedError
+        if self._broken is not None:
+            raise self._broken
+        try:
+            return self._min(list(values))
+        except GroupError as error:
+            self._broken = error
+            raise
+
+    def _min(self, values: list[int]) -> list[int]:
+        count = len(values)
+        padding = [0] * (-(count + 2) % PAD)
+        tensor = self._torch.tensor([count, -count, *values, *padding], dtype=self._torch.int64, device=self._device)
+        try:
+            work = self._dist.all_reduce(tensor, op=self._dist.ReduceOp.MIN, group=self._group, async_op=True)
+            in_time = work.wait(timedelta(seconds=self.timeout_s))
+        except RuntimeError as error:  # what torch raises for a dead peer and for a deadline alike
+            raise GroupError(f"rank {self.rank} of {self.size}: {error}") from error
+        if not in_time:
+            raise GroupError(f"rank {self.rank} of {self.size}: no agreement within {self.timeout_s} s")
+        low, high, *agreed = tensor.tolist()
+        if low != -high:
+            raise GroupError(f"rank {self.rank} agrees on {count} values, others on {low} .. {-high}")
+        return [int(value) for value in agreed[:count]]

@@ -14,12 +14,28 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import InvalidArgumentError, StateError
 from ..key import NamespacePart
 from ..tree.base import BaseRadixTree, InsertResult, MatchResult, Tokens
+from ..tree.tokens import read_tokens
 from ..types import PageIds
+from .agree import LocalGroup
 from .base import Attribution, ControllerStats, DevicePages, Group, Listener, Load, Mover, Polled, PrefetchStatus
+from .check import check_integrity
 from .config import ControllerConfig
+from .context import Context, Where
+from .drains import Drains
+from .hashes import PathHashes
 from .layers import LayerCounter
+from .ledger import Ledger
+from .loads import Loads
+from .policy import WritePolicies
+from .prefetches import Prefetches
+from .room import Room
+from .settle import Settler
+from .stores import Stores
+from .workers import StorageWorkers
+from .writes import Writes
 
 __all__ = ["Controller"]
 
@@ -61,15 +77,70 @@ class Controller:
         listener: Listener | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        raise NotImplementedError
+        config = config or ControllerConfig()
+        if host is not None and mover is None:
+            raise InvalidArgumentError("a host tier without a mover")
+        if host is not None and host.page_size != tree.page_size:
+            raise InvalidArgumentError(f"pages of {tree.page_size} tokens in the tree, of {host.page_size} on the host")
+        if len(tree):
+            raise InvalidArgumentError(f"the tree has {len(tree)} nodes already")
+        self.config, self._closed, self._storage = config, False, None
+        geometry = getattr(host, "geometry", None)
+        page_bytes = geometry.page_bytes if geometry is not None else 0
+        shared = config.share_storage
+        if shared is None:
+            shared = geometry is not None and geometry.kind == "mla"
+        self._context = context = Context(
+            tree, Ledger(device, host), mover, group or LocalGroup(), config, listener, clock, page_bytes
+        )
+        self.layer_counter = LayerCounter(geometry.num_layers if geometry is not None else 1)
+        hashes = PathHashes(tree)
+        self._drains = Drains(context)
+        self._writes = Writes(context, self._drains)
+        self._room = Room(context, self._writes)
+        self._loads = Loads(context, self._drains, self._room, self.layer_counter)
+        self._stores = Stores(context, self._drains, hashes, shared)
+        self._prefetches = Prefetches(context, self._drains, hashes)
+        self._policy = WritePolicies(context, self._writes, self._stores)
+        self._settler = Settler(
+            context, self._writes, self._loads, self._stores, self._prefetches, self._drains, self._policy
+        )
+        self._compare_ranks()
+        if storage is not None:
+            self.attach_storage(storage)
+
+    def _compare_ranks(self) -> None:
+        """Raise InvalidArgumentError unless all ranks are alike."""
+        context = self._context
+        ledger = context.ledger
+        mine = {
+            "page size": context.page_size, "device pages": ledger.device.capacity,
+            "host pages": ledger.host.num_pages if ledger.has_host else 0, "settings": context.config.fingerprint(),
+        }  # fmt: skip
+        values = list(mine.values())
+        agreed = context.agree(Where.MAKE, [*values, *(-value for value in values)])
+        for name, value, low, high in zip(mine, values, agreed, agreed[len(mine) :], strict=False):
+            if low != -high:
+                raise InvalidArgumentError(f"ranks differ in {name}: {value} here, {low} .. {-high} in the group")
+
+    @property
+    def tree(self) -> BaseRadixTree:
+        """The tree; read it as you like, change it through the controller."""
+        return self._context.tree
+
+    @property
+    def storage(self) -> Any | None:
+        """What attach_storage was given."""
+        return self._storage
 
     # ---- a request, step by step -------------------------------------------------------------------------------------
     def match(self, tokens: Tokens, extra_key: NamespacePart = None, cache_salt: NamespacePart = None) -> MatchResult:
-        """Find the longest cached prefix, as tree.match; a hit ends before pages whose load has failed.
+        """Find the longest cached prefix, as tree.match.
 
-        If the result has loading_tokens, wait for ``layer_counter.latest`` before reading.
+        If the result has loading_tokens, wait for ``layer_counter.latest`` before reading: it raises if these pages did
+        not arrive.
         """
-        raise NotImplementedError
+        return self.tree.match(tokens, extra_key, cache_salt)
 
     def insert(
         self,
@@ -86,20 +157,32 @@ class Controller:
         The caller frees the duplicates. Args: backup: False: start nothing. Raises: as tree.insert; nothing has
         changed then.
         """
-        raise NotImplementedError
+        context = self._context
+        ledger = context.ledger
+        adopting = None
+        if ledger.backup_pages:  # some node may be host-only, and adopt pages of the caller
+            adopting = context.tree.peek(tokens, extra_key, cache_salt)
+        result = context.tree.insert(tokens, page_ids, match, extra_key, cache_salt, priority)
+        if adopting is not None and adopting.host_num_tokens:
+            first = adopting.num_tokens // context.page_size
+            host_pages = adopting.host_page_ids()
+            ledger.adopted(read_tokens(page_ids, "page_ids")[first : first + len(host_pages)], host_pages)
+        if backup:
+            self._policy.start_due(result.node)
+        return result
 
     def hit(self, node: int) -> None:
         """Start what the write policy asks for this node, as if it were hit once more (the tree counts hits in insert
         only)."""
-        raise NotImplementedError
+        self._policy.hit(node)
 
     def lock(self, node: int) -> int:
         """Lock the path of a node, as tree.lock. Returns the change of evictable tokens (<= 0)."""
-        raise NotImplementedError
+        return self.tree.lock(node)
 
     def unlock(self, node: int) -> int:
         """Undo one lock, as tree.unlock. Returns the change of evictable tokens (>= 0)."""
-        raise NotImplementedError
+        return self.tree.unlock(node)
 
     # ---- room --------------------------------------------------------------------------------------------------------
     def evict(self, num_tokens: int) -> int:
@@ -109,15 +192,15 @@ class Controller:
         those that find no room on the host or whose copy fails are dropped and counted.
         Returns: tokens freed. Fewer than asked for is an answer. Raises: GroupError.
         """
-        raise NotImplementedError
+        return self._room.evict(num_tokens)
 
     def evict_host(self, num_tokens: int) -> int:
         """Free host pages of host-only leaves that nobody reads. Returns: tokens freed."""
-        raise NotImplementedError
+        return self._context.evict_host(num_tokens)
 
     def alloc_pages(self, num_pages: int) -> PageIds | None:
         """Take device pages, after one eviction of what is missing. None: there are too few."""
-        raise NotImplementedError
+        return self._room.alloc(num_pages)
 
     # ---- copies between device and host ------------------------------------------------------------------------------
     def backup(self, node: int) -> int:
@@ -126,7 +209,7 @@ class Controller:
         Returns: tokens; 0 if there is nothing to do (host-only, on the host, in flight, loading or pending), no room
         on the host after one evict_host, or too many writes in flight.
         """
-        raise NotImplementedError
+        return self._writes.begin(node)
 
     def load(self, node: int, quota_tokens: int | None = None) -> Load | None:
         """Give the host-only tail of a node's path device pages, and queue its copy; start_loads starts it.
@@ -136,19 +219,19 @@ class Controller:
         Returns: None if nothing is host-only, the tail is shorter than load_back_threshold, exceeds the quota, costs
         more than computing it, or finds no room.
         """
-        raise NotImplementedError
+        return self._loads.begin(node, quota_tokens)
 
     def cancel_load(self, load: Load) -> bool:
         """Take back a load that has not been started. Returns: False if it has been (it will end by itself).
 
         Raises: LockError if somebody has locked its nodes, or loaded below them.
         """
-        raise NotImplementedError
+        return self._loads.cancel(load)
 
     def start_loads(self) -> int:
         """Start all queued loads as one copy. Returns: its index for ``layer_counter.set_consumer``; -1 if none was
         queued."""
-        raise NotImplementedError
+        return self._loads.start()
 
     # ---- storage -----------------------------------------------------------------------------------------------------
     def store(self, node: int) -> int | None:
@@ -157,7 +240,7 @@ class Controller:
         Returns: an operation id; None if there is nothing to do (no storage, no host copy, stored, in flight), too many
         are in flight, or storage is left alone after failures.
         """
-        raise NotImplementedError
+        return self._stores.begin(node)
 
     def prefetch(
         self,
@@ -178,26 +261,27 @@ class Controller:
         Returns: False if it was refused: no storage, fewer tokens than the threshold, capacity, too many in flight, a
         prefetch of this req_id in flight, or storage is left alone after failures.
         """
-        raise NotImplementedError
+        return self._prefetches.begin(req_id, tokens, last_host_node, extra_key, cache_salt)
 
     def prefetch_progress(self, req_id: str) -> PrefetchStatus:
         """How far a prefetch is, on this rank. No collective."""
-        raise NotImplementedError
+        return self._prefetches.progress(req_id)
 
     def can_terminate(self, req_id: str) -> bool:
         """Whether the policy would let finish_prefetch settle it now, as far as this rank sees. No collective."""
-        raise NotImplementedError
+        op = self._prefetches.operations.get(req_id)
+        return op is None or self._prefetches.may_end(op)
 
     def finish_prefetch(self, req_id: str) -> bool:
         """Settle a prefetch if the policy allows and all ranks agree: what has arrived everywhere enters the tree.
 
         Returns: False: keep waiting (by policy). True: settled, revoked, or never begun. Raises: GroupError.
         """
-        raise NotImplementedError
+        return self._prefetches.finish(req_id)
 
     def cancel_prefetch(self, req_id: str) -> None:
         """Give a prefetch up; nothing of it enters the tree. Its pages return once no worker writes them."""
-        raise NotImplementedError
+        self._prefetches.cancel(req_id)
 
     def attribute(self, req_id: str, num_tokens: int, match: MatchResult, loaded_tokens: int = 0) -> Attribution:
         """Account for a request's prompt, once: what was on the device, came from the host, from storage by a prefetch
@@ -205,7 +289,13 @@ class Controller:
 
         Args: match: made before load; loaded_tokens: of the Load, 0 without one.
         """
-        raise NotImplementedError
+        from_storage = min(self._prefetches.brought.pop(req_id, 0), loaded_tokens)
+        computed = num_tokens - match.num_tokens - loaded_tokens
+        split = Attribution(match.num_tokens, loaded_tokens - from_storage, from_storage, computed)
+        self._context.counts.update(split._asdict())
+        if self._context.listener is not None:
+            self._context.listener.attributed(split)
+        return split
 
     # ---- settling ----------------------------------------------------------------------------------------------------
     def poll(self) -> Polled:
@@ -213,31 +303,64 @@ class Controller:
 
         Raises: GroupError if a rank is gone or ranks have diverged; nothing has been settled then.
         """
-        raise NotImplementedError
+        return self._settler.poll()
 
     def attach_storage(self, storage: Any) -> None:
         """Use a PageStore from now on. Raises: StateError if there is one, InvalidArgumentError without a host."""
-        raise NotImplementedError
+        if self._storage is not None:
+            raise StateError("there is a storage already: detach it first")
+        if not self._context.ledger.has_host:
+            raise InvalidArgumentError("storage is behind the host tier, and there is none")
+        edge = storage if hasattr(storage, "look_up") else StorageWorkers(storage, self.config)
+        self._storage, self._stores.edge, self._prefetches.edge = storage, edge, edge
+        self._stores.backoff.reset()
+        self._prefetches.backoff.reset()
 
     def detach_storage(self) -> Any | None:
         """Cancel what uses storage, end its workers, and forget what was stored. Returns: the PageStore, or None."""
-        raise NotImplementedError
+        storage, edge = self._storage, self._stores.edge
+        if edge is None:
+            return None
+        self._prefetches.give_up()
+        self._stores.give_up()
+        self._storage = self._stores.edge = self._prefetches.edge = None
+        edge.close(self.config.close_timeout_s)
+        self._stores.forget_stored()
+        self._settler.settle_drains()
+        return storage
 
     def reset(self) -> None:
         """Cancel everything and drop the tree: all its pages of both tiers are free afterwards, but those that
         something still in flight after settle_timeout_s reads or writes; these are freed by the poll that sees it end.
         """
-        raise NotImplementedError
+        self._settler.reset()
 
     def close(self) -> None:
         """Cancel everything and end all threads. The tree stays as it is; nothing else may be called afterwards. A
         second call does nothing. No collective."""
-        raise NotImplementedError
+        if self._closed:
+            return
+        self._closed = True
+        edge, mover = self._stores.edge, self._context.mover if self._context.ledger.has_host else None
+        if edge is not None:
+            edge.close(self.config.close_timeout_s)
+        if mover is not None:
+            mover.close()
 
     # ---- inspection --------------------------------------------------------------------------------------------------
     def stats(self) -> ControllerStats:
         """Counters, and what is in flight."""
-        raise NotImplementedError
+        counts = {name: value for name, value in self._context.counts.items() if name in ControllerStats._fields}
+        return ControllerStats(
+            **counts,
+            writes_in_flight=len(self._writes.operations),
+            loads_in_flight=len(self._loads.queued) + sum(len(batch.loads) for batch in self._loads.batches),
+            stores_in_flight=len(self._stores.operations),
+            prefetches_in_flight=len(self._prefetches.operations),
+            prefetch_tokens_in_flight=self._prefetches.tokens_in_flight,
+            stuck_pages=self._drains.num_pages,
+            backing_off=self._stores.backoff.active or self._prefetches.backoff.active,
+        )
 
     def check_integrity(self, held_page_ids: PageIds | None = None) -> None:
         """Verify from scratch that tree, pools, states, locks and operations agree. O(tree + pools).
@@ -245,4 +368,5 @@ class Controller:
         Args: held_page_ids: device pages that the caller holds; None: device pages are not added up.
         Raises: IntegrityError that names what is wrong.
         """
-        raise NotImplementedError
+        check_integrity(self._context, self._writes, self._loads, self._stores, self._prefetches, self._drains,
+                        held_page_ids)

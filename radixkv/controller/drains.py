@@ -38,18 +38,14 @@ class Drains:
         op.to(Stage.DONE)
         self.operations.remove(op)
         ledger = self.context.ledger
+        if op.node != ROOT:
+            self.context.tree.release_host(op.node)
+            return
         if len(op.device_pages):
             ledger.device.free(op.device_pages)
         ledger.free_host(op.host_pages)
-        if op.node != ROOT:
-            self.context.tree.release_host(op.node)
-
-    def forget_nodes(self) -> None:
-        """The tree is dropped: there is nothing to release. Its host pages must be taken over before."""
-        for op in self.operations:
-            op.node = ROOT
 
     @property
     def num_pages(self) -> int:
         """Pages that are stuck."""
-        return sum(len(op.device_pages) + len(op.host_pages) for op in self.operations)
+        return sum(len(op.device_pages) + len(op.host_pages) for op in self.operations if op.node == ROOT)

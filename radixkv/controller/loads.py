@@ -152,7 +152,7 @@ class Loads:
             return len(batch.loads)
         error = batch.ticket.error or LoadError("the copy failed on another rank")
         self.layers.settle(batch.index, error)
-        again = []
+        again: list[LoadOp] = []
         for op in reversed(batch.loads):  # a later one may be below an earlier one
             left = self._undo(op)
             self.context.counts["load_failures"] += 1

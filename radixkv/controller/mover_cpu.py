@@ -2,35 +2,174 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
+from ..errors import LoadError, StateError
 from ..pool.layout import KVView
-from ..transfer.base import Transfer
+from ..transfer.cpu import CpuTransfer, Progress
 from ..types import PageIds
-from .base import LayerProgress, Ticket
 
-__all__ = ["CpuMover"]
+__all__ = ["CpuMover", "CpuProgress", "CpuTicket"]
+
+WAIT_SLICE_S = 0.02
+"""How long a wait for a layer is deaf to the failure of its load."""
+
+
+class CpuTicket:
+    """One copy of a CpuMover; see Ticket."""
+
+    def __init__(self, copy: Callable[[], None], failed: Callable[[BaseException], None] | None = None) -> None:
+        self._copy, self._failed = copy, failed
+        self._lock = threading.Lock()
+        self._begun = False
+        self._ended = threading.Event()
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return self._ended.wait(timeout_s)
+
+    def cancel(self) -> bool:
+        return self.fail(StateError("the copy was cancelled"))
+
+    def fail(self, error: BaseException) -> bool:
+        """End it with an error, unless it has begun. Returns: whether it had not."""
+        with self._lock:
+            if self._begun:
+                return False
+            self._begun = True
+        self._end(error)
+        return True
+
+    def run(self) -> None:
+        """By the mover's thread."""
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+        began_s = time.perf_counter()
+        error: BaseException | None = None
+        try:
+            self._copy()
+        except Exception as raised:  # whatever it is, the copy has not happened
+            error = raised
+        self.seconds = time.perf_counter() - began_s
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        self.error = error
+        if error is not None and self._failed is not None:
+            self._failed(error)
+        self._ended.set()
+
+
+class CpuProgress:
+    """The layers of one batch of loads; see LayerProgress."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = Progress(num_layers)
+        self.error: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """No further layer will come."""
+        self.error = error
+
+    def wait(self, layer: int, timeout_s: float | None = None) -> bool:
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.error is None:
+            left_s = WAIT_SLICE_S if end_s is None else min(WAIT_SLICE_S, end_s - time.monotonic())
+            if self.layers.wait(layer, max(0.0, left_s)):
+                return True
+            if left_s <= 0:
+                return False
+        return False
+
+
+class _Lane:
+    """One thread that runs tickets in order."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._changed = threading.Condition()
+        self._waiting: deque[CpuTicket] = deque()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def put(self, ticket: CpuTicket) -> None:
+        with self._changed:
+            if not self._closed:
+                self._waiting.append(ticket)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                    self._thread.start()
+                self._changed.notify()
+                return
+        ticket.fail(LoadError("the mover is closed"))
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                ticket = self._waiting.popleft()
+            ticket.run()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+        for ticket in waiting:
+            ticket.cancel()
+        if self._thread is not None:
+            self._thread.join()
 
 
 class CpuMover:
-    """A Mover over the CPU path: one thread for backups, one for loads, started when they are needed.
+    """A Mover over the CPU path: one thread for backups, one for loads, each started with its first copy.
+
+    What computes on such a device must have written the pages when ``backup`` is called.
 
     Args:
         transfer: a CpuTransfer of the pools' geometry.
-        device_view, host_view: where the bytes lie.
+        device_view, host_view: where the bytes lie; both on "cpu".
     """
 
-    def __init__(self, transfer: Transfer, device_view: KVView, host_view: KVView) -> None:
-        raise NotImplementedError
+    def __init__(self, transfer: CpuTransfer, device_view: KVView, host_view: KVView) -> None:
+        self._transfer, self._device, self._host = transfer, device_view, host_view
+        self._writes, self._loads = _Lane("radixkv-write"), _Lane("radixkv-load")
 
-    def backup(self, device_pages: PageIds, host_pages: PageIds) -> Ticket:
-        raise NotImplementedError
+    def backup(self, device_pages: PageIds, host_pages: PageIds) -> CpuTicket:
+        """See Mover."""
+        ticket = CpuTicket(lambda: self._transfer.backup(self._device, self._host, device_pages, host_pages))
+        self._writes.put(ticket)
+        return ticket
 
-    def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> Ticket:
-        raise NotImplementedError
+    def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CpuTicket:
+        """See Mover."""
 
-    def new_progress(self) -> LayerProgress:
-        raise NotImplementedError
+        def copy() -> None:
+            self._transfer.load_back(self._host, self._device, host_pages, device_pages, progress.layers)
+
+        ticket = CpuTicket(copy, progress.fail)
+        self._loads.put(ticket)
+        return ticket
+
+    def new_progress(self) -> CpuProgress:
+        """See Mover."""
+        return CpuProgress(self._transfer.geometry.num_layers)
 
     def close(self) -> None:
-        raise NotImplementedError
+        """See Mover. Waits for the copies that run."""
+        self._writes.close()
+        self._loads.close()

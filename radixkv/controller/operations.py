@@ -19,6 +19,7 @@ clock, no tree: who owns which pages, and at which stage.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import ClassVar, NamedTuple
 
@@ -124,7 +125,8 @@ class LoadOp(Operation):
         self.num_pages = sum(len(part.device_pages) for part in parts)
 
 
-class LoadBatch(NamedTuple):
+@dataclass(slots=True, eq=False)
+class LoadBatch:
     """Loads that are copied together. ``index``: of the layer counter."""
 
     index: int
@@ -147,13 +149,18 @@ def copy_status(ticket: Ticket) -> int:
 class StoreOp(Operation):
     """A node's host pages are written to storage. They are the tree's, protected."""
 
-    __slots__ = ("job", "node", "num_pages")
+    __slots__ = ("host_pages", "job", "node")
     FIRST = Stage.STORING
     MOVES = _moves(STORING="DONE PARTIAL FAILED CANCELLED")
 
-    def __init__(self, op_id: int, started_s: float, node: int, num_pages: int, job: StorageJob) -> None:
+    def __init__(self, op_id: int, started_s: float, node: int, host_pages: PageIds, job: StorageJob) -> None:
         super().__init__(op_id, started_s)
-        self.node, self.num_pages, self.job = node, num_pages, job
+        self.node, self.host_pages, self.job = node, host_pages, job
+
+    @property
+    def num_pages(self) -> int:
+        """Of the node when it began."""
+        return len(self.host_pages)
 
     def status(self) -> int:
         return pages_status(self.job)
@@ -210,8 +217,8 @@ class DrainOp(Operation):
     Args:
         kind: what it was.
         work: the copy or job that may still run.
-        device_pages, host_pages: freed at its end.
-        node: its host copy is released at its end (ROOT: none).
+        device_pages, host_pages: what it may touch; freed at its end if node is ROOT.
+        node: else the host pages are the tree's, and this node's host copy is released at its end.
     """
 
     __slots__ = ("device_pages", "host_pages", "kind", "node", "work")

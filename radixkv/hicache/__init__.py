@@ -7,16 +7,26 @@ from ..pool.host import MHATokenToKVPoolHost, MLATokenToKVPoolHost
 from ..pool.paged import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from ..pool.states import MemoryStateInt
 from .base import BasePrefixCache, MatchResult, Request
+from .cache_controller import HiCacheController, LayerDoneCounter, PrefetchOperation
+from .config import HiCacheConfig
 from .events import AllBlocksCleared, BlockRemoved, BlockStored
+from .hashes import get_hash_str
+from .hiradix_cache import HiRadixCache
 from .node import TreeNode
 from .radix_cache import RadixCache
 from .req_pool import ReqToTokenPool
+from .storage import HiCacheStorage
 
 __all__ = [
     "AllBlocksCleared",
     "BasePrefixCache",
     "BlockRemoved",
     "BlockStored",
+    "HiCacheConfig",
+    "HiCacheController",
+    "HiCacheStorage",
+    "HiRadixCache",
+    "LayerDoneCounter",
     "MHATokenToKVPool",
     "MHATokenToKVPoolHost",
     "MLATokenToKVPool",
@@ -24,9 +34,11 @@ __all__ = [
     "MatchResult",
     "MemoryStateInt",
     "PagedTokenToKVPoolAllocator",
+    "PrefetchOperation",
     "RadixCache",
     "ReqToTokenPool",
     "Request",
     "TokenToKVPoolAllocator",
     "TreeNode",
+    "get_hash_str",
 ]

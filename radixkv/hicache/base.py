@@ -97,7 +97,7 @@ class BasePrefixCache(ABC):
     def ready_to_load_host_cache(self) -> int:
         raise NotImplementedError
 
-    def check_hicache_events(self) -> None:
+    def check_hicache_events(self) -> Any:
         raise NotImplementedError
 
     def take_events(self) -> list[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,7 @@ class AllocatorPages:
         self.allocator = allocator
         self.capacity = capacity
         self._indices = indices
+        self._to_forget: int | None = None
 
     @property
     def available(self) -> int:
@@ -98,8 +101,22 @@ class AllocatorPages:
 
     def free(self, page_ids: PageIds) -> None:
         """Give pages back."""
-        if len(page_ids):
+        if self._to_forget is not None:
+            self._to_forget -= len(page_ids)
+        elif len(page_ids):
             self.allocator.free(self._indices.of_pages(page_ids))
+
+    @contextmanager
+    def forgetting(self, num_pages: int) -> Iterator[Callable[[], int]]:
+        """What is freed meanwhile does not go to the allocator, which its owner clears.
+
+        Yields: says how many of num_pages are still to come.
+        """
+        self._to_forget = num_pages
+        try:
+            yield lambda: self._to_forget or 0
+        finally:
+            self._to_forget = None
 
 
 class NumberedPages:

@@ -6,10 +6,11 @@
 
 cimport numpy as cnp
 from libc.stdint cimport int32_t, int64_t
+from libc.string cimport memcpy
 
-import numpy as np
+from radixkv.tree._tokens cimport TokenView, read_tokens, release_tokens
 
-from ..errors import ArgumentTypeError, InvalidArgumentError
+from radixkv.errors import AllocationError, ArgumentTypeError, InvalidArgumentError, TokenRangeError
 
 cnp.import_array()
 
@@ -96,3 +97,24 @@ def pages_of(cnp.ndarray slots, int64_t page_size):
             f"slot {slots[wrong]} at position {wrong} is not where a whole page of {page_size} has it: pages are handed over "
             "whole, each in ascending order from a multiple of the page size")
     return out
+
+
+def tokens_of(object tokens):
+    """Tokens as an int32 array, so that several calls read a list once. What is one already is returned as it is.
+
+    Raises: ArgumentTypeError, TokenRangeError, as ``tree.base.Tokens`` says.
+    """
+    cdef TokenView view
+    cdef cnp.npy_intp n
+    if cnp.PyArray_CheckExact(tokens):
+        return tokens
+    view.owned = NULL
+    view.has_buffer = False
+    try:
+        read_tokens(tokens, &view)
+        n = view.n
+        out = cnp.PyArray_EMPTY(1, &n, cnp.NPY_INT32, 0)
+        memcpy(cnp.PyArray_DATA(out), view.data, 4 * n)
+        return out
+    finally:
+        release_tokens(&view)

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import HostMemoryError, InvalidArgumentError, PageLockError, StateError
-from .memory import read_text
+from .memory import read_text, usable_cpus
 from .pinning import Registrar
 
 __all__ = ["Arena", "ArenaConfig", "ArenaReport", "HugePages", "Kernel", "online_nodes"]
@@ -143,7 +143,7 @@ class Arena:
         self.config = config or ArenaConfig()
         self.report = ArenaReport()
         self.registered: list[tuple[int, int]] = []
-        """(address, bytes) of each page-locked chunk, ascending. One CUDA copy must not span two of them."""
+        """(address, bytes) of each page-locked chunk, ascending."""
         self._kernel = kernel or Kernel()
         self._registrar: Registrar | None = None
         self._map: mmap.mmap | None = self._get()
@@ -217,8 +217,7 @@ class Arena:
         if not self.config.populate:
             return "nobody", 0
         parts = [(address + at, min(_POPULATE_BYTES, num_bytes - at)) for at in range(0, num_bytes, _POPULATE_BYTES)]
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = min(self.config.populate_threads or min(8, allowed), len(parts))
+        threads = min(self.config.populate_threads or min(8, usable_cpus()), len(parts))
 
         def populate(part: tuple[int, int]) -> int:
             return self._kernel.madvise(*part, _MADV_POPULATE_WRITE)
@@ -265,6 +264,11 @@ class Arena:
     def pinned(self) -> bool:
         """Whether the memory is page-locked."""
         return bool(self.registered)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Where one page-locked chunk ends and the next begins: no one CUDA copy may span such an address."""
+        return tuple(address for address, _ in self.registered[1:])
 
     def pin(self, registrar: Registrar, chunk_bytes: int = MAX_PIN_CHUNK_BYTES) -> None:
         """Page-lock all of the memory, chunk by chunk; if one fails, those before it are unlocked again.

@@ -141,7 +141,7 @@ class HostKVCache(HostSlots):
             raise
         self._kv: PageBytes | None = self._shaped(self.arena.data)
         bases = [self.arena.address + half * num_bytes // geometry.halves for half in range(geometry.halves)]
-        self._view = view_of_layout(layout, geometry, num_slots, bases)
+        self._view = view_of_layout(layout, geometry, num_slots, bases, boundaries=self.arena.boundaries)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
     def _shaped(self, data: PageBytes) -> PageBytes:

@@ -96,6 +96,8 @@ class KVView:
         page_stride, token_stride, head_stride: bytes.
         num_slots: S; a slot index is in 0 .. S - 1.
         device: "cpu", or "cuda:N".
+        boundaries: addresses, rising, that no one copy of a driver may span: where a chunk of page-locked memory ends
+            and the next begins. () for memory in one piece.
     """
 
     bases: npt.NDArray[np.uint64]
@@ -104,16 +106,23 @@ class KVView:
     head_stride: int
     num_slots: int
     device: str = "cpu"
+    boundaries: tuple[int, ...] = ()
 
 
 def view_of_layout(
-    layout: Layout, geometry: KVGeometry, num_slots: int, half_bases: list[int], device: str = "cpu"
+    layout: Layout,
+    geometry: KVGeometry,
+    num_slots: int,
+    half_bases: list[int],
+    device: str = "cpu",
+    boundaries: tuple[int, ...] = (),
 ) -> KVView:
     """The view of one contiguous block a half, in one of the four layouts.
 
     Args:
         num_slots: S, a multiple of page_size.
         half_bases: the address of each half's block (halves of them), each num_slots * L * H * D bytes long.
+        device, boundaries: of the view.
     Raises: InvalidArgumentError for an unknown layout, a partial page, or a wrong number of blocks.
     """
     g = geometry
@@ -145,6 +154,7 @@ def view_of_layout(
         head_stride=head_stride,
         num_slots=num_slots,
         device=device,
+        boundaries=boundaries,
     )
 
 

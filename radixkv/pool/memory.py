@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ..errors import HostMemoryError
 
 __all__ = ["DEFAULT_HEADROOM_BYTES", "HostMemory", "host_memory", "read_text", "require_host_memory"]
+__all__ += ["usable_cpus"]
 
 DEFAULT_HEADROOM_BYTES = 10 * 1024**3
 """Left free for the rest of the machine, as SGLang does: the engine, the page cache and the tokenizer live there
@@ -45,6 +46,11 @@ def read_text(path: Path) -> str | None:
         return path.read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use; where the system does not say (macOS, Windows), all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:

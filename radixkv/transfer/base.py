@@ -11,7 +11,7 @@ import numpy as np
 from ..pool.layout import KVGeometry, KVView
 from .plan import CopyPlan, Ids, plan_copy
 
-__all__ = ["Pages", "ProgressLike", "Transfer"]
+__all__ = ["Pages", "PlannedRoute", "ProgressLike", "Route", "Transfer"]
 
 Pages = Ids | Sequence[int]
 
@@ -25,8 +25,32 @@ class ProgressLike(Protocol):
         ...
 
     def wait(self, layer: int, timeout_s: float | None = None) -> bool:
-        """Wait until ``layer`` is in place. Returns: whether it is (False after the timeout)."""
+        """Wait until ``layer`` is in place. Returns: whether it is (False after the timeout).
+
+        Raises: TransferError if the load has failed and the layer will never be.
+        """
         ...
+
+
+class Route(Protocol):
+    """Copies between two views that have been checked; made by ``Transfer.route``."""
+
+    def copy(self, src_pages: Pages, dst_pages: Pages) -> None:
+        """Copy page i of ``src_pages`` to page i of ``dst_pages``. Raises: what ``plan_copy`` raises for page ids."""
+
+
+class PlannedRoute:
+    """A route that plans each copy anew: for transfers that have nothing faster."""
+
+    def __init__(self, transfer: Transfer, src: KVView, dst: KVView, layers: range | None) -> None:
+        none = np.empty(0, np.int64)
+        plan = transfer.plan(src, dst, none, none, layers)
+        self.src, self.dst, self.layers = plan.src, plan.dst, plan.layers
+        self._transfer = transfer
+
+    def copy(self, src_pages: Pages, dst_pages: Pages) -> None:
+        """Check and run one copy."""
+        self._transfer.copy(self._transfer.plan(self.src, self.dst, src_pages, dst_pages, self.layers))
 
 
 class Transfer(ABC):
@@ -48,6 +72,10 @@ class Transfer(ABC):
     ) -> CopyPlan:
         """Check a copy; for a plan that is run layer by layer (``plan.layer(l)``) check once."""
         return plan_copy(self.geometry, src, dst, src_pages, dst_pages, layers)
+
+    def route(self, src: KVView, dst: KVView, layers: range | None = None) -> Route:
+        """Prepare copies between two views: they are checked now. Raises: what ``plan`` raises for them."""
+        return PlannedRoute(self, src, dst, layers)
 
     def backup(self, device: KVView, host: KVView, device_pages: Pages, host_pages: Pages) -> None:
         """Copy all layers of pages from the device to the host."""

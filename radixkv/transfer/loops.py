@@ -47,6 +47,7 @@ class Loops:
         src, dst: uint64 offset tables, outermost loop first; the k-th of both have one length.
         run_bytes: contiguous on both sides.
         steps_per_layer: 0, or: the first loop goes through the layers in order, with so many entries (halves) for each.
+        src_boundaries, dst_boundaries: of the views; ``expand`` cuts there. Threads need not: host memory has no seams.
     """
 
     src_base: int
@@ -55,6 +56,8 @@ class Loops:
     dst: tuple[Table, ...]
     run_bytes: int
     steps_per_layer: int
+    src_boundaries: tuple[int, ...] = ()
+    dst_boundaries: tuple[int, ...] = ()
 
     @property
     def num_runs(self) -> int:
@@ -109,11 +112,16 @@ def loops_of(plan: CopyPlan, outer_layers: bool = False, sort_pages: bool = Fals
         dst=tuple(loop.dst for loop in [*first, *rest]),
         run_bytes=run_bytes,
         steps_per_layer=g.halves if outer_layers else 0,
+        src_boundaries=plan.src.boundaries,
+        dst_boundaries=plan.dst.boundaries,
     )
 
 
 def expand(loops: Loops) -> Runs:
-    """Every run of the nest in walking order, those that follow each other on both sides merged into one."""
+    """Every run of the nest in walking order, those that follow each other on both sides merged into one.
+
+    No run spans a boundary of either side: one that would is cut there.
+    """
     src = np.array([loops.src_base], np.uint64)
     dst = np.array([loops.dst_base], np.uint64)
     for src_table, dst_table in zip(loops.src, loops.dst, strict=True):
@@ -124,7 +132,31 @@ def expand(loops: Loops) -> Runs:
     starts_new[1:] = (src[1:] != src[:-1] + step) | (dst[1:] != dst[:-1] + step)
     first = np.flatnonzero(starts_new)
     lengths = np.diff(np.append(first, len(src))).astype(np.uint64) * step
-    return Runs(src[first], dst[first], lengths)
+    runs = Runs(src[first], dst[first], lengths)
+    runs = _cut(runs, runs.src, loops.src_boundaries)
+    return _cut(runs, runs.dst, loops.dst_boundaries)
+
+
+def _cut(runs: Runs, starts: Table, boundaries: tuple[int, ...]) -> Runs:
+    """Cut runs at the boundaries inside them; ``starts`` are their addresses on the side of the boundaries.
+
+        [---- run ----|--------]    ->    [---- run ----][--------]
+    """
+    if not boundaries or not len(starts):
+        return runs
+    seams = np.array(boundaries, np.uint64)
+    first = np.searchsorted(seams, starts, side="right")  # the first seam beyond the start
+    seams_inside = np.searchsorted(seams, starts + runs.num_bytes, side="left") - first
+    if not seams_inside.any():
+        return runs
+    # piece k of a run begins at its start (k = 0) or at its k-th seam, and ends where the next begins
+    pieces = seams_inside + 1
+    run = np.repeat(np.arange(len(starts)), pieces)
+    k = np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = np.where(k == 0, starts[run], seams[np.maximum(first[run] + k - 1, 0)]) - starts[run]
+    end = np.append(begin[1:], np.uint64(0))
+    end[np.cumsum(pieces) - 1] = runs.num_bytes
+    return Runs(runs.src[run] + begin, runs.dst[run] + begin, end - begin)
 
 
 def _base_loops(plan: CopyPlan, outer_layers: bool) -> tuple[int, int, list[_Loop]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,9 @@ import numpy.typing as npt
 from ..errors import ArgumentTypeError, InvalidArgumentError, PageOwnershipError
 from ..pool.layout import KVGeometry, KVView
 
-__all__ = ["CopyPlan", "Ids", "pages_of_slots", "plan_copy", "staging_view"]
+__all__ = ["CopyPlan", "Ids", "Overlap", "overlap_of", "pages_of_slots", "plan_copy", "staging_view"]
 
+Overlap: TypeAlias = Literal["none", "pages", "bytes"]
 Ids: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
@@ -103,8 +104,7 @@ def plan_copy(
         raise InvalidArgumentError(f"{layers} is no run of the {geometry.num_layers} layers")
     _check_view("src", geometry, src)
     _check_view("dst", geometry, dst)
-    if len(set(dst.bases.ravel().tolist())) != dst.bases.size:
-        raise InvalidArgumentError("two layers or halves of dst have the same base")
+    _check_apart("dst", geometry, dst)
     src_ids = _check_ids("src_pages", src_pages, src.num_slots // geometry.page_size)
     dst_ids = _check_ids("dst_pages", dst_pages, dst.num_slots // geometry.page_size)
     if len(src_ids) != len(dst_ids):
@@ -169,13 +169,65 @@ def _check_view(side: str, g: KVGeometry, view: KVView) -> None:
         raise InvalidArgumentError(f"a base of {side} is NULL")
     counts = (view.num_slots // g.page_size, g.page_size, g.num_heads)
     strides = (view.page_stride, view.token_stride, view.head_stride)
-    extent = g.head_bytes
-    for stride, count in sorted((s, c) for s, c in zip(strides, counts, strict=True) if c > 1):
+    if not _nests([dim for dim in zip(strides, counts, strict=True) if dim[1] > 1], g.head_bytes):
+        raise InvalidArgumentError(
+            f"{side} folds onto itself: page, token and head strides {strides} for {counts} of {g.head_bytes} bytes"
+        )
+
+
+def _check_apart(side: str, g: KVGeometry, view: KVView) -> None:
+    """No byte is of two layers or halves: whoever writes last would win. Exact; csrc/cuda/plan.c does the same.
+
+    1. Halves and layers at even distances are two more dimensions: done if all five nest. 2. Bases in order, each
+    beyond the reach of the one before: done. 3. Else each pair within reach is solved.
+    """
+    if not view.num_slots or view.bases.size == 1:
+        return
+    dims = [(view.page_stride, view.num_slots // g.page_size), (view.token_stride, g.page_size)]
+    dims = sorted((stride, count) for stride, count in [*dims, (view.head_stride, g.num_heads)] if count > 1)
+    bases = view.bases
+    half, layer = int(bases[-1, 0]) - int(bases[0, 0]), int(bases[0, min(1, g.num_layers - 1)]) - int(bases[0, 0])
+    halves = np.arange(g.halves, dtype=np.uint64) * np.uint64(half % 2**64)
+    layers = np.arange(g.num_layers, dtype=np.uint64) * np.uint64(layer % 2**64)
+    if np.array_equal(bases - bases[0, 0], halves[:, None] + layers):
+        both = ((abs(half), g.halves), (abs(layer), g.num_layers))
+        if _nests([*dims, *(dim for dim in both if dim[1] > 1)], g.head_bytes):
+            return
+    ordered = np.sort(bases, axis=None)
+    reach = min(g.head_bytes + sum((count - 1) * stride for stride, count in dims), 2**62)
+    for apart in range(1, len(ordered)):
+        distance = np.minimum(ordered[apart:] - ordered[:-apart], np.uint64(2**62)).astype(np.int64)
+        if int(distance.min()) >= reach:
+            return
+        hit = np.flatnonzero(_touch(distance, dims, g.head_bytes))
+        if hit.size:
+            a, b = int(ordered[hit[0]]), int(ordered[hit[0] + apart])
+            raise InvalidArgumentError(f"two layers or halves of {side} overlap: those at {a:#x} and {b:#x}")
+
+
+def _nests(dims: list[tuple[int, int]], part_bytes: int) -> bool:
+    """Whether every step is beyond all that the smaller ones reach: then no two parts share a byte."""
+    extent = part_bytes
+    for stride, count in sorted(dims):
         if stride < extent:
-            raise InvalidArgumentError(
-                f"{side} folds onto itself: page, token and head strides {strides} for {counts} of {g.head_bytes} bytes"
-            )
+            return False
         extent += (count - 1) * stride
+    return True
+
+
+def _touch(distance: npt.NDArray[np.int64], dims: list[tuple[int, int]], part_bytes: int) -> npt.NDArray[np.bool_]:
+    """Whether two grids of parts share a byte, the second ``distance`` bytes from the first: exact, for dims that nest.
+
+    The inner dimensions reach less far than a step of the outermost, so only the two nearest multiples of it can do.
+    """
+    if not dims:
+        return np.abs(distance) < part_bytes
+    (stride, count), inner = dims[-1], dims[:-1]
+    nearest = distance // stride
+    found = np.zeros(len(distance), np.bool_)
+    for steps in (nearest, nearest + 1):
+        found |= (np.abs(steps) < count) & _touch(distance - steps * stride, inner, part_bytes)
+    return found
 
 
 def _integers(name: str, given: Any) -> Ids:
@@ -203,20 +255,32 @@ def _extent(g: KVGeometry, view: KVView, layers: range) -> tuple[int, int]:
     return int(bases.min()), int(bases.max()) + last + (g.num_heads - 1) * view.head_stride + g.head_bytes
 
 
+def overlap_of(plan: CopyPlan) -> Overlap:
+    """How the two views of a plan may share bytes, whatever its pages.
+
+    Returns: "none": their addresses are apart; "pages": they are one pool, equal page ids are equal bytes; "bytes": the
+    views reach into each other in some other way.
+    """
+    g, src, dst = plan.geometry, plan.src, plan.dst
+    if src.device != dst.device:
+        return "none"
+    (src_first, src_end), (dst_first, dst_end) = (_extent(g, view, plan.layers) for view in (src, dst))
+    if src_end <= dst_first or dst_end <= src_first:
+        return "none"
+    same = (src.page_stride, src.token_stride, src.head_stride) == (dst.page_stride, dst.token_stride, dst.head_stride)
+    part = slice(plan.layers.start, plan.layers.stop)
+    return "pages" if same and np.array_equal(src.bases[:, part], dst.bases[:, part]) else "bytes"
+
+
 def _check_overlap(plan: CopyPlan) -> None:
     """No byte is both read and written: threads copy in any order. Raises: InvalidArgumentError.
 
     1. Address ranges of the two pools apart: done. 2. The same view: pages must differ. 3. Else run by run.
     """
-    g, src, dst = plan.geometry, plan.src, plan.dst
-    if src.device != dst.device or not plan.num_pages:
+    overlap = overlap_of(plan) if plan.num_pages else "none"
+    if overlap == "none":
         return
-    (src_first, src_end), (dst_first, dst_end) = (_extent(g, view, plan.layers) for view in (src, dst))
-    if src_end <= dst_first or dst_end <= src_first:
-        return
-    same = (src.page_stride, src.token_stride, src.head_stride) == (dst.page_stride, dst.token_stride, dst.head_stride)
-    part = slice(plan.layers.start, plan.layers.stop)
-    if same and np.array_equal(src.bases[:, part], dst.bases[:, part]):
+    if overlap == "pages":
         both = np.intersect1d(plan.src_pages, plan.dst_pages)
         if both.size:
             raise InvalidArgumentError(f"page {both[0]} is both source and destination within one pool")

@@ -153,10 +153,10 @@ static void refused(rkv_status wanted, rkv_status got, const char *call, int lin
         }                                                                                                             \
     } while (0)
 
-/* A struct_size that the struct cannot have had: 0, only itself, one byte short. */
-#define REFUSED_SIZES(variable, call)                                                                                 \
+/* A struct_size that the struct cannot have had: 0, only itself, one byte short of what it was in the first header. */
+#define REFUSED_SIZES_OF(variable, first_bytes, call)                                                                 \
     do {                                                                                                              \
-        const uint32_t sizes_[] = {0, 4, (uint32_t)sizeof(variable) - 1};                                             \
+        const uint32_t sizes_[] = {0, 4, (uint32_t)(first_bytes) - 1};                                                \
         size_t size_i_;                                                                                               \
         for (size_i_ = 0; size_i_ < 3; size_i_++) {                                                                   \
             (variable).struct_size = sizes_[size_i_];                                                                 \
@@ -164,6 +164,8 @@ static void refused(rkv_status wanted, rkv_status got, const char *call, int lin
         }                                                                                                             \
         (variable).struct_size = (uint32_t)sizeof(variable);                                                          \
     } while (0)
+
+#define REFUSED_SIZES(variable, call) REFUSED_SIZES_OF(variable, sizeof(variable), call)
 
 static void never_called(void *ctx, const rkv_page_run *run)
 {
@@ -234,9 +236,9 @@ static void test_match(void)
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_peek(tree, NULL, ids, &match));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_peek(tree, &key, ids, NULL));
     REFUSED_SIZES(key, rkv_tree_match(tree, &key, ids, &match));
-    REFUSED_SIZES(match, rkv_tree_match(tree, &key, ids, &match));
+    REFUSED_SIZES_OF(match, MATCH_V1, rkv_tree_match(tree, &key, ids, &match));
     REFUSED_SIZES(key, rkv_tree_peek(tree, &key, ids, &match));
-    REFUSED_SIZES(match, rkv_tree_peek(tree, &key, ids, &match));
+    REFUSED_SIZES_OF(match, MATCH_V1, rkv_tree_peek(tree, &key, ids, &match));
     key.tokens = NULL;
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match(tree, &key, ids, &match));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_peek(tree, &key, ids, &match));
@@ -257,7 +259,7 @@ static void test_match(void)
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_peek_many(tree, NULL, 2, matches));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_peek_many(tree, keys, 2, NULL));
     REFUSED_SIZES(keys[1], rkv_tree_peek_many(tree, keys, 2, matches));
-    REFUSED_SIZES(matches[1], rkv_tree_peek_many(tree, keys, 2, matches));
+    REFUSED_SIZES_OF(matches[1], MATCH_V1, rkv_tree_peek_many(tree, keys, 2, matches));
     CHECK(rkv_tree_peek_many(tree, NULL, 0, NULL) == RKV_OK);
 }
 
@@ -273,9 +275,9 @@ static void test_match_extend(void)
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, NULL, &more, ids, &match));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, NULL, ids, &match));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_match_extend(tree, &prior, &more, ids, NULL));
-    REFUSED_SIZES(prior, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    REFUSED_SIZES_OF(prior, MATCH_V1, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
     REFUSED_SIZES(more, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
-    REFUSED_SIZES(match, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
+    REFUSED_SIZES_OF(match, MATCH_V1, rkv_tree_match_extend(tree, &prior, &more, ids, &match));
     REFUSED(RKV_ERR_HANDLE, rkv_tree_match_extend(tree, &foreign_match, &more, ids, &match));
     REFUSED(RKV_ERR_HANDLE, rkv_tree_match_extend(tree, &stale_match, &more, ids, &match));
     prior.num_tokens = -4;
@@ -334,7 +336,7 @@ static void test_insert(void)
     key = key_of(NULL, tokens, 16);
     REFUSED(RKV_ERR_HANDLE, rkv_tree_insert(tree, &key, ids, 4, &foreign_match, 0, duplicates, &out));
     hint = match_of_b;
-    REFUSED_SIZES(hint, rkv_tree_insert(tree, &key, ids, 4, &hint, 0, duplicates, &out));
+    REFUSED_SIZES_OF(hint, MATCH_V1, rkv_tree_insert(tree, &key, ids, 4, &hint, 0, duplicates, &out));
     key = key_of(NULL, tokens, 3);
     CHECK(rkv_tree_insert(tree, &key, NULL, 0, NULL, 0, NULL, &out) == RKV_OK && out.node == RKV_ROOT);
 }
@@ -526,6 +528,61 @@ static void test_structure(void)
     rkv_freed_release(&freed);
 }
 
+static void test_marks_and_paths(void)
+{
+    const uint32_t masks[] = {256, 0x100u, 0x80000000u, UINT32_MAX};
+    rkv_node nodes[4];
+    size_t count, i;
+    for (i = 0; i < sizeof masks / sizeof *masks; i++) {
+        REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(tree, a, masks[i], 0, 0));
+        REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(tree, a, 0, masks[i], 0));
+        REFUSED(RKV_ERR_ARGUMENT, rkv_tree_due(tree, a, RKV_NEXT_HOST, 0, masks[i], nodes, 4, &count));
+    }
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(tree, a, 3, 2, 0));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(tree, a, 1, 0, 1)); /* inside the node */
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(tree, a, 1, 0, 3)); /* inside its parent */
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(tree, a, 1, 0, 5)); /* above the root */
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(tree, a, 1, 0, SIZE_MAX));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(NULL, a, 1, 0, 0));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_mark(tree, RKV_ROOT, 1, 0, 0));
+    REFUSED_HANDLES(rkv_tree_mark(tree, node, 1, 0, 0));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_due(tree, a, -1, 0, 0, nodes, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_due(tree, a, 2, 0, 0, nodes, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_due(NULL, a, RKV_NEXT_HOST, 0, 0, nodes, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_due(tree, a, RKV_NEXT_HOST, 0, 0, NULL, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_due(tree, a, RKV_NEXT_HOST, 0, 0, nodes, 4, NULL));
+    REFUSED(RKV_ERR_CAPACITY, rkv_tree_due(tree, a, RKV_NEXT_HOST, 0, 0, nodes, 1, &count));
+    CHECK(count == 2);
+    REFUSED_HANDLES(rkv_tree_due(tree, node, RKV_NEXT_STORAGE, 0, 0, nodes, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_path(NULL, a, nodes, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_path(tree, a, NULL, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_path(tree, a, nodes, 4, NULL));
+    REFUSED(RKV_ERR_CAPACITY, rkv_tree_path(tree, a, nodes, 1, &count));
+    CHECK(count == 2);
+    REFUSED_HANDLES(rkv_tree_path(tree, node, nodes, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_host_path(NULL, a, nodes, 4, &count));
+    REFUSED(RKV_ERR_ARGUMENT, rkv_tree_host_path(tree, a, NULL, 4, &count));
+    REFUSED(RKV_ERR_CAPACITY, rkv_tree_host_path(tree, below_host, nodes, 1, &count));
+    CHECK(count == 2);
+    REFUSED_HANDLES(rkv_tree_host_path(tree, node, nodes, 4, &count));
+
+    /* what is not refused: a count, the root, the right answers */
+    CHECK(rkv_tree_path(tree, a, NULL, 0, &count) == RKV_OK && count == 2);
+    CHECK(rkv_tree_path(tree, a, nodes, 4, &count) == RKV_OK && count == 2 && nodes[0] == shared && nodes[1] == a);
+    CHECK(rkv_tree_host_path(tree, below_host, nodes, 4, &count) == RKV_OK && count == 2 && nodes[0] == host_only && nodes[1] == below_host);
+    CHECK(rkv_tree_host_path(tree, a, nodes, 4, &count) == RKV_OK && count == 0);
+    CHECK(rkv_tree_path(tree, RKV_ROOT, nodes, 4, &count) == RKV_OK && count == 0);
+    CHECK(rkv_tree_due(tree, RKV_ROOT, RKV_NEXT_HOST, 0, 0, nodes, 4, &count) == RKV_OK && count == 0);
+    CHECK(rkv_tree_due(tree, both, RKV_NEXT_HOST, 0, 0, nodes, 4, &count) == RKV_OK && count == 0);
+    CHECK(rkv_tree_due(tree, both, RKV_NEXT_STORAGE, 1, 0, nodes, 4, &count) == RKV_OK && count == 1 && nodes[0] == both);
+    CHECK(rkv_tree_due(tree, loading, RKV_NEXT_HOST, 0, 0, nodes, 4, &count) == RKV_OK && count == 0);
+    CHECK(rkv_tree_due(tree, pending, RKV_NEXT_HOST, 0, 0, nodes, 4, &count) == RKV_OK && count == 0);
+    CHECK(rkv_tree_mark(tree, a, 0x82, 0, 4) == RKV_OK);
+    CHECK(rkv_tree_due(tree, b, RKV_NEXT_HOST, 0, 2, nodes, 4, &count) == RKV_OK && count == 1 && nodes[0] == b);
+    CHECK(rkv_tree_mark(tree, a, 0, 0x82, 4) == RKV_OK);
+    check_integrity(tree);
+}
+
 static void test_inspection(void)
 {
     rkv_event events[4];
@@ -562,7 +619,7 @@ static void test_inspection(void)
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_node_info(NULL, a, &info));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_node_info(tree, a, NULL));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_node_info(tree, RKV_ROOT, &info));
-    REFUSED_SIZES(info, rkv_tree_node_info(tree, a, &info));
+    REFUSED_SIZES_OF(info, NODE_INFO_V1, rkv_tree_node_info(tree, a, &info));
     REFUSED_HANDLES(rkv_tree_node_info(tree, node, &info));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_node_data(NULL, a, 4, tokens, ids, NULL));
     REFUSED(RKV_ERR_CAPACITY, rkv_tree_node_data(tree, a, 1, tokens, ids, NULL));
@@ -578,7 +635,7 @@ static void test_inspection(void)
     CHECK(rkv_tree_get_stats(tree, &stats) == RKV_OK && count == stats.nodes);
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_get_stats(NULL, &stats));
     REFUSED(RKV_ERR_ARGUMENT, rkv_tree_get_stats(tree, NULL));
-    REFUSED_SIZES(stats, rkv_tree_get_stats(tree, &stats));
+    REFUSED_SIZES_OF(stats, TREE_STATS_V1, rkv_tree_get_stats(tree, &stats));
 }
 
 static void test_check_integrity(void)
@@ -669,6 +726,7 @@ int main(void)
     test_finish_backup();
     test_two_tiers();
     test_structure();
+    test_marks_and_paths();
     test_inspection();
     test_check_integrity();
     test_recovery();

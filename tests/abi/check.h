@@ -24,6 +24,9 @@
         }                                                                                                             \
     } while (0)
 
+/* How long the structs that have grown were in the first header of ABI version 1: what a host built against it passes. */
+enum { MATCH_V1 = 56, NODE_INFO_V1 = 104, TREE_STATS_V1 = 96 };
+
 MAYBE_UNUSED static void check_failed(const char *file, int line, const char *condition)
 {
     fprintf(stderr, "%s:%d: not so: %s (last error: %s)\n", file, line, condition, rkv_last_error());
@@ -80,6 +83,8 @@ typedef struct page_record {
     uint32_t host_ref;
     uint32_t hit_count;
     uint32_t page;      /* index in its node */
+    uint32_t marks;
+    uint32_t reserved;
     uint64_t access_time;
     uint64_t created_time;
     int64_t pinned_until_ns;
@@ -167,6 +172,7 @@ MAYBE_UNUSED static void add_node(rkv_tree *tree, rkv_node node, picture *out, n
         record->host_ref = info.host_ref;
         record->hit_count = info.hit_count;
         record->page = (uint32_t)i;
+        record->marks = info.marks;
         record->access_time = info.access_time;
         record->created_time = info.created_time;
         record->pinned_until_ns = info.pinned ? info.pinned_until_ns : 0;

@@ -4,9 +4,11 @@
  *    that a byte too far is an error; every set of lanes this machine has.
  * 2. THREADS threads copying at once through the shared helpers, with a reader a thread that follows the layers.
  * 3. A layer is reported before the next is written.
- * 4. Children of fork that copy while other threads are at it. */
+ * 4. Routes: random page ids, right and wrong, against a naive copy and naive rules.
+ * 5. A failure wakes who waits.
+ * 6. Children of fork that copy while other threads are at it. */
 #define _GNU_SOURCE
-#include "copy.h"
+#include "copy_route.h"
 #include "check.h"
 
 #include <signal.h>
@@ -153,7 +155,7 @@ static void *follow(void *context)
 {
     reader *r = context;
     for (uint32_t layer = 0; layer < r->n->job.num_layers; layer++) {
-        while (!rkv_leaf_progress_wait(&r->progress, layer, 1000000)) {
+        while (rkv_leaf_progress_wait(&r->progress, layer, 1000000) != RKV_PROGRESS_DONE) {
         }
         if (r->n->job.steps_per_layer) {
             r->sum += sum_of_layer(r->n, layer, r->n->dst);
@@ -257,6 +259,122 @@ static void check_reports_in_time(void)
 static void check_reports_in_time(void) {}
 #endif
 
+/* ---- routes: pages of PAGE_BYTES in two layers, two views of which may be one pool ---- */
+enum { POOL_PAGES = 300, PAGE_BYTES = 24, POOL_BYTES = 2 * POOL_PAGES * PAGE_BYTES };
+
+typedef struct page_ids {
+    int64_t wide[POOL_PAGES + 1];
+    int32_t narrow[POOL_PAGES + 1];
+    uint64_t count;
+} page_ids;
+
+static void draw_ids(page_ids *ids, uint64_t *random, uint64_t count, uint64_t wrong)
+{
+    uint64_t table[POOL_PAGES + 1];
+    for (uint64_t i = 0; i <= POOL_PAGES; i++) {
+        table[i] = i % POOL_PAGES;
+    }
+    if (below(random, 3)) {
+        shuffle(random, table, POOL_PAGES);
+    }
+    ids->count = count;
+    for (uint64_t i = 0; i < count; i++) {
+        ids->wide[i] = (int64_t)table[i];
+    }
+    if (wrong && count) {
+        const int64_t choices[] = {-1, POOL_PAGES, INT32_MIN, INT32_MAX, ids->wide[0], ids->wide[count - 1]};
+        ids->wide[below(random, (unsigned)count)] = choices[below(random, 6)];
+    }
+    for (uint64_t i = 0; i < count; i++) {
+        ids->narrow[i] = (int32_t)ids->wide[i];
+    }
+}
+
+static int allowed(const page_ids *src, const page_ids *dst, int one_pool)
+{
+    for (uint64_t i = 0; i < dst->count; i++) {
+        if (src->wide[i] < 0 || src->wide[i] >= POOL_PAGES || dst->wide[i] < 0 || dst->wide[i] >= POOL_PAGES) {
+            return 0;
+        }
+        for (uint64_t j = 0; j < dst->count; j++) {
+            if ((j != i && dst->wide[i] == dst->wide[j]) || (one_pool && src->wide[j] == dst->wide[i])) {
+                return 0;
+            }
+        }
+    }
+    return 1;
+}
+
+static void check_routes(uint64_t seed, int num_copies)
+{
+    static const uint64_t layers[2] = {0, POOL_PAGES * PAGE_BYTES};
+    uint64_t random = seed;
+    int refused = 0;
+    unsigned char *a = malloc(POOL_BYTES), *b = malloc(POOL_BYTES), *expected = malloc(POOL_BYTES);
+    page_ids *src = malloc(sizeof *src), *dst = malloc(sizeof *dst);
+    CHECK(a && b && expected && src && dst);
+    for (int n = 0; n < num_copies; n++) {
+        int one_pool = below(&random, 4) == 0, hole = (int)below(&random, 2);
+        uint64_t count = below(&random, 4) ? below(&random, 20) : below(&random, POOL_PAGES + 2);
+        unsigned char *to = one_pool ? a : b;
+        rkv_copy_route route = {.hole = (uint32_t)hole, .one_pool = one_pool, .src_num_pages = POOL_PAGES,
+                                .dst_num_pages = POOL_PAGES, .src_page_stride = PAGE_BYTES, .dst_page_stride = PAGE_BYTES};
+        rkv_copy_ids from_ids = {src->wide, 64}, to_ids = {dst->narrow, 32};
+        rkv_copy_progress progress;
+        draw_ids(src, &random, count, below(&random, 8) == 0);
+        draw_ids(dst, &random, count, below(&random, 8) == 0);
+        route.job = (rkv_copy_job){.src_base = (uint64_t)(uintptr_t)a, .dst_base = (uint64_t)(uintptr_t)to,
+                                   .run_bytes = PAGE_BYTES, .num_loops = 2, .num_threads = 1 + below(&random, 3),
+                                   .steps_per_layer = (uint32_t)hole, .num_layers = 2};
+        route.job.loops[!hole] = (rkv_copy_loop){layers, layers, 2};
+        for (int i = 0; i < POOL_BYTES; i++) {
+            a[i] = (unsigned char)(next_random(&random) >> 40);
+            b[i] = 0xa5;
+        }
+        memcpy(expected, to, POOL_BYTES);
+        int fine = allowed(src, dst, one_pool);
+        for (uint64_t i = 0; fine && i < count; i++) {
+            for (int layer = 0; layer < 2; layer++) {
+                memcpy(expected + layers[layer] + dst->wide[i] * PAGE_BYTES, a + layers[layer] + src->wide[i] * PAGE_BYTES,
+                       PAGE_BYTES);
+            }
+        }
+        CHECK(rkv_leaf_progress_init(&progress) == 0);
+        int status = rkv_leaf_route_copy(&route, from_ids, to_ids, count, &progress);
+        CHECK(status == (fine ? 0 : RKV_ROUTE_REFUSED));
+        CHECK(rkv_leaf_progress_load(&progress) == (fine ? 2u : 0u));
+        CHECK(memcmp(to, expected, POOL_BYTES) == 0);
+        rkv_leaf_progress_destroy(&progress);
+        refused += !fine;
+    }
+    CHECK(refused > num_copies / 20 && refused < num_copies);
+    free(a), free(b), free(expected), free(src), free(dst);
+}
+
+static void *await_failure(void *context)
+{
+    CHECK(rkv_leaf_progress_wait(context, 1, 60000000000u) == RKV_PROGRESS_FAILED);
+    return NULL;
+}
+
+static void check_failure(void)
+{
+    rkv_copy_progress progress;
+    pthread_t threads[3];
+    CHECK(rkv_leaf_progress_init(&progress) == 0);
+    for (int i = 0; i < 3; i++) {
+        CHECK(pthread_create(&threads[i], NULL, await_failure, &progress) == 0);
+    }
+    rkv_leaf_progress_advance(&progress, 1);
+    rkv_leaf_progress_fail(&progress);
+    for (int i = 0; i < 3; i++) {
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    }
+    CHECK(rkv_leaf_progress_wait(&progress, 0, 0) == RKV_PROGRESS_DONE);
+    CHECK(rkv_leaf_progress_wait(&progress, 1, 0) == RKV_PROGRESS_FAILED);
+    rkv_leaf_progress_destroy(&progress);
+}
+
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 enum { CHILDREN = 0 }; /* their allocators may be locked for ever in the child of a process with threads */
 #else
@@ -280,6 +398,8 @@ int main(int argc, char **argv)
         }
     }
     check_reports_in_time();
+    check_routes(seed, 2 * num_copies);
+    check_failure();
     for (int i = 0; i < num_threads; i++) {
         workers[i] = (worker){.random = seed * 1000 + (uint64_t)i, .num_copies = num_copies};
         CHECK(pthread_create(&workers[i].thread, NULL, work, &workers[i]) == 0);

@@ -195,6 +195,8 @@ static void check_books(engine *e)
     CHECK(rkv_tree_get_stats(e->tree, &stats) == RKV_OK);
     CHECK(stats.evictable_tokens + stats.protected_tokens == (int64_t)(CAPACITY - e->device.num_free) * e->page_size);
     CHECK(stats.host_tokens == (int64_t)(CAPACITY - e->host.num_free) * e->page_size);
+    CHECK(stats.host_evictable_tokens >= 0 && stats.host_evictable_tokens <= stats.host_tokens);
+    CHECK(stats.loading_tokens >= 0 && stats.loading_tokens <= stats.protected_tokens);
 }
 
 /* The page ids of a hit: in use, and holding the right prefix. */
@@ -204,6 +206,7 @@ static void check_hit(engine *e, const rkv_match *match, const int32_t *page_ids
     CHECK(match->num_tokens % e->page_size == 0 && match->host_num_tokens % e->page_size == 0);
     CHECK(match->num_tokens >= 0 && match->host_num_tokens >= 0 && on_device + on_host <= num_pages);
     CHECK((match->device_node == RKV_ROOT) == (on_device == 0));
+    CHECK(match->loading_tokens >= 0 && match->loading_tokens <= match->num_tokens && match->loading_tokens % e->page_size == 0);
     CHECK(on_host > 0 || match->host_node == match->device_node);
     for (i = 0; i < on_device + on_host; i++) {
         const pool *p = i < on_device ? &e->device : &e->host;
@@ -505,9 +508,16 @@ static void op_finish_backup(engine *e)
 
 static void op_evict_host(engine *e)
 {
-    rkv_status status = rkv_tree_evict_host(e->tree, (int64_t)(take(e) % CAPACITY) * e->page_size, &e->freed);
+    int64_t wanted = (int64_t)(take(e) % CAPACITY) * e->page_size;
+    rkv_tree_stats stats;
+    rkv_status status;
+    RKV_INIT(&stats);
+    CHECK(rkv_tree_get_stats(e->tree, &stats) == RKV_OK);
+    status = rkv_tree_evict_host(e->tree, wanted, &e->freed);
     check_status(e, status);
     if (status == RKV_OK) {
+        CHECK(e->freed.num_tokens <= stats.host_evictable_tokens);
+        CHECK(e->memory.failures > 0 || e->freed.num_tokens >= (wanted < stats.host_evictable_tokens ? wanted : stats.host_evictable_tokens));
         CHECK(e->freed.num_pages == 0 && e->freed.num_tokens == (int64_t)e->freed.num_host_pages * e->page_size);
         collect(e);
     }
@@ -602,6 +612,40 @@ static void check_digests(engine *e, rkv_node node)
     }
 }
 
+/* What mark, path, host_path and due say of a node agrees with what node_info says of each node of its path. */
+static void op_path(engine *e, rkv_node node)
+{
+    rkv_node path[CAPACITY * 2], tail[CAPACITY * 2], due[2][CAPACITY * 2], parent = RKV_ROOT;
+    uint32_t set = take(e), clear = take(e), hits = take(e) % 4, without = take(e) % 4;
+    size_t num_path = 0, num_tail = 0, num_due[2] = {0, 0}, at_tail = 0, at_due[2] = {0, 0}, i;
+    check_status(e, rkv_tree_mark(e->tree, node, set, clear & ~set, take(e) % 6));
+    if (rkv_tree_path(e->tree, node, path, CAPACITY * 2, &num_path) != RKV_OK) {
+        CHECK(rkv_tree_host_path(e->tree, node, tail, CAPACITY * 2, &num_tail) == RKV_ERR_HANDLE);
+        return;
+    }
+    CHECK(rkv_tree_host_path(e->tree, node, tail, CAPACITY * 2, &num_tail) == RKV_OK);
+    CHECK(rkv_tree_due(e->tree, node, RKV_NEXT_HOST, hits, without, due[0], CAPACITY * 2, &num_due[0]) == RKV_OK);
+    CHECK(rkv_tree_due(e->tree, node, RKV_NEXT_STORAGE, hits, without, due[1], CAPACITY * 2, &num_due[1]) == RKV_OK);
+    CHECK(num_path > 0 ? path[num_path - 1] == node : node == RKV_ROOT);
+    for (i = 0; i < num_path; i++) {
+        rkv_node_info info;
+        int is_due;
+        RKV_INIT(&info);
+        CHECK(rkv_tree_node_info(e->tree, path[i], &info) == RKV_OK && info.parent == parent);
+        CHECK(info.on_device || tail[at_tail] == path[i]);
+        at_tail += !info.on_device;
+        is_due = info.hit_count >= hits && (info.marks & without) == 0;
+        if (is_due && info.on_device && !info.on_host && !info.loading && !info.backup_pending) {
+            CHECK(due[0][at_due[0]++] == path[i]);
+        }
+        if (is_due && info.on_host) {
+            CHECK(due[1][at_due[1]++] == path[i]);
+        }
+        parent = path[i];
+    }
+    CHECK(at_tail == num_tail && at_due[0] == num_due[0] && at_due[1] == num_due[1]);
+}
+
 static void op_inspect(engine *e)
 {
     rkv_event events[8];
@@ -628,6 +672,7 @@ static void op_inspect(engine *e)
             CHECK(events[i].has_tokens == (events[i].kind == RKV_EVENT_STORED));
         }
     }
+    op_path(e, any_handle(e));
 }
 
 /* Digests of the engine's own, of a width that the input chooses: chained like those of a cryptographic hash. */

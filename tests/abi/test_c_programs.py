@@ -15,6 +15,11 @@ def test_every_misuse_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     assert int(refused[1]) > 300
 
 
+def test_nothing_is_written_behind_the_structs_of_an_older_host(tmp_path: Path) -> None:
+    said = run([compile_linked(HERE / "short_structs.c", tmp_path / "short_structs")]).stdout
+    assert said == "nothing is written behind short structs\n"
+
+
 def test_every_misuse_of_the_index_is_refused(tmp_path: Path) -> None:
     said = run([compile_linked(HERE / "bad_index.c", tmp_path / "bad_index")]).stdout
     refused = re.fullmatch(r"(\d+) misuses of the index refused\n", said)

@@ -213,7 +213,13 @@ static void inspect(worker *w)
     size_t count;
     rkv_status status;
     RKV_INIT(&stats);
-    switch (pick(w, 9)) {
+    switch (pick(w, 11)) {
+    case 9: check_status(rkv_tree_mark(tree, node, 1u << pick(w, 8), 0, pick(w, 3))); break;
+    case 10:
+        check_status(rkv_tree_path(tree, node, all, 256, &count));
+        check_status(rkv_tree_host_path(tree, node, all, 256, &count));
+        check_status(rkv_tree_due(tree, node, (int32_t)pick(w, 2), pick(w, 3), pick(w, 256), all, 256, &count));
+        break;
     case 0: check_status(rkv_tree_node_data(tree, node, MAX_KEY_PAGES, tokens, ids, host_ids)); break;
     case 1: check_status(rkv_tree_node_namespace(tree, node, ns, sizeof ns, &count)); break;
     case 2: check_status(rkv_tree_page_keys(tree, node, keys, MAX_KEY_PAGES, &count)); break;

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from radixkv.controller import ControllerConfig
 from radixkv.hicache import (
+    HiCacheConfig,
+    HiRadixCache,
     MHATokenToKVPool,
     MLATokenToKVPool,
     PagedTokenToKVPoolAllocator,
@@ -14,6 +19,7 @@ from radixkv.hicache import (
     ReqToTokenPool,
     TokenToKVPoolAllocator,
 )
+from radixkv.pool.host import HostPoolConfig
 
 LAYERS = 3
 
@@ -43,3 +49,43 @@ def take(cache: Any, num_tokens: int) -> torch.Tensor:
     slots = cache.token_to_kv_pool_allocator.alloc(num_tokens)
     assert slots is not None
     return slots
+
+
+CONFIG = HiCacheConfig(host_pool=HostPoolConfig(headroom_bytes=0), model="test", copy_threads=1)
+
+
+def hiradix_cache(
+    size: int = 512,
+    page_size: int = 4,
+    kind: str = "mha",
+    *,
+    policy: str = "write_through",
+    host: float = 2.0,
+    io_backend: str = "kernel",
+    layout: str = "layer_first",
+    storage: Any = None,
+    prefetch: str = "best_effort",
+    allocator: Any = None,
+    group: Any = None,
+    config: HiCacheConfig = CONFIG,
+    **control: Any,
+) -> HiRadixCache:
+    """A HiRadixCache over pools of its own. ``host``: slots a device slot; control: fields of ControllerConfig."""
+    allocator = allocator or allocator_of(device_pool(kind, size, page_size), page_size)
+    config = replace(config, control=ControllerConfig(**control))
+    return HiRadixCache(
+        ReqToTokenPool(16, 4096), allocator, group, page_size, host, 0, policy, io_backend, layout, storage, prefetch,
+        config=config,
+    )  # fmt: skip
+
+
+def settle(cache: HiRadixCache) -> None:
+    """Poll until nothing is in flight."""
+    deadline = time.monotonic() + 20
+    while True:
+        cache.check_hicache_events()
+        stats = cache.cache_controller.core.stats()
+        if not (stats.writes_in_flight or stats.loads_in_flight or stats.stores_in_flight or stats.stuck_pages):
+            return
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.0002)

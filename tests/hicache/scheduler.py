@@ -161,14 +161,13 @@ class Engine:
         if self.hierarchical:
             self.cache.check_hicache_events()
         batch: list[Req] = []
-        budget = self.allocator.available_size() + self.cache.evictable_size()
-        budget -= sum(self.page_size + max(0, r.max_new_tokens - len(r.output_ids)) for r in self.running)
+        budget = self.budget([])
         if self.chunked is not None:
             req, self.chunked = self.chunked, None
             req.fill_ids = req.origin_input_ids + req.output_ids
             self.cut(req)
             batch.append(req)
-            budget -= len(req.fill_ids) - len(req.prefix_indices) + self.page_size
+            budget = self.budget(batch)
         for req in list(self.waiting):
             if self.chunked is not None or len(self.running) + len(batch) >= self.max_running:
                 break
@@ -179,12 +178,16 @@ class Engine:
                 break
             self.waiting.remove(req)
             batch.append(req)
-            budget = self.allocator.available_size() + self.cache.evictable_size()
-            budget -= sum(len(r.fill_ids) - len(r.prefix_indices) + 2 * self.page_size + r.max_new_tokens for r in batch)
-            budget -= sum(self.page_size + max(0, r.max_new_tokens - len(r.output_ids)) for r in self.running)
+            budget = self.budget(batch)
         if not batch and not self.running and self.waiting and not self.storage:
             raise OutOfMemoryError(f"{self.waiting[0].seqlen} tokens, and {budget} are free or evictable")
         return batch
+
+    def budget(self, batch: list[Req]) -> int:
+        """Tokens that are free or could be, less those that who runs and who is in the batch will need."""
+        size = self.allocator.available_size() + self.cache.evictable_size()
+        size -= sum(len(r.fill_ids) - len(r.prefix_indices) + 2 * self.page_size + r.max_new_tokens for r in batch)
+        return int(size) - sum(self.page_size + max(0, r.max_new_tokens - len(r.output_ids)) for r in self.running)
 
     def admit(self, req: Req, budget: int) -> bool:
         """PrefillAdder.add_one_req: lock, load what is on the host, lock where that ends."""
@@ -347,7 +350,8 @@ class Engine:
 
     def check_idle(self) -> None:
         """As the scheduler's own check when nothing runs: no memory and no rows are lost, and nothing is locked."""
-        assert not (self.running or self.chunked)
+        assert not self.running
+        assert self.chunked is None
         assert self.allocator.available_size() + self.cache.evictable_size() == self.total - self.cache.protected_size()
         assert len(self.rows.free_slots) == self.rows.size
 

@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from radixkv.errors import InvalidArgumentError
 from radixkv.pool.layout import LAYOUTS
 from radixkv.transfer.launch import launches_of
+from radixkv.transfer.plan import plan_copy
 
 from ..abi.toolchain import EXAMPLES, INCLUDE, STRICT, library, run, tool
 from . import c_launcher, simulator
@@ -223,6 +225,30 @@ def test_a_null_base_and_memory_that_overlaps(lib: Library) -> None:
     shifted = replace(plan.src, bases=plan.src.bases + np.uint64(64))
     assert lib.plan(copy_of(replace(apart, dst=shifted)))[0] == OVERLAP
     assert "two views of one memory" in lib.error()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data(), case=st.builds(
+    Case, src=st.sampled_from(LAYOUTS), dst=st.sampled_from(LAYOUTS), kind=st.sampled_from(["mha", "mla"]),
+    layers=st.integers(1, 4), heads=st.integers(1, 3), head_bytes=st.integers(1, 9), page_size=st.integers(1, 3),
+    pages=st.integers(1, 3), pattern=st.just("contiguous"),
+))  # fmt: skip
+def test_layers_that_overlap_are_refused_in_the_same_words(lib: Library, data: st.DataObject, case: Case) -> None:
+    """One base of the destination is moved by a little: both planners say yes, or both no, and in which words."""
+    plan = case_plan(case)
+    bases = plan.dst.bases.copy()
+    half, layer = data.draw(st.integers(0, bases.shape[0] - 1)), data.draw(st.integers(0, bases.shape[1] - 1))
+    other = data.draw(st.integers(0, bases.shape[1] - 1))
+    bases[half, layer] = int(bases[0, other]) + data.draw(st.integers(-200, 200))
+    dst = replace(plan.dst, bases=bases)
+    status, _ = lib.plan(copy_of(replace(plan, dst=dst)))
+    said = None
+    try:
+        plan_copy(plan.geometry, plan.src, dst, plan.src_pages, plan.dst_pages)
+    except InvalidArgumentError as error:
+        said = str(error)
+    assert (status, lib.error()) == (OVERLAP, said) if said else status == OK
+    assert said is None or "two layers or halves of dst overlap: those at 0x" in said
 
 
 def test_copies_and_failures_on_a_fake_driver(launcher: Path, driver: Path) -> None:

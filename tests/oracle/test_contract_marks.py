@@ -1,5 +1,5 @@
-"""The contract of base.py, sentence by sentence: marks, the nodes of a path, what is due, what is loading, and what could
-leave the host."""
+"""The contract of base.py, sentence by sentence: marks, the nodes of a path, what is due, what loads, and what the host
+could free."""
 
 from __future__ import annotations
 

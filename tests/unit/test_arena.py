@@ -291,6 +291,7 @@ def test_all_of_it_is_locked_in_chunks() -> None:
         assert [num_bytes for _, num_bytes in arena.registered] == [CHUNK, CHUNK, CHUNK, mmap.PAGESIZE]
         assert covered(arena.registered, arena)
         assert dict(arena.registered) == registrar.locked
+        assert arena.boundaries == tuple(arena.address + CHUNK * i for i in (1, 2, 3))
         with pytest.raises(StateError, match="4 chunks are page-locked already"):
             arena.pin(registrar)
         arena.unpin()

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -50,6 +50,33 @@ class FakeRuntime:
 def plan_of(src: HostPool, dst: HostPool, name: str) -> CopyPlan:
     """Device to host."""
     return plan_copy(src.geometry, on_device(src.view), dst.view, *INDICES[name])
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_no_copy_spans_two_chunks_of_page_locked_memory(batched: bool) -> None:
+    """Contiguous pages, which are one run otherwise, and seams in the middle of rows."""
+    g = geometry("mla", layers=1, head_bytes=100, page_size=4)
+    src, dst, want = (HostPool.make(g, "layer_first", PAGES, seed) for seed in (1, None, None))
+    copy_views(plan_copy(g, src.view, want.view, *INDICES["contiguous"]))
+    base = int(dst.view.bases[0, 0])
+    seams = tuple(base + at for at in (250, 800, 1000, 5000))
+    seen: list[tuple[int, int]] = []
+
+    class Recording(FakeRuntime):
+        def copy(self, src: int, dst: int, num_bytes: int, stream: int) -> None:
+            seen.append((dst, num_bytes))
+            super().copy(src, dst, num_bytes, stream)
+
+        def copy_batch(self, runs: Runs, stream: int) -> bool:
+            if self.batched:
+                seen.extend(zip(runs.dst.tolist(), runs.num_bytes.tolist(), strict=True))
+            return super().copy_batch(runs, stream)
+
+    plan = plan_copy(g, on_device(src.view), replace(dst.view, boundaries=seams), *INDICES["contiguous"])
+    work = CopyEngine(0, Recording(batched)).run(plan, stream=STREAM)
+    assert [(at - base, n) for at, n in seen] == [(0, 250), (250, 550), (800, 200), (1000, 600)]
+    assert work.copies == 4
+    assert np.array_equal(dst.whole, want.whole)
 
 
 @pytest.mark.parametrize("batched", [True, False])

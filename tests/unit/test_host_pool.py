@@ -305,6 +305,17 @@ def test_a_pool_on_a_gpu_asks_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         MLATokenToKVPoolHost(device, 1.0, 0, P, "layer_first", config=PLAIN)
 
 
+def test_the_view_of_a_locked_pool_says_where_its_chunks_meet() -> None:
+    geometry = KVGeometry(kind="mla", num_layers=2, num_heads=1, head_bytes=1000, page_size=P)
+    config = HostPoolConfig(arena=PLAIN.arena, headroom_bytes=0, pin_chunk_bytes=4096)
+    pool = pool_of(geometry, registrar=FakeRegistrar(), config=config)
+    count = len(pool.arena.registered)
+    assert count > 2
+    assert pool.view().boundaries == tuple(pool.arena.address + 4096 * i for i in range(1, count))
+    assert pool_of(geometry, registrar=FakeRegistrar()).view().boundaries == ()
+    assert pool_of(geometry).view().boundaries == ()
+
+
 def test_a_pool_that_cannot_be_locked_is_not_made_and_leaves_nothing_locked() -> None:
     registrar = FakeRegistrar(fail=True)
     config = HostPoolConfig(arena=PLAIN.arena, headroom_bytes=0, pin_chunk_bytes=4096)

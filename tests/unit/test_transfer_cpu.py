@@ -277,7 +277,7 @@ def test_progress_before_and_after() -> None:
     CpuTransfer(g).load_back(pool.view, other.view, [], [], progress)
     assert progress.wait(2)  # an empty copy has everything in place
     with pytest.raises(InvalidArgumentError, match="progress over 3 layers for a copy of 1"):
-        CpuTransfer(g).copy(plan_copy(g, pool.view, other.view, [0], [0], range(1)), progress)
+        CpuTransfer(g).copy(plan_copy(g, pool.view, other.view, [0], [0], range(1)), Progress(3))
 
 
 def test_helpers_live_until_shutdown() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv.errors import ArgumentTypeError, InvalidArgumentError, PageOwnershipError, RadixKVError
@@ -157,6 +157,39 @@ def test_consecutive_pages_are_one_run_and_sorting_finds_them() -> None:
     assert expand(loops_of(backwards, sort_pages=True)).num_bytes.tolist() == [3 * page] * (g.halves * 2)
 
 
+@settings(max_examples=200)
+@given(st.data())
+def test_no_run_spans_a_boundary(data: st.DataObject) -> None:
+    """Chunks of page-locked memory on either side: the same bytes in the same order, in more runs."""
+    g = geometry("mla", layers=2, head_bytes=8, page_size=2)
+    a, b = HostPool.make(g, data.draw(st.sampled_from(LAYOUTS)), PAGES), HostPool.make(g, "layer_first", PAGES)
+    ids = data.draw(st.sampled_from([INDICES[name] for name in INDICES]))
+
+    def seams(pool: HostPool) -> tuple[int, ...]:
+        size = len(pool.blocks[0])
+        places = st.lists(st.integers(-9, size + 9), max_size=6, unique=True)
+        return tuple(int(pool.view.bases.min()) + at for at in sorted(data.draw(places)))
+
+    src, dst = (replace(pool.view, boundaries=seams(pool)) for pool in (a, b))
+    whole = expand(loops_of(plan_copy(g, a.view, b.view, *ids), sort_pages=True))
+    cut = expand(loops_of(plan_copy(g, src, dst, *ids), sort_pages=True))
+
+    def bytes_of(runs: Any) -> list[tuple[int, int]]:
+        return [(s + i, d + i) for s, d, n in zip(*(part.tolist() for part in runs), strict=True) for i in range(n)]
+
+    assert bytes_of(cut) == bytes_of(whole)
+    for starts, boundaries in ((cut.src, src.boundaries), (cut.dst, dst.boundaries)):
+        for start, size in zip(starts.tolist(), cut.num_bytes.tolist(), strict=True):
+            assert size > 0
+            assert not any(start < seam < start + size for seam in boundaries)
+    seams_of = {side: set(view.boundaries) for side, view in (("src", src), ("dst", dst))}
+    for i in range(1, len(cut.src)):  # cut nowhere else
+        follows = cut.src[i] == cut.src[i - 1] + cut.num_bytes[i - 1] and cut.dst[i] == (
+            cut.dst[i - 1] + cut.num_bytes[i - 1]
+        )
+        assert not follows or int(cut.src[i]) in seams_of["src"] or int(cut.dst[i]) in seams_of["dst"]
+
+
 def test_separate_tensors_a_layer_are_covered() -> None:
     g = geometry(layers=3)
     rng = np.random.default_rng(6)
@@ -231,7 +264,7 @@ def test_layers_are_checked(layers: range) -> None:
     ({"bases": np.ones((2, 2), np.uint64)}, InvalidArgumentError, r"bases of dst are \(2, 2\), not \(2, 3\)"),
     ({"bases": np.ones((2, 3), np.int64)}, ArgumentTypeError, "bases of dst are int64"),
     ({"bases": np.zeros((2, 3), np.uint64)}, InvalidArgumentError, "a base of dst is NULL"),
-    ({"bases": np.full((2, 3), 1 << 28, np.uint64)}, InvalidArgumentError, "have the same base"),
+    ({"bases": np.full((2, 3), 1 << 28, np.uint64)}, InvalidArgumentError, "of dst overlap: those at 0x1.* and 0x1"),
     ({"num_slots": 7}, InvalidArgumentError, "7 slots of dst are no whole pages of 4"),
     ({"num_slots": -4}, InvalidArgumentError, "-4 slots of dst"),
     ({"head_stride": 8}, InvalidArgumentError, "dst folds onto itself"),
@@ -320,9 +353,84 @@ def test_the_overlap_check_is_exact(data: st.DataObject) -> None:
         assert plan_copy(g, src, dst, src_pages, dst_pages).num_pages == 2
 
 
+# ---- layers of the destination that share bytes ----
+SHARED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    # geometry, address of each layer (MLA: one half)
+    "by one byte": ({"head_bytes": 16, "page_size": 4}, (0, 8 * 4 * 16 - 1)),
+    "half a row": ({"head_bytes": 16, "page_size": 4}, (0, 8)),
+    "a row beyond a page": ({"head_bytes": 16, "page_size": 4}, (0, 5 * 16)),
+    "the outer two": ({"head_bytes": 16, "page_size": 4}, (0, 1 << 20, 16)),
+    "backwards": ({"head_bytes": 16, "page_size": 4}, (1 << 20, (1 << 20) - 100)),
+}
+
+
+@pytest.mark.parametrize("what", SHARED)
+def test_layers_of_the_destination_that_overlap_in_part_are_refused(what: str) -> None:
+    shape, places = SHARED[what]
+    g = geometry("mla", layers=len(places), **shape)
+    src = view_of_layout("page_first", g, 8 * 4, [1 << 40])
+    bases = np.array([places], np.uint64) + np.uint64(1 << 30)
+    dst = replace(view_of_layout("layer_first", g, 8 * 4, [1 << 30]), bases=bases)
+    with pytest.raises(InvalidArgumentError, match="two layers or halves of dst overlap: those at 0x"):
+        plan_copy(g, src, dst, [0], [0])
+    plan_copy(g, dst, src, [0], [0])  # what is only read may be anywhere
+
+
+def test_a_value_half_on_top_of_the_key_half_is_refused() -> None:
+    g = geometry("mha", layers=2, heads=1, head_bytes=64, page_size=2)
+    src = view_of_layout("layer_first", g, 8, [1 << 40, 1 << 41])
+    size = 8 * 64 * 2
+    for layout in LAYOUTS:
+        plan_copy(g, src, view_of_layout(layout, g, 8, [1 << 30, (1 << 30) + size]), [0], [0])
+        plan_copy(g, src, view_of_layout(layout, g, 8, [(1 << 30) + size, 1 << 30]), [0], [0])
+        with pytest.raises(InvalidArgumentError, match="two layers or halves of dst overlap"):
+            plan_copy(g, src, view_of_layout(layout, g, 8, [1 << 30, (1 << 30) + size - 1]), [0], [0])
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_the_check_of_layers_is_exact(data: st.DataObject) -> None:
+    """Against the sets of bytes themselves: two halves, some layers, at any places, evenly or not."""
+    kind: Any = data.draw(st.sampled_from(["mha", "mla"]))
+    g = geometry(kind, layers=data.draw(st.integers(1, 3)), heads=data.draw(st.integers(1, 2)),
+                 head_bytes=data.draw(st.integers(1, 5)), page_size=data.draw(st.integers(1, 2)))  # fmt: skip
+    head, spare = g.head_bytes, st.sampled_from([0, 0, 1, 4, 30])
+    head_stride = head + data.draw(spare)
+    token_stride = (g.num_heads - 1) * head_stride + head + data.draw(spare)
+    page_stride = (g.page_size - 1) * token_stride + (g.num_heads - 1) * head_stride + head + data.draw(spare)
+    strides = [head_stride, token_stride, page_stride]
+    if data.draw(st.booleans()):  # heads outside tokens, as page_head has it
+        strides = [(g.page_size - 1) * head_stride + head + 3, head_stride, 0]
+        strides[2] = (g.num_heads - 1) * strides[0] + (g.page_size - 1) * strides[1] + head + data.draw(spare)
+    places = st.integers(1000, 1300)
+    if data.draw(st.booleans()):
+        first, half, layer = data.draw(places), data.draw(st.integers(-90, 300)), data.draw(st.integers(-90, 90))
+        bases = [[first + i * half + j * layer for j in range(g.num_layers)] for i in range(g.halves)]
+    else:
+        bases = data.draw(st.lists(st.lists(places, min_size=g.num_layers, max_size=g.num_layers), min_size=g.halves,
+                                   max_size=g.halves))  # fmt: skip
+    dst = KVView(bases=np.array(bases, np.uint64), page_stride=strides[2], token_stride=strides[1],
+                 head_stride=strides[0], num_slots=3 * g.page_size)  # fmt: skip
+    src = view_of_layout("layer_first", g, 3 * g.page_size, [(1 << 40) + (i << 30) for i in range(g.halves)])
+    seen: set[int] = set()
+    count = 0
+    for half in range(g.halves):
+        for layer in range(g.num_layers):
+            taken = {address_of(g, dst, half, layer, slot, h) + i
+                     for slot in range(3 * g.page_size) for h in range(g.num_heads) for i in range(head)}  # fmt: skip
+            seen |= taken
+            count += len(taken)
+    if len(seen) < count:
+        with pytest.raises(InvalidArgumentError, match="two layers or halves of dst overlap"):
+            plan_copy(g, src, dst, [0], [0])
+    else:
+        assert plan_copy(g, src, dst, [0], [0]).num_pages == 1
+
+
 def test_alignment_comes_from_everything() -> None:
     g = geometry("mla", layers=2, head_bytes=64, page_size=4)
     src, dst = (view_of_layout("layer_first", g, 16, [base]) for base in (1 << 20, 1 << 24))
+    dst = replace(dst, bases=np.array([[1 << 24, 1 << 25]], np.uint64))
     assert plan_copy(g, src, dst, [0], [1]).alignment == 16
     for change in (
         {"bases": dst.bases + np.array([[0, 8]], np.uint64)},

@@ -38,7 +38,7 @@ enum {
     RKV_CUDA_OK = 0,
     RKV_CUDA_ERR_ARGUMENT = -1,  /* a NULL, a count or size out of bounds, a struct_size that is too small */
     RKV_CUDA_ERR_RANGE = -2,     /* a page id or a layer that the pool does not have */
-    RKV_CUDA_ERR_OVERLAP = -3,   /* a page is written twice, or both read and written */
+    RKV_CUDA_ERR_OVERLAP = -3,   /* bytes are written twice, or both read and written */
     RKV_CUDA_ERR_NO_DRIVER = -4, /* libcuda.so.1 is not there, or too old */
     RKV_CUDA_ERR_NO_DEVICE = -5, /* no such GPU */
     RKV_CUDA_ERR_NO_KERNELS = -6,/* this build has no code for that GPU */

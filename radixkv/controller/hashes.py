@@ -1,0 +1,56 @@
+"""L3: the digests under which pages are stored: always those of the whole path from the root."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from ..tree.base import BaseRadixTree
+from ..types import ROOT
+from .base import Digests
+
+__all__ = ["DIGEST_BYTES", "PathHashes"]
+
+DIGEST_BYTES = 32
+
+
+def sha256_chain(tokens: npt.NDArray[np.int32], page_size: int, previous: bytes | None = None) -> Digests:
+    digests = []
+    data = np.ascontiguousarray(tokens, np.dtype("<i4")).tobytes()
+    step = 4 * page_size
+    for at in range(0, len(data) - step + 1, step):
+        previous = hashlib.sha256((previous or b"") + data[at : at + step]).digest()
+        digests.append(previous)
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+class PathHashes:
+    """SHA-256 chains along the paths of a tree.
+
+    A tree made with ``sha256_page_hash()`` keeps them itself; of another one (its default chain is 64 bits, and no key
+    for storage) the path is hashed anew each time. Costs O(path) then.
+    """
+
+    def __init__(self, tree: BaseRadixTree) -> None:
+        self._tree = tree
+
+    def own(self, node: int) -> Digests:
+        """Digests of a node's own pages."""
+        digests = self._tree.page_digests(node)
+        if digests.shape[1] == DIGEST_BYTES:
+            return digests
+        pages = len(digests)
+        chain: Digests = sha256_chain(self.path_tokens(node), self._tree.page_size)[-pages:]
+        return chain
+
+    def following(self, node: int, tokens: npt.NDArray[np.int32]) -> Digests:
+        """Digests of whole pages of tokens that follow a node's path (ROOT: nothing comes before)."""
+        previous = None if node == ROOT else self.own(node)[-1].tobytes()
+        return sha256_chain(tokens, self._tree.page_size, previous)
+
+    def path_tokens(self, node: int) -> npt.NDArray[np.int32]:
+        """All tokens from the root to a node's end: a new int32 array."""
+        parts = [self._tree.node_info(part).tokens for part in self._tree.path(node)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)

@@ -1,0 +1,72 @@
+"""L3: what is copied to the next tier, and when: the write policies."""
+
+from __future__ import annotations
+
+from ..types import ROOT
+from .config import STORED, STORING, WRITING
+from .context import Context
+from .stores import Stores
+from .writes import Writes
+
+__all__ = ["WritePolicies"]
+
+
+class WritePolicies:
+    """Starts backups and stores of nodes that have been hit often enough."""
+
+    def __init__(self, context: Context, writes: Writes, stores: Stores) -> None:
+        self.context, self.writes, self.stores = context, writes, stores
+
+    @property
+    def hits_to_host(self) -> int:
+        """Hits from which a node is copied to the host, now."""
+        config = self.context.config
+        return self._adapted(config.hits_to_host, len(self.writes.operations), config.max_writes)
+
+    @property
+    def hits_to_storage(self) -> int:
+        """Hits from which a node goes to storage, now."""
+        config = self.context.config
+        return self._adapted(config.hits_to_storage, len(self.stores.operations), config.max_stores)
+
+    def _adapted(self, threshold: int, in_flight: int, limit: int) -> int:
+        """A threshold under pressure. All of it follows from agreed state."""
+        config = self.context.config
+        if not config.adaptive_thresholds:
+            return threshold
+        if in_flight >= config.busy_fraction * limit:
+            threshold *= 2
+        host = self.context.ledger.host
+        to_be_had = host.available_size() + self.context.tree.stats().host_evictable_tokens
+        if to_be_had < config.low_host_fraction * host.size:
+            threshold *= 2
+        return threshold
+
+    def start_due(self, node: int) -> None:
+        """A path has been hit: start what its nodes are due for."""
+        context = self.context
+        if node == ROOT or context.config.write_policy == "write_back" or not context.ledger.has_host:
+            return
+        for part in context.tree.due(node, "host", self.hits_to_host, WRITING):
+            self.writes.begin(part)
+        if self.stores.edge is not None:
+            for part in context.tree.due(node, "storage", self.hits_to_storage, STORED | STORING):
+                self.stores.begin(part)
+
+    def hit(self, node: int) -> None:
+        """See Controller.hit."""
+        context = self.context
+        if node == ROOT or context.config.write_policy == "write_back" or not context.ledger.has_host:
+            return
+        info = context.tree.node_info(node)
+        if info.host_page_ids is None:
+            if info.hit_count + 1 >= self.hits_to_host:
+                self.writes.begin(node)
+        elif self.stores.edge is not None and info.hit_count + 1 >= self.hits_to_storage:
+            self.stores.begin(node)
+
+    def backed_up(self, node: int) -> None:
+        """A node has its host copy now."""
+        if self.context.config.store_after_backup and self.stores.edge is not None:
+            for part in self.context.tree.due(node, "storage", 0, STORED | STORING):
+                self.stores.begin(part)

@@ -1,0 +1,260 @@
+"""L3: storage to host, ahead of a request.
+
+    prefetch()          look-up begins; no page is taken yet
+    poll(): looked up   too few on all ranks together: revoked. Else host pages are taken, and the fetch begins
+    poll(): fetched     agreed how many pages have arrived everywhere; they wait for finish_prefetch
+    finish_prefetch()   by its policy, or because all is there: what has arrived enters the tree
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import HandleError, InvalidArgumentError
+from ..key import NamespacePart, encode_namespace
+from ..tree.tokens import read_tokens
+from ..types import ROOT, PageIds
+from .backoff import BackOff
+from .base import Outcome, PrefetchStatus, StorageEdge
+from .config import STORED
+from .context import Context, Where
+from .drains import Drains
+from .hashes import PathHashes
+from .operations import PrefetchOp, Stage, progress_value, read_pages_status
+
+__all__ = ["Prefetches"]
+
+KEPT_RESULTS = 4096
+"""Requests of which it is remembered how much a prefetch brought, until they are accounted for."""
+
+_STATES: dict[Stage, Any] = {
+    Stage.LOOKING_UP: "looking_up", Stage.FETCHING: "fetching", Stage.FETCHED: "fetched",
+}  # fmt: skip
+
+
+class Prefetches:
+    """Prefetches by request, oldest first."""
+
+    def __init__(self, context: Context, drains: Drains, hashes: PathHashes) -> None:
+        self.context, self.drains, self.hashes = context, drains, hashes
+        self.edge: StorageEdge | None = None
+        self.operations: dict[str, PrefetchOp] = {}
+        self.backoff = BackOff(context.config, context.clock)
+        self.tokens_in_flight = 0
+        self.brought: dict[str, int] = {}
+        """Tokens that finished prefetches have put into the tree, by request."""
+
+    @property
+    def running(self) -> list[PrefetchOp]:
+        """Those that a worker works on."""
+        return [op for op in self.operations.values() if op.stage is not Stage.FETCHED]
+
+    @property
+    def capacity_tokens(self) -> int:
+        """How much all together may ask for."""
+        context, config = self.context, self.context.config
+        host = context.ledger.host.size
+        beyond = host - context.ledger.device.capacity * context.page_size
+        return max(0, int(config.prefetch_capacity_fraction * beyond), int(config.prefetch_capacity_floor * host))
+
+    # ---- begin -------------------------------------------------------------------------------------------------------
+    def begin(
+        self, req_id: str, tokens: Any, node: int, extra_key: NamespacePart, cache_salt: NamespacePart
+    ) -> bool:  # fmt: skip
+        """See Controller.prefetch."""
+        context, config, tree = self.context, self.context.config, self.context.tree
+        if self.edge is None or req_id in self.operations:
+            return False
+        page_size = context.page_size
+        given = read_tokens(tokens)
+        num_pages = len(given) // page_size
+        wanted = num_pages * page_size
+        if (
+            wanted < max(config.prefetch_threshold, 1) or self.backoff.active
+            or len(self.operations) >= config.max_prefetches
+            or self.tokens_in_flight >= self.capacity_tokens
+        ):  # fmt: skip
+            context.counts["refused_prefetches"] += 1
+            return False
+        salt = encode_namespace(extra_key, cache_salt)
+        keeps_host = False
+        if node != ROOT:
+            info = tree.node_info(node)
+            if info.namespace != salt:
+                raise InvalidArgumentError(f"node {node:#x} is of namespace {info.namespace!r}, not {salt!r}")
+            keeps_host = info.host_page_ids is not None
+        own = given[:wanted]
+        digests = self.hashes.following(node, own)
+        if keeps_host:
+            tree.protect_host(node)
+        job = self.edge.look_up(digests, salt)
+        self.operations[req_id] = PrefetchOp(
+            context.next_op_id(), context.clock(), req_id, node, keeps_host, own, digests, salt, extra_key, cache_salt,
+            job,
+        )  # fmt: skip
+        self.tokens_in_flight += wanted
+        context.counts["prefetches"] += 1
+        return True
+
+    # ---- workers have ended ------------------------------------------------------------------------------------------
+    def settle(self, op: PrefetchOp, status: int) -> bool:
+        """The workers of all ranks have ended a look-up, or a fetch. Returns: False if it was revoked."""
+        pages, success = read_pages_status(status)
+        if op.stage is Stage.LOOKING_UP:
+            return self._looked_up(op, pages, success)
+        op.to(Stage.FETCHED)
+        self.backoff.result(success and pages == op.num_pages)
+        rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
+        self.context.ledger.free_host(rest)
+        return True
+
+    def _looked_up(self, op: PrefetchOp, pages: int, success: bool) -> bool:
+        context, config = self.context, self.context.config
+        page_size = context.page_size
+        room: PageIds | None = None
+        assert self.edge is not None
+        if not success:
+            self.backoff.result(False)
+        if pages * page_size >= max(config.prefetch_threshold, 1):
+            room = context.reserve_host(pages)
+            if room is None:  # as many as there are, if that is still worth it
+                pages = min(pages, context.ledger.host.available_size() // page_size)
+                worth = pages * page_size >= max(config.prefetch_threshold, 1)
+                room = context.ledger.reserve(pages) if worth else None
+        if room is None:
+            op.to(Stage.REVOKED)
+            self._remove(op, "revoked", 0)
+            context.counts["prefetch_revoked"] += 1
+            return False
+        op.to(Stage.FETCHING)
+        op.host_pages, op.num_pages = room, pages
+        op.job = self.edge.fetch(op.digests[:pages], room, op.salt)
+        return True
+
+    # ---- ended by the caller -----------------------------------------------------------------------------------------
+    def may_end(self, op: PrefetchOp) -> bool:
+        """Whether the policy would end it, as far as this rank sees."""
+        if op.stage is Stage.FETCHED:
+            return True
+        config = self.context.config
+        if config.prefetch_policy == "best_effort":
+            return True
+        if op.stage is Stage.FETCHING and op.job.done():
+            return True
+        if config.prefetch_policy == "wait_complete":
+            return False
+        share = config.prefetch_timeout_per_ki_s * len(op.tokens) / 1024
+        return self.context.clock() - op.started_s >= config.prefetch_timeout_base_s + share
+
+    def finish(self, req_id: str) -> bool:
+        """See Controller.finish_prefetch."""
+        op = self.operations.get(req_id)
+        if op is None:
+            return True
+        pages, ended = op.num_pages, True
+        if op.stage is not Stage.FETCHED:
+            fetching = op.stage is Stage.FETCHING
+            mine = [self.may_end(op), progress_value(op.job) if fetching else 1, fetching and op.job.done()]
+            agreed = self.context.agree(Where.FINISH_PREFETCH, [int(value) for value in mine])
+            if not agreed[0]:
+                return False
+            pages, ended = agreed[1] // 2, bool(agreed[2])
+            op.job.cancel()
+        op.to(Stage.DONE)
+        self._settle_pages(op, pages, ended)
+        return True
+
+    def cancel(self, req_id: str) -> None:
+        """See Controller.cancel_prefetch."""
+        op = self.operations.get(req_id)
+        if op is not None:
+            self._give_up(op)
+
+    def give_up(self) -> None:
+        """Cancel all."""
+        for op in list(self.operations.values()):
+            self._give_up(op)
+
+    def forget(self) -> None:
+        """The tree is dropped; the pages have been taken over."""
+        self.operations.clear()
+        self.brought.clear()
+        self.tokens_in_flight = 0
+
+    def _give_up(self, op: PrefetchOp) -> None:
+        fetched = op.stage is Stage.FETCHED
+        op.job.cancel()
+        op.to(Stage.CANCELLED)
+        if fetched:
+            self.context.ledger.free_host(op.host_pages)
+        elif len(op.host_pages):
+            self.drains.add("prefetch", op.job, host_pages=op.host_pages)
+        self._remove(op, "cancelled", 0)
+        self.context.counts["prefetch_cancelled"] += 1
+
+    def _settle_pages(self, op: PrefetchOp, pages: int, ended: bool) -> None:
+        """The first pages enter the tree; the rest is freed, once no worker writes it."""
+        context = self.context
+        arrived, rest = op.host_pages[:pages], op.host_pages[pages:]
+        if not ended and len(rest):
+            self.drains.add("prefetch", op.job, host_pages=rest)
+        else:
+            context.ledger.free_host(rest)
+        new_tokens = self._insert(op, arrived) if pages else 0
+        self.brought[op.req_id] = self.brought.get(op.req_id, 0) + new_tokens
+        while len(self.brought) > KEPT_RESULTS:
+            del self.brought[next(iter(self.brought))]
+        context.counts["prefetch_tokens"] += new_tokens
+        context.counts["prefetch_late_tokens"] += pages * context.page_size - new_tokens
+        short = pages < op.num_pages or not len(op.host_pages)
+        self._remove(op, "partial" if short else "done", pages)
+
+    def _insert(self, op: PrefetchOp, pages: PageIds) -> int:
+        """Put pages below their node. Returns: tokens that were not in the tree yet.
+
+        The tree takes ids for the whole path: for the part that it has, ids that no pool hands out come back as
+        duplicates.
+        """
+        context, tree = self.context, self.context.tree
+        try:
+            above = self.hashes.path_tokens(op.node) if op.node != ROOT else op.tokens[:0]
+        except HandleError:  # evicted meanwhile
+            context.ledger.free_host(pages)
+            return 0
+        known = len(above) // context.page_size
+        first_unused = context.ledger.host.num_pages
+        ids = np.concatenate([np.arange(first_unused, first_unused + known, dtype=np.int32), pages])
+        tokens = np.concatenate([above, op.tokens[: len(pages) * context.page_size]])
+        result = tree.insert_host(tokens, ids, extra_key=op.extra_key, cache_salt=op.cache_salt)
+        late = result.prefix_tokens // context.page_size - known
+        context.ledger.free_host(pages[:late])
+        new = pages[late:]
+        if len(new):
+            context.ledger.fetched(new)
+            tree.mark(result.node, set=STORED)
+        return len(new) * context.page_size
+
+    def _remove(self, op: PrefetchOp, outcome: Outcome, pages: int) -> None:
+        """It has ended: release what it kept."""
+        del self.operations[op.req_id]
+        self.tokens_in_flight -= len(op.tokens)
+        if op.keeps_host:
+            self.context.tree.release_host(op.node)
+        self.context.finished("prefetch", outcome, pages, op.job.seconds, op.started_s)
+
+    # ---- asked -------------------------------------------------------------------------------------------------------
+    def progress(self, req_id: str) -> PrefetchStatus:
+        """See Controller.prefetch_progress."""
+        op = self.operations.get(req_id)
+        if op is None:
+            return PrefetchStatus("unknown")
+        page_size = self.context.page_size
+        fetched = op.num_pages if op.stage is Stage.FETCHED else op.job.pages if op.stage is Stage.FETCHING else 0
+        return PrefetchStatus(
+            _STATES[op.stage], len(op.tokens), op.num_pages * page_size, fetched * page_size,
+            self.context.clock() - op.started_s,
+        )  # fmt: skip
+
+

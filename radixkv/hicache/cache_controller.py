@@ -1,0 +1,226 @@
+"""L5: puts a controller together for an engine's pools, under the names that engines touch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, TorchGroup
+from ..errors import InvalidArgumentError
+from ..pool.arrays import canonical_dtype
+from ..pool.foreign import EnginePool
+from ..pool.host import HostKVCache
+from ..storage import PageNamespace, PageStore, Storage, create_storage, host_page_parts
+from ..transfer.cpu import CpuTransfer
+from ..tree.base import BaseRadixTree
+from .config import HiCacheConfig
+from .indices import AllocatorPages
+from .storage import PluginStorage
+
+__all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "PrefetchOperation", "storage_of"]
+
+IO_BACKENDS = ("kernel", "direct")
+
+_log = logging.getLogger("radixkv.hicache")
+
+
+class LayerDoneCounter:
+    """Which layers of which loads are in place, as engines ask for it: ``set_consumer(index)`` before a batch, with the
+    index that ready_to_load_host_cache returned for it, then ``wait_until(layer)`` before each layer is read.
+
+    Index 0 means that there is nothing to wait for, as engines have it by default; the first batch of loads is 1.
+    """
+
+    def __init__(self, layers: LayerCounter) -> None:
+        self._layers = layers
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model's part here."""
+        return self._layers.num_layers
+
+    @property
+    def consumer_index(self) -> int:
+        """What set_consumer was given."""
+        return self._layers.consumer_index + 1
+
+    def next_producer(self) -> int:
+        """The index that the next batch of loads will have."""
+        return self._layers.next_producer() + 1
+
+    def set_consumer(self, index: int) -> None:
+        """Choose the batch of loads that ``wait_until`` waits for. 0 or below: none."""
+        self._layers.set_consumer(max(index, 0) - 1)
+
+    def wait_until(self, threshold: int) -> None:
+        """Wait until layer ``threshold`` (counted from 0) is in place. On a GPU the current stream waits, not the
+        caller. Raises: LoadError if the batch, or one it depends on, failed."""
+        self._layers.wait_until(threshold)
+
+
+class PrefetchOperation:
+    """A prefetch in flight, looked at from outside."""
+
+    __slots__ = ("_controller", "request_id")
+
+    def __init__(self, controller: Controller, request_id: str) -> None:
+        self._controller = controller
+        self.request_id = request_id
+
+    @property
+    def completed_tokens(self) -> int:
+        """Tokens that have arrived, on this rank."""
+        return self._controller.prefetch_progress(self.request_id).fetched_tokens
+
+    def is_done(self) -> bool:
+        """Whether all that will come is here (or it was revoked, cancelled or settled)."""
+        return self._controller.prefetch_progress(self.request_id).state in ("fetched", "unknown")
+
+    def mark_done(self) -> None:
+        """Give it up; nothing of it enters the tree."""
+        self._controller.cancel_prefetch(self.request_id)
+
+
+class HiCacheController:
+    """The controller, its mover, its group and its storage, for one device pool and one host pool.
+
+    Attributes (those that engines touch): layer_done_counter, write_policy, io_backend, mem_pool_host, mem_pool_device,
+    mem_pool_device_allocator, page_size, enable_storage. ``core`` is the controller itself.
+    """
+
+    def __init__(
+        self,
+        tree: BaseRadixTree,
+        device_pages: AllocatorPages,
+        device_pool: Any,
+        found: EnginePool,
+        host_pool: HostKVCache,
+        tp_group: Any,
+        io_backend: str,
+        config: HiCacheConfig,
+    ) -> None:
+        if io_backend not in IO_BACKENDS:
+            raise InvalidArgumentError(f"io backend {io_backend!r} is none of {', '.join(IO_BACKENDS)}")
+        self.mem_pool_device_allocator, self.mem_pool_device = device_pages.allocator, device_pool
+        self.mem_pool_host, self.page_size, self.io_backend = host_pool, tree.page_size, io_backend
+        self.write_policy = config.control.write_policy
+        self._config = config
+        self._group = group_of(tp_group, found.view.device, config.group_timeout_s)
+        self._own_storage: Storage | None = None
+        mover = mover_of(found, host_pool, io_backend, config)
+        try:
+            self.core = Controller(
+                tree, device_pages, host_pool, mover, group=self._group, config=config.control,
+                listener=config.listener, clock=config.clock,
+            )  # fmt: skip
+        except BaseException:
+            mover.close()
+            raise
+        self.layer_done_counter = LayerDoneCounter(self.core.layer_counter)
+        self._loads_in_flight = False
+        register = getattr(device_pool, "register_layer_transfer_counter", None)
+        if register is not None:
+            register(self.layer_done_counter)
+
+    @property
+    def enable_storage(self) -> bool:
+        """Whether there is a storage backend now."""
+        return self.core.storage is not None
+
+    @property
+    def storage_backend(self) -> Storage | None:
+        """The storage backend."""
+        store = self.core.storage
+        return None if store is None else store.storage
+
+    def start_loads(self) -> int:
+        """Start the queued loads.
+
+        Returns: what ``layer_done_counter.set_consumer`` takes for what is computed next: the batch that has just
+            begun, else the last one that is still on its way (its pages match), else 0.
+        """
+        index = self.core.start_loads()
+        if index < 0 and self._loads_in_flight:
+            self._loads_in_flight = self.core.stats().loads_in_flight > 0
+            index = self.core.layer_counter.latest if self._loads_in_flight else -1
+        elif index >= 0:
+            self._loads_in_flight = True
+        return index + 1
+
+    # ---- storage -----------------------------------------------------------------------------------------------------
+    def attach_storage(self, backend: Any) -> None:
+        """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage.
+
+        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached.
+        """
+        config, host = self._config, self.mem_pool_host
+        namespace = PageNamespace.of_geometry(
+            host.geometry, host.page_dims, model=config.model_name(), dtype=_dtype_of(self.mem_pool_device),
+            tp_rank=self._group.rank if self._group else 0, first_layer=getattr(host, "start_layer", 0),
+            first_head=config.first_head, extra=config.model_extra,
+        )  # fmt: skip
+        storage, own = storage_of(backend, config)
+        try:
+            self.core.attach_storage(PageStore(storage, namespace, host_page_parts(host)))
+        except BaseException:
+            if own:
+                storage.close()
+            raise
+        self._own_storage = storage if own else None
+        _log.info("storage=attached backend=%s", storage.name)
+
+    def detach_storage(self) -> None:
+        """Go on without storage. What is stored stays; a backend that was made here is closed."""
+        store = self.core.detach_storage()
+        if store is not None:
+            _log.info("storage=detached backend=%s", store.storage.name)
+        self._close_storage()
+
+    def _close_storage(self) -> None:
+        storage, self._own_storage = self._own_storage, None
+        if storage is not None:
+            storage.close()
+
+    def close(self) -> None:
+        """End all threads. A second call does nothing."""
+        self.core.close()
+        self._close_storage()
+
+
+def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:
+    """The storage that is meant, and whether it was made here."""
+    if isinstance(backend, Storage):
+        return backend, False
+    if not isinstance(backend, str) and hasattr(backend, "batch_get"):
+        return PluginStorage(backend), False
+    return create_storage(backend, **config.storage_options), True
+
+
+def group_of(tp_group: Any, device: str, timeout_s: float) -> Group | None:
+    """The ranks of a torch process group; None for one rank."""
+    if tp_group is None:
+        return None
+    import torch
+
+    distributed = torch.distributed
+    if distributed.get_world_size(group=tp_group) == 1:
+        return None
+    on_gpu = distributed.get_backend(tp_group) == "nccl"
+    return TorchGroup(tp_group, timeout_s, device if on_gpu else "cpu")
+
+
+def mover_of(found: EnginePool, host: HostKVCache, io_backend: str, config: HiCacheConfig) -> Mover:
+    """What copies between the two pools. On a CPU both io backends are the same copy."""
+    if found.view.device == "cpu":
+        transfer = CpuTransfer(found.geometry, config.copy_threads)
+        return CpuMover(transfer, found.view, host.view())
+    return CudaMover(found.geometry, found.view, host.view())
+
+
+def _dtype_of(pool: Any) -> str:
+    """The name of the KV's dtype, for the keys in storage."""
+    dtype = getattr(pool, "dtype", None)
+    try:
+        return canonical_dtype(dtype)
+    except InvalidArgumentError:
+        return str(dtype)

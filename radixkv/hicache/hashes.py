@@ -1,0 +1,33 @@
+"""L5: the page hashes that engines see: a SHA-256 chain over the tokens from the root, in hex."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..controller.hashes import PathHashes, sha256_chain
+from ..tree.base import BaseRadixTree, Tokens
+from ..tree.tokens import read_tokens
+from ..types import ROOT
+
+__all__ = ["get_hash_str", "node_hashes", "page_hash_for"]
+
+
+def get_hash_str(token_ids: Tokens, prior_hash: str | None = None) -> str:
+    """The hash of one page: sha256(prior hash's bytes, if there is one, then each token as 4 bytes little endian)."""
+    tokens = read_tokens(token_ids)
+    previous = bytes.fromhex(prior_hash) if prior_hash else None
+    return str(sha256_chain(tokens, max(1, len(tokens)), previous)[0].tobytes().hex()) if len(tokens) else ""
+
+
+def node_hashes(tree: BaseRadixTree, node: int) -> list[str]:
+    """The hashes of a node's own pages, in hex."""
+    digests = PathHashes(tree).own(node) if node != ROOT else np.zeros((0, 1), np.uint8)
+    step, text = 2 * digests.shape[1], digests.tobytes().hex()
+    return [text[at : at + step] for at in range(0, len(text), step)]
+
+
+def page_hash_for(wanted: bool) -> Any:
+    """The tree's ``page_hash`` argument: SHA-256 if it is to keep page hashes for storage."""
+    return None
