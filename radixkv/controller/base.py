@@ -86,8 +86,12 @@ class LayerProgress(Protocol):
     def wait(self, layer: int, timeout_s: float | None = None) -> bool:
         """Wait until a layer is in place, or (on a device) make the current stream wait for it.
 
-        Returns: True; False after the timeout, or if the batch has failed (see ``error``).
+        Returns: True; False after the timeout. Raises: TransferError if the batch has failed (see ``error``).
         """
+        ...
+
+    def fail(self, error: BaseException) -> object:
+        """Wake all who wait: no further layer will come."""
         ...
 
 
@@ -197,8 +201,8 @@ class Listener(Protocol):
 
 # ---- handed out ------------------------------------------------------------------------------------------------------
 class Finished(NamedTuple):
-    """How one operation ended. ``num_tokens`` and ``num_bytes``: that arrived; ``seconds``: of copying or storage calls,
-    the slowest way to read it on a group: of this rank; ``latency_s``: from its start to its settlement."""
+    """How one operation ended. num_tokens and num_bytes: what arrived. seconds: of copying, or in storage calls, on this
+    rank. latency_s: from its start until it was settled."""
 
     kind: Kind
     outcome: Outcome
@@ -295,6 +299,7 @@ class ControllerStats(NamedTuple):
     storage_tokens: int = 0
     computed_tokens: int = 0
     writes_in_flight: int = 0
+    queued_loads: int = 0
     loads_in_flight: int = 0
     stores_in_flight: int = 0
     prefetches_in_flight: int = 0

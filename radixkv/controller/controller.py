@@ -354,6 +354,7 @@ class Controller:
         return ControllerStats(
             **counts,
             writes_in_flight=len(self._writes.operations),
+            queued_loads=len(self._loads.queued),
             loads_in_flight=len(self._loads.queued) + sum(len(batch.loads) for batch in self._loads.batches),
             stores_in_flight=len(self._stores.operations),
             prefetches_in_flight=len(self._prefetches.operations),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from ..errors import InvalidArgumentError, LoadError
+from ..errors import InvalidArgumentError, LoadError, TransferError
 from .base import LayerProgress
 
 __all__ = ["LayerCounter"]
@@ -82,7 +82,10 @@ class LayerCounter:
         with self._lock:
             batch = self._batches.get(index)
             oldest = index if batch is None else batch.oldest
-        there = batch is None or batch.progress.wait(layer, timeout_s)
+        try:
+            there = batch is None or batch.progress.wait(layer, timeout_s)
+        except TransferError:  # a layer that will never be
+            there = False
         self._raise_failures(oldest, index)
         return there
 

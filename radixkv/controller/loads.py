@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..errors import LoadError, LockError
-from ..types import ROOT
+from ..types import ROOT, NodeInfo, PageIds
 from .base import Load
 from .context import Context
 from .drains import Drains
@@ -15,6 +17,19 @@ __all__ = ["Loads"]
 
 SMOOTHING = 0.25
 """Weight of a new measurement of a load's speed."""
+
+
+class _HostNode(NamedTuple):
+    """A node of a host-only tail."""
+
+    node: int
+    parent: int
+    host_pages: PageIds
+
+
+def _host_part(info: NodeInfo) -> tuple[int, int, PageIds]:
+    assert info.host_page_ids is not None
+    return info.node, info.parent, info.host_page_ids
 
 
 class Loads:
@@ -38,33 +53,34 @@ class Loads:
         4. The nodes become loading, which protects the path in place of the lock.
         """
         context, tree = self.context, self.context.tree
-        tail = tree.host_path(node) if node != ROOT and context.ledger.has_host else []
-        if not tail:
+        nodes = tree.host_path(node) if node != ROOT and context.ledger.has_host else []
+        if not nodes:
             return None
-        above = tree.node_info(tail[0]).parent
+        tail = [_HostNode(*_host_part(tree.node_info(part))) for part in nodes]
+        above = tail[0].parent
         delta = tree.lock(above)
         try:
             tail = self._worth_it(tail, None if quota_tokens is None else quota_tokens + delta)
             for part in tail:
-                tree.protect_host(part)
-            loaded = self._take(tail)
+                tree.protect_host(part.node)
+            loaded = self._take(tail) if tail else None
             if loaded is None:
                 context.counts["refused_loads"] += 1
                 for part in tail:
-                    tree.release_host(part)
+                    tree.release_host(part.node)
         finally:
             tree.unlock(above)
         return loaded
 
-    def _worth_it(self, tail: list[int], room_tokens: int | None) -> list[int]:
+    def _worth_it(self, tail: list[_HostNode], room_tokens: int | None) -> list[_HostNode]:
         """The nodes of the tail that are to be loaded, by threshold, quota, load policy and cost; [] if none."""
-        config, tree = self.context.config, self.context.tree
-        sizes = [len(tree.node_info(part).tokens) for part in tail]
-        total = sum(sizes)
+        config = self.context.config
+        total = sum(len(part.host_pages) for part in tail) * self.context.page_size
         if room_tokens is not None and total > room_tokens:
             if config.load_policy == "all":
                 return []
-            tail, total = self._cut(tail, sizes, room_tokens)
+            tail = self._cut(tail, max(0, room_tokens) // self.context.page_size)
+            total = sum(len(part.host_pages) for part in tail) * self.context.page_size
         if total < config.load_back_threshold or not total:
             return []
         if config.load_policy == "cost":
@@ -73,39 +89,35 @@ class Loads:
                 return []
         return tail
 
-    def _cut(self, tail: list[int], sizes: list[int], room_tokens: int) -> tuple[list[int], int]:
-        """The longest prefix of the tail, in whole pages, that fits; a node is split for it."""
-        kept: list[int] = []
-        total = 0
-        for part, size in zip(tail, sizes, strict=True):
-            fits = min(size, max(0, room_tokens - total)) // self.context.page_size * self.context.page_size
-            if fits == size:
-                kept.append(part)
-            elif fits:
-                kept.append(self.context.tree.split_at(part, fits))
-            total += fits
-            if fits < size:
+    def _cut(self, tail: list[_HostNode], room_pages: int) -> list[_HostNode]:
+        """The longest prefix of the tail that fits; a node is split for it."""
+        kept: list[_HostNode] = []
+        for part in tail:
+            if len(part.host_pages) > room_pages:
+                if room_pages:
+                    upper = self.context.tree.split_at(part.node, room_pages * self.context.page_size)
+                    kept.append(_HostNode(upper, part.parent, part.host_pages[:room_pages]))
                 break
-        return kept, total
+            kept.append(part)
+            room_pages -= len(part.host_pages)
+        return kept
 
-    def _take(self, tail: list[int]) -> Load | None:
+    def _take(self, tail: list[_HostNode]) -> Load | None:
         """Give the nodes device pages; None, and nothing has changed, if there are too few."""
         context, tree = self.context, self.context.tree
-        host = [tree.node_info(part).host_page_ids for part in tail]
-        sizes = [0 if pages is None else len(pages) for pages in host]
-        pages = self.room.alloc_for_load(sum(sizes)) if tail else None
+        pages = self.room.alloc_for_load(sum(len(part.host_pages) for part in tail))
         if pages is None:
             return None
         parts, at = [], 0
-        for part, host_pages, size in zip(tail, host, sizes, strict=True):
-            assert host_pages is not None
-            context.ledger.begin_load(host_pages)
-            tree.set_device(part, pages[at : at + size], loading=True)
-            parts.append(LoadPart(part, pages[at : at + size], host_pages))
-            at += size
+        for node, _, host_pages in tail:
+            own = pages[at : at + len(host_pages)]
+            tree.set_device(node, own, loading=True)
+            parts.append(LoadPart(node, own, host_pages))
+            at += len(own)
+        context.ledger.begin_load(context.join([part.host_pages for part in parts]))
         op = LoadOp(context.next_op_id(), context.clock(), parts)
         self.queued.append(op)
-        return Load(op.op_id, pages, len(pages) * context.page_size, tail[-1])
+        return Load(op.op_id, pages, len(pages) * context.page_size, tail[-1].node)
 
     def cancel(self, load: Load) -> bool:
         """See Controller.cancel_load."""

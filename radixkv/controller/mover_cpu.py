@@ -8,21 +8,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import LoadError, StateError
+from ..errors import StateError
 from ..pool.layout import KVView
 from ..transfer.cpu import CpuTransfer, Progress
 from ..types import PageIds
 
-__all__ = ["CpuMover", "CpuProgress", "CpuTicket"]
-
-WAIT_SLICE_S = 0.02
-"""How long a wait for a layer is deaf to the failure of its load."""
+__all__ = ["CpuMover", "CpuTicket"]
 
 
 class CpuTicket:
     """One copy of a CpuMover; see Ticket."""
 
-    def __init__(self, copy: Callable[[], None], failed: Callable[[BaseException], None] | None = None) -> None:
+    def __init__(self, copy: Callable[[], None], failed: Callable[[BaseException], object] | None = None) -> None:
         self._copy, self._failed = copy, failed
         self._lock = threading.Lock()
         self._begun = False
@@ -70,28 +67,6 @@ class CpuTicket:
         self._ended.set()
 
 
-class CpuProgress:
-    """The layers of one batch of loads; see LayerProgress."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.layers = Progress(num_layers)
-        self.error: BaseException | None = None
-
-    def fail(self, error: BaseException) -> None:
-        """No further layer will come."""
-        self.error = error
-
-    def wait(self, layer: int, timeout_s: float | None = None) -> bool:
-        end_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while self.error is None:
-            left_s = WAIT_SLICE_S if end_s is None else min(WAIT_SLICE_S, end_s - time.monotonic())
-            if self.layers.wait(layer, max(0.0, left_s)):
-                return True
-            if left_s <= 0:
-                return False
-        return False
-
-
 class _Lane:
     """One thread that runs tickets in order."""
 
@@ -111,7 +86,7 @@ class _Lane:
                     self._thread.start()
                 self._changed.notify()
                 return
-        ticket.fail(LoadError("the mover is closed"))
+        ticket.fail(StateError("the mover is closed"))
 
     def _work(self) -> None:
         while True:
@@ -143,31 +118,30 @@ class CpuMover:
     Args:
         transfer: a CpuTransfer of the pools' geometry.
         device_view, host_view: where the bytes lie; both on "cpu".
+    Raises: InvalidArgumentError for views of another shape or device.
     """
 
     def __init__(self, transfer: CpuTransfer, device_view: KVView, host_view: KVView) -> None:
-        self._transfer, self._device, self._host = transfer, device_view, host_view
+        self._to_host = transfer.route(device_view, host_view)
+        self._to_device = transfer.route(host_view, device_view)
+        self._num_layers = transfer.geometry.num_layers
         self._writes, self._loads = _Lane("radixkv-write"), _Lane("radixkv-load")
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> CpuTicket:
         """See Mover."""
-        ticket = CpuTicket(lambda: self._transfer.backup(self._device, self._host, device_pages, host_pages))
+        ticket = CpuTicket(lambda: self._to_host.copy(device_pages, host_pages))
         self._writes.put(ticket)
         return ticket
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CpuTicket:
         """See Mover."""
-
-        def copy() -> None:
-            self._transfer.load_back(self._host, self._device, host_pages, device_pages, progress.layers)
-
-        ticket = CpuTicket(copy, progress.fail)
+        ticket = CpuTicket(lambda: self._to_device.copy(host_pages, device_pages, progress), progress.fail)
         self._loads.put(ticket)
         return ticket
 
-    def new_progress(self) -> CpuProgress:
+    def new_progress(self) -> Progress:
         """See Mover."""
-        return CpuProgress(self._transfer.geometry.num_layers)
+        return Progress(self._num_layers)
 
     def close(self) -> None:
         """See Mover. Waits for the copies that run."""

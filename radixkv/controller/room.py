@@ -28,7 +28,8 @@ class Room:
         ledger = self.context.ledger
         pages = ledger.alloc_device(num_pages)
         if pages is None:
-            self.evict((num_pages - ledger.device.available) * self.context.page_size)
+            missing = num_pages - ledger.device.available
+            self.evict((missing if missing > 0 else num_pages) * self.context.page_size)
             pages = ledger.alloc_device(num_pages)
         return pages
 

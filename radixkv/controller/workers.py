@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..types import PageIds
 from .base import BoolArray, Digests
 from .config import ControllerConfig
 
-__all__ = ["Job", "PageStoreLike", "StorageWorkers"]
+__all__ = ["Job", "PageStoreLike", "StorageWorkers", "work_on"]
 
 
 class PageStoreLike(Protocol):
@@ -124,7 +125,7 @@ class StorageWorkers:
     """
 
     def __init__(self, store: PageStoreLike, config: ControllerConfig) -> None:
-        self.store_pages, self._config = store, config
+        self._store, self._config = store, config
         self._queues = {"read": _Queue(), "write": _Queue()}
         self._threads: dict[str, threading.Thread] = {}
         self._running: dict[str, Job | None] = {"read": None, "write": None}
@@ -180,21 +181,31 @@ class StorageWorkers:
             job.end(error)
 
     def _run(self, job: Job) -> None:
-        if job.cancelled:
-            return
-        store, timeout_s, batch = self.store_pages, self._config.storage_timeout_s, self._config.storage_batch_pages
+        for _ in work_on(job, self._store, self._config):
+            pass
+
+
+def work_on(job: Job, store: PageStoreLike, config: ControllerConfig) -> Iterator[None]:
+    """Do a job, a call to storage a step, until it is done, fails or is cancelled; ``end`` it afterwards."""
+    while not job.cancelled:
         began_s = time.perf_counter()
         try:
-            if job.host_pages is None:
-                job.pages = store.count_prefix(job.digests, salt=job.salt, timeout_s=timeout_s)
-                return
-            call = store.get_pages if job.kind == "fetch" else store.set_pages
-            while job.pages < len(job.host_pages) and not job.cancelled:
-                part = slice(job.pages, job.pages + batch)
-                flags = call(job.digests[part], job.host_pages[part], salt=job.salt, timeout_s=timeout_s)
-                done = len(flags) if flags.all() else int(np.argmin(flags))
-                job.pages += done
-                if done < len(flags):
-                    return
+            more = _one_call(job, store, config)
         finally:
-            job.seconds = time.perf_counter() - began_s
+            job.seconds += time.perf_counter() - began_s
+        if not more:
+            return
+        yield
+
+
+def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
+    """Returns: whether there is more to do."""
+    if job.host_pages is None:
+        job.pages = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
+        return False
+    call = store.get_pages if job.kind == "fetch" else store.set_pages
+    part = slice(job.pages, job.pages + config.storage_batch_pages)
+    flags = call(job.digests[part], job.host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s)
+    done = len(flags) if flags.all() else int(np.argmin(flags))
+    job.pages += done
+    return done == len(flags) and job.pages < len(job.host_pages)

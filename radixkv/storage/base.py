@@ -5,7 +5,7 @@ pages, tokens or checksums: that is ``pages.py`` and ``envelope.py``, the same o
 
     key    a str of 1 .. 200 characters of 0-9 a-z A-Z . _ - (not starting with a dot): safe as a file name, an object
            name and in a URL
-    value  opaque bytes, given and taken in *parts*: a list of buffers, in this order the bytes of the value
+    value  opaque bytes, at least one, given and taken in *parts*: a list of buffers, in this order its bytes
 
 A value is written once and never changes: two writers of one key write the same bytes, so the first one wins and the
 second may skip its work.

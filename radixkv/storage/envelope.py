@@ -9,10 +9,9 @@ Little endian:
     12       1     checksum: 1 = XXH3, 64 bits, seed 0
     13       3     0
     16       8     payload bytes
-    24      16     fingerprint of the key: XXH3, 128 bits (low half first), of its UTF-8
-    40       8     checksum of the payload
-    48       8     0
-    56       8     XXH3, 64 bits, of bytes 0 .. 55
+    24      16     fingerprint of the key: XXH3, 128 bits, of its UTF-8, in the canonical byte order of XXH128
+    40      16     0
+    56       8     checksum of bytes 0 .. 55 and the payload
 
 The header is a part of its own, so nothing copies the payload: parts of the host pool's own memory follow it. A stored
 page is thus 64 bytes longer than a page. The sums guard against accidents (torn, flipped, truncated, swapped), not
@@ -21,7 +20,7 @@ against someone who can write to the store: who can, can store wrong KV.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -39,14 +38,13 @@ MAGIC = b"RKVPAGE\x1a"
 XXH3_64 = 1
 
 HEADER = np.dtype([
-    ("magic", "S8"), ("version", "<u2"), ("header_bytes", "<u2"), ("checksum", "u1"), ("zeros", "V3"),
-    ("payload_bytes", "<u8"), ("key_low", "<u8"), ("key_high", "<u8"), ("payload_sum", "<u8"), ("more_zeros", "V8"),
-    ("header_sum", "<u8"),
+    ("magic", "V8"), ("version", "<u2"), ("header_bytes", "<u2"), ("checksum", "u1"), ("zeros", "V3"),
+    ("payload_bytes", "<u8"), ("key", "V16"), ("more_zeros", "V16"), ("sum", "<u8"),
 ])  # fmt: skip
 assert HEADER.itemsize == HEADER_BYTES
+SUM_OFFSET = 56
 
 Headers = npt.NDArray[np.uint8]
-_LOW = (1 << 64) - 1
 
 
 class Verdict(Enum):
@@ -54,60 +52,67 @@ class Verdict(Enum):
 
     GOOD = "good"
     SHORT = "short"
-    """Of another length than a page, in storage or by its header."""
+    """Of another length than a page."""
     FOREIGN = "foreign"
-    """A whole page, but another key's or another format's."""
+    """Whole and right, but another key's or another format's."""
     CORRUPT = "corrupt"
     """Neither: torn, flipped, or no page at all."""
 
 
 @cache
-def _hashes() -> tuple[Callable[[Buffer], int], Callable[[], Any], Callable[[Buffer], int]]:
-    """XXH3 of one buffer, XXH3 of many, XXH3-128 of one. They release the GIL."""
-    xxhash = require_package("xxhash", "xxhash", "radixkv.storage")
-    return xxhash.xxh3_64_intdigest, xxhash.xxh3_64, xxhash.xxh3_128_intdigest
+def _xxhash() -> Any:
+    return require_package("xxhash", "xxhash", "radixkv.storage")
 
 
-def payload_sum(parts: Sequence[Buffer]) -> int:
-    """XXH3, 64 bits, of the parts one after the other."""
-    one, many, _ = _hashes()
-    if len(parts) == 1:
-        return one(parts[0])
-    state = many()
-    for part in parts:
-        state.update(part)
-    digest: int = state.intdigest()
-    return digest
+def _headers(keys: Sequence[str], payload_bytes: int) -> Headers:
+    """All but the sums: a new uint8 [len(keys), 64]."""
+    fingerprint = _xxhash().xxh3_128_digest
+    first = np.zeros(1, HEADER)
+    first["magic"], first["version"], first["header_bytes"] = np.void(MAGIC), FORMAT_VERSION, HEADER_BYTES
+    first["checksum"], first["payload_bytes"] = XXH3_64, payload_bytes
+    headers = np.repeat(first, len(keys))
+    headers["key"] = np.frombuffer(b"".join([fingerprint(key.encode()) for key in keys]), "V16")
+    return headers.view(np.uint8).reshape(len(keys), HEADER_BYTES)
+
+
+def _sums(headers: Headers, payloads: Iterable[Sequence[Buffer]]) -> list[int]:
+    """The checksum of each header and its payload. XXH3 releases the GIL."""
+    new, covered, sums = _xxhash().xxh3_64, memoryview(headers[:, :SUM_OFFSET].tobytes()), []
+    for at, parts in zip(range(0, len(covered), SUM_OFFSET), payloads, strict=True):
+        state = new(covered[at : at + SUM_OFFSET])
+        for part in parts:
+            state.update(part)
+        sums.append(state.intdigest())
+    return sums
 
 
 def seal(keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: int) -> Headers:
     """The headers of pages: a new uint8 [len(keys), 64]. Args: payload_bytes: of each payload."""
-    one, _, fingerprint = _hashes()
-    headers = np.zeros((len(keys), HEADER_BYTES), np.uint8)
-    fields = headers.view(HEADER)[:, 0]
-    fields["magic"], fields["version"], fields["header_bytes"] = MAGIC, FORMAT_VERSION, HEADER_BYTES
-    fields["checksum"], fields["payload_bytes"] = XXH3_64, payload_bytes
-    for index, (key, parts) in enumerate(zip(keys, payloads, strict=True)):
-        digest = fingerprint(key.encode())
-        fields["key_low"][index], fields["key_high"][index] = digest & _LOW, digest >> 64
-        fields["payload_sum"][index] = payload_sum(parts)
-        fields["header_sum"][index] = one(headers[index, :56])
+    headers = _headers(keys, payload_bytes)
+    headers.view(HEADER)["sum"][:, 0] = np.array(_sums(headers, payloads), np.uint64)
     return headers
 
 
-def verify(header: npt.NDArray[np.uint8], key: str, parts: Sequence[Buffer], payload_bytes: int, size: int) -> Verdict:
-    """Judge a page that was read. Args: header: uint8 [64]; size: bytes of the stored value, header included."""
-    one, _, fingerprint = _hashes()
-    if size < HEADER_BYTES:
+def verify(headers: Headers, keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: int,
+           sizes: npt.NDArray[np.int64]) -> list[Verdict]:  # fmt: skip
+    """Judge pages that were read.
+
+    Args: headers: uint8 [len(keys), 64]; sizes: int64 [len(keys)], bytes of each stored value, header included.
+    """
+    expected = _headers(keys, payload_bytes)
+    whole = sizes == HEADER_BYTES + payload_bytes
+    ours = (headers[:, :SUM_OFFSET] == expected[:, :SUM_OFFSET]).all(axis=1)
+    right = np.zeros(len(keys), np.bool_)
+    at = np.flatnonzero(whole)  # of the others the payload is not all there
+    sums = _sums(headers[at], [payloads[index] for index in at.tolist()])
+    right[at] = headers.view(HEADER)["sum"][at, 0] == np.array(sums, np.uint64)
+    magic = (headers[:, : len(MAGIC)] == np.frombuffer(MAGIC, np.uint8)).all(axis=1)
+    return [_verdict(*row) for row in zip(whole, magic & right, ours, strict=True)]
+
+
+def _verdict(whole: np.bool_, right: np.bool_, ours: np.bool_) -> Verdict:
+    if not whole:
         return Verdict.SHORT
-    fields = header.view(HEADER)[0]
-    if fields["magic"] != MAGIC or int(fields["header_sum"]) != one(header[:56]):
+    if not right:
         return Verdict.CORRUPT
-    format_is_ours = (int(fields["version"]), int(fields["header_bytes"]), int(fields["checksum"])) == (
-        FORMAT_VERSION, HEADER_BYTES, XXH3_64)  # fmt: skip
-    digest = fingerprint(key.encode())
-    if not format_is_ours or (int(fields["key_low"]), int(fields["key_high"])) != (digest & _LOW, digest >> 64):
-        return Verdict.FOREIGN
-    if int(fields["payload_bytes"]) != payload_bytes or size != HEADER_BYTES + payload_bytes:
-        return Verdict.SHORT
-    return Verdict.GOOD if payload_sum(parts) == int(fields["payload_sum"]) else Verdict.CORRUPT
+    return Verdict.GOOD if ours else Verdict.FOREIGN

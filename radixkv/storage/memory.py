@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..errors import InvalidArgumentError, StorageError
-from .base import MISS, BoolArray, IntArray, Parts, Storage, byte_views, check_keys, check_pairs
+from .base import MISS, BoolArray, Deadline, IntArray, Parts, Storage, byte_views, check_keys, check_pairs
 
 __all__ = ["MemoryStorage", "scatter"]
 
@@ -37,6 +37,7 @@ class MemoryStorage(Storage):
 
     def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
         check_pairs(keys, parts)
+        Deadline(timeout_s, self.name)
         flags = np.zeros(len(keys), np.bool_)
         for index, (key, pieces) in enumerate(zip(keys, parts, strict=True)):
             value = b"".join(byte_views(pieces))
@@ -61,6 +62,7 @@ class MemoryStorage(Storage):
 
     def get_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> IntArray:
         check_pairs(keys, parts)
+        Deadline(timeout_s, self.name)
         sizes = np.full(len(keys), MISS, np.int64)
         for index, (key, pieces) in enumerate(zip(keys, parts, strict=True)):
             views = byte_views(pieces, writable=True)
@@ -76,12 +78,14 @@ class MemoryStorage(Storage):
 
     def exists_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
         check_keys(keys)
+        Deadline(timeout_s, self.name)
         with self._lock:
             values = self._open()
             return np.fromiter((key in values for key in keys), np.bool_, len(keys))
 
     def delete_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:
         check_keys(keys)
+        Deadline(timeout_s, self.name)
         with self._lock:
             values = self._open()
             for key in keys:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
@@ -135,12 +135,12 @@ class PageStore:
         if sizes is None:
             self._count(misses=len(keys))
             return good
-        wrong: dict[str, Verdict] = {}
-        for index in np.flatnonzero(sizes >= 0).tolist():
-            verdict = verify(headers[index], keys[index], payloads[index], self.page_bytes, int(sizes[index]))
-            good[index] = verdict is Verdict.GOOD
-            if verdict is not Verdict.GOOD:
-                wrong[keys[index]] = verdict
+        there = np.flatnonzero(sizes >= 0)
+        found = [keys[index] for index in there.tolist()]
+        verdicts = verify(headers[there], found, [payloads[index] for index in there.tolist()], self.page_bytes,
+                          sizes[there])  # fmt: skip
+        good[there] = [verdict is Verdict.GOOD for verdict in verdicts]
+        wrong = {key: verdict for key, verdict in zip(found, verdicts, strict=True) if verdict is not Verdict.GOOD}
         hits = int(good.sum())
         self._count(hits=hits, misses=len(keys) - hits, bytes_read=hits * self.page_bytes)
         if wrong:
@@ -201,7 +201,7 @@ class PageStore:
         self.breaker.failed()
         return None
 
-    def _remove(self, wrong: dict[str, Verdict], deadline: Deadline) -> None:
+    def _remove(self, wrong: Mapping[str, Verdict], deadline: Deadline) -> None:
         kinds = list(wrong.values())
         self._count(**{verdict.value: kinds.count(verdict) for verdict in set(kinds)})
         if deadline.passed():

@@ -1,22 +1,27 @@
-"""Shared by the tests of the controller: a whole stack in plain memory, and movers and storage edges that do what a test
-says, when it says so."""
+"""Shared by the tests of the controller: a whole stack in plain memory, with a mover and a storage edge that do what a
+test says, when it says so."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from radixkv import RadixTree
 from radixkv.controller import Controller, ControllerConfig, Polled
-from radixkv.controller.mover_cpu import CpuProgress, CpuTicket
+from radixkv.controller.base import Digests
+from radixkv.controller.mover_cpu import CpuTicket
+from radixkv.controller.workers import Job, work_on
+from radixkv.errors import GroupError
 from radixkv.pool.arena import ArenaConfig
 from radixkv.pool.host import HostKVCache, HostPoolConfig
 from radixkv.pool.layout import KVGeometry, KVView
 from radixkv.pool.slots import SlotAllocator
-from radixkv.transfer.cpu import CpuTransfer
+from radixkv.storage import MemoryStorage, PageNamespace, PageStore, Storage, host_page_parts
+from radixkv.transfer.cpu import CpuTransfer, Progress
 from radixkv.transfer.plan import staging_view
 from radixkv.types import ROOT, PageIds
 
@@ -24,20 +29,15 @@ GEOMETRY = KVGeometry(kind="mha", num_layers=2, num_heads=1, head_bytes=16, page
 P = GEOMETRY.page_size
 
 
-def content_of(tokens: Any, num_pages: int | None = None) -> np.ndarray[Any, Any]:
+def content_of(tokens: Any, num_pages: int | None = None, salt: bytes = b"") -> np.ndarray[Any, Any]:
     """What the pages of a prompt hold: uint8 [pages, page_bytes], each a function of all tokens up to its end."""
-    tokens = np.asarray(tokens, np.int64)
+    data = np.asarray(tokens, np.int32).tobytes()
     pages = len(tokens) // P if num_pages is None else num_pages
-    rows = np.zeros((pages, GEOMETRY.page_bytes), np.uint8)
-    state = np.uint64(88172645463325252)
-    with np.errstate(over="ignore"):
-        for page in range(pages):
-            for token in tokens[page * P : (page + 1) * P]:
-                state = (state ^ np.uint64(token & 0xFFFFFFFF)) * np.uint64(0x9E3779B97F4A7C15)
-                state ^= state >> np.uint64(29)
-            words = np.arange(GEOMETRY.page_bytes // 8, dtype=np.uint64) * np.uint64(0xD6E8FEB86659FD93) + state
-            rows[page] = (words ^ (words >> np.uint64(31))).view(np.uint8)
-    return rows
+    digest, rows = salt, []
+    for page in range(pages):
+        digest = hashlib.blake2b(digest + data[4 * P * page : 4 * P * (page + 1)], digest_size=64).digest()
+        rows.append(digest * (GEOMETRY.page_bytes // 64))
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(pages, GEOMETRY.page_bytes)
 
 
 class DeviceMemory(SlotAllocator):
@@ -64,43 +64,59 @@ def host_cache(num_pages: int) -> HostKVCache:
     return HostKVCache(GEOMETRY, num_pages * P, "page_first", config=config)
 
 
+class ScriptedTicket(CpuTicket):
+    """A copy that may have begun long before it ends."""
+
+    def begin(self) -> None:
+        """From now on it cannot be cancelled."""
+        self._begun = True
+
+    def run(self) -> None:
+        if not self.done():
+            self._begun = False
+            super().run()
+
+
 class ScriptedMover:
-    """A Mover that copies when told: ``step()`` runs the oldest copy, or makes it fail."""
+    """A Mover that copies when told: ``step()`` runs the oldest copy. ``instant``: each at once. ``begins``: a copy
+    begins at once, so that it cannot be cancelled, and ends with its step. ``fail``: what a copy of a kind raises."""
 
     def __init__(self, device_view: KVView, host_view: KVView) -> None:
-        self._transfer = CpuTransfer(GEOMETRY, 1)
-        self._device, self._host = device_view, host_view
-        self.waiting: list[tuple[str, CpuTicket]] = []
-        self.instant = False
+        transfer = CpuTransfer(GEOMETRY, 1)
+        self._to_host, self._to_device = transfer.route(device_view, host_view), transfer.route(host_view, device_view)
+        self.waiting: list[tuple[str, ScriptedTicket]] = []
+        self.instant = self.begins = False
         self.fail: Callable[[str], BaseException | None] = lambda kind: None
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> CpuTicket:
         def copy() -> None:
             self._raise("backup")
-            self._transfer.backup(self._device, self._host, device_pages, host_pages)
+            self._to_host.copy(device_pages, host_pages)
 
-        return self._put("backup", CpuTicket(copy))
+        return self._put("backup", ScriptedTicket(copy))
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CpuTicket:
         def copy() -> None:
             self._raise("load")
-            self._transfer.load_back(self._host, self._device, host_pages, device_pages, progress.layers)
+            self._to_device.copy(host_pages, device_pages, progress)
 
-        return self._put("load", CpuTicket(copy, progress.fail))
+        return self._put("load", ScriptedTicket(copy, progress.fail))
 
-    def new_progress(self) -> CpuProgress:
-        return CpuProgress(GEOMETRY.num_layers)
+    def new_progress(self) -> Progress:
+        return Progress(GEOMETRY.num_layers)
 
     def _raise(self, kind: str) -> None:
         error = self.fail(kind)
         if error is not None:
             raise error
 
-    def _put(self, kind: str, ticket: CpuTicket) -> CpuTicket:
+    def _put(self, kind: str, ticket: ScriptedTicket) -> ScriptedTicket:
         if self.instant:
             ticket.run()
         else:
             self.waiting.append((kind, ticket))
+            if self.begins:
+                ticket.begin()
         return ticket
 
     def step(self, kind: str | None = None) -> bool:
@@ -122,6 +138,113 @@ class ScriptedMover:
             ticket.cancel()
 
 
+class ScriptedEdge:
+    """A StorageEdge that works when told: ``step()`` makes one call to storage for the oldest job of a kind."""
+
+    def __init__(self, store: PageStore, config: ControllerConfig) -> None:
+        self.pages, self._config = store, config
+        self.waiting: list[tuple[Job, Iterator[None]]] = []
+        self.closed = False
+
+    def look_up(self, digests: Digests, salt: bytes) -> Job:
+        return self._put(Job("look_up", digests, None, salt))
+
+    def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
+        return self._put(Job("fetch", digests, host_pages, salt))
+
+    def store(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
+        return self._put(Job("store", digests, host_pages, salt))
+
+    def _put(self, job: Job) -> Job:
+        assert not self.closed
+        self.waiting.append((job, work_on(job, self.pages, self._config)))
+        return job
+
+    def step(self, kind: str | None = None) -> bool:
+        """One call for the oldest job (of a kind). Returns: whether there was one."""
+        for at, (job, work) in enumerate(self.waiting):
+            if kind in (None, job.kind):
+                try:
+                    next(work)
+                except StopIteration:
+                    del self.waiting[at]
+                    job.end()
+                except Exception as error:
+                    del self.waiting[at]
+                    job.end(error)
+                return True
+        return False
+
+    def run(self) -> None:
+        """All calls."""
+        while self.step():
+            pass
+
+    def close(self, timeout_s: float) -> bool:
+        self.closed = True
+        for job, _ in self.waiting:
+            job.cancelled = True
+        self.run()
+        return True
+
+
+class ThreadGroup:
+    """Ranks that are threads of one process. ``broken``: this rank raises GroupError, and so do the others."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[list[int]]) -> None:
+        self.rank, self.size, self._barrier, self._slots = rank, size, barrier, slots
+        self.calls = 0
+
+    @classmethod
+    def make(cls, size: int, timeout_s: float = 30.0) -> list[ThreadGroup]:
+        barrier, slots = threading.Barrier(size, timeout=timeout_s), [[] for _ in range(size)]
+        return [cls(rank, size, barrier, slots) for rank in range(size)]
+
+    def min(self, values: Sequence[int]) -> list[int]:
+        self.calls += 1
+        self._slots[self.rank] = list(values)
+        try:
+            self._barrier.wait()
+            assert len({len(slot) for slot in self._slots}) == 1, f"vectors of {[len(slot) for slot in self._slots]}"
+            result = [min(column) for column in zip(*self._slots, strict=True)]
+            self._barrier.wait()
+        except threading.BrokenBarrierError as error:
+            raise GroupError(f"rank {self.rank}: another rank is gone") from error
+        return result
+
+    def leave(self) -> None:
+        """This rank is gone."""
+        self._barrier.abort()
+
+
+def on_ranks(size: int, run: Callable[[ThreadGroup], Any]) -> list[Any]:
+    """Call ``run`` on a thread for each rank. Returns: the results; raises the first error that no other one caused."""
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def rank(group: ThreadGroup) -> None:
+        try:
+            results[group.rank] = run(group)
+        except BaseException as error:
+            errors.append(error)
+            group.leave()
+
+    threads = [threading.Thread(target=rank, args=(group,)) for group in ThreadGroup.make(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in sorted(errors, key=lambda error: isinstance(error, GroupError)):
+        raise error
+    return results
+
+
+def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "test") -> PageStore:
+    """Pages of a host pool in a storage of its own, or a given one."""
+    namespace = PageNamespace.of_geometry(host.geometry, host.page_dims, model=model, dtype="uint8")
+    return PageStore(storage or MemoryStorage(), namespace, host_page_parts(host))
+
+
 class Stack:
     """Tree, pools, a mover and a controller; the test is the engine."""
 
@@ -134,9 +257,16 @@ class Stack:
         self.tree = tree if tree is not None else RadixTree(P)
         self.mover = mover or ScriptedMover(self.device.view(), self.host.view())
         more = {} if clock is None else {"clock": clock}
+        self.config = ControllerConfig(
+            **{"write_policy": "write_through", "prefetch_threshold": P, "load_back_threshold": 1,
+               "storage_batch_pages": 2} | config
+        )  # fmt: skip
+        self.edge: ScriptedEdge | None = None
+        if storage:
+            self.edge = ScriptedEdge(page_store(self.host, None if storage is True else storage), self.config)
         self.controller = Controller(
-            self.tree, self.device, self.host, self.mover, storage=storage, group=group, listener=listener,
-            config=ControllerConfig(**{"write_policy": "write_through"} | config), **more,
+            self.tree, self.device, self.host, self.mover, storage=self.edge, group=group, listener=listener,
+            config=self.config, **more,
         )  # fmt: skip
 
     def compute(self, tokens: Any, **more: Any) -> int:
@@ -155,9 +285,12 @@ class Stack:
         for _ in range(limit):
             if isinstance(self.mover, ScriptedMover):
                 self.mover.run()
+            if self.edge is not None:
+                self.edge.run()
             polls.append(self.controller.poll())
             stats = self.controller.stats()
-            if not (stats.writes_in_flight or stats.stores_in_flight or self.controller._loads.batches):
+            busy = stats.writes_in_flight or stats.stores_in_flight or stats.stuck_pages
+            if not busy and stats.loads_in_flight == stats.queued_loads:
                 return polls
         raise AssertionError(f"does not quiesce: {self.controller.stats()}")
 
@@ -181,4 +314,5 @@ def prompt(seed: int, pages: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 1000, pages * P).astype(np.int32)
 
 
-__all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedMover", "Stack", "content_of", "ctypes", "host_cache", "prompt"]
+__all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedEdge", "ScriptedMover", "Stack", "ThreadGroup"]
+__all__ += ["content_of", "host_cache", "on_ranks", "page_store", "prompt"]

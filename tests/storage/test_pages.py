@@ -124,7 +124,7 @@ def test_another_format_version_is_foreign(host: HostPages) -> None:
     memory.get_many(store.keys(digests(1)), [[value]])
     header = value[:HEADER_BYTES].view(HEADER)
     header["version"] = 2
-    header["header_sum"] = xxhash.xxh3_64_intdigest(value[:56])
+    header["sum"] = xxhash.xxh3_64_intdigest(value[:56].tobytes() + value[64:].tobytes())
     memory.clear()
     memory.put_many(store.keys(digests(1)), [[value]])
     assert not store.get_pages(digests(1), ids(1)).any()
@@ -306,7 +306,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, host: HostP
     from radixkv.storage import envelope
 
     monkeypatch.setitem(sys.modules, "xxhash", None)
-    envelope._hashes.cache_clear()
+    envelope._xxhash.cache_clear()
     with pytest.raises(StorageError, match="pip install xxhash"):
         page_store(MemoryStorage(), host).set_pages(digests(1), ids(0))
-    envelope._hashes.cache_clear()
+    envelope._xxhash.cache_clear()

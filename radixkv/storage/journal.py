@@ -1,0 +1,205 @@
+"""L2: what several processes on one folder tell each other: a lock, and a log of small lines that all of them follow.
+
+    lock       flock'ed for microseconds, around every decision about room and every line; never during reads and writes
+               of values. The kernel frees it when its holder dies.
+    journal    lines, appended under the lock:
+                   R name bytes owner    room for a segment was reserved
+                   P name bytes          it was published: the file is in its place
+                   X name                it was given up
+                   D name                it was removed
+                   K key                 one value was deleted
+                   E                     the log goes on in a new file of the same name
+    owners/    an empty file a process, flock'ed as long as it lives: who is dead, and whose reservations are void
+
+The folder is the truth and the journal only news: a process that starts reads the folder, then follows the journal from
+where it ended before. It is cut when a process starts alone, and replaced when it has grown past 4 MiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import StorageTimeoutError
+from .base import Deadline
+
+__all__ = ["Journal", "Line"]
+
+LONGEST_WAIT_S = 10.0
+"""For the lock without a deadline: it is held for microseconds, so its holder was stopped by someone."""
+
+_MAX_BYTES = 4 << 20
+_OWNER = re.compile(r"[0-9a-f]{16}")
+
+
+class Line(NamedTuple):
+    """One line of the journal. Fields that a kind does not have are "" and 0."""
+
+    kind: str
+    name: str
+    num_bytes: int = 0
+    owner: str = ""
+
+    def encode(self) -> bytes:
+        """With its newline."""
+        more = {"R": f" {self.num_bytes} {self.owner}", "P": f" {self.num_bytes}"}.get(self.kind, "")
+        return f"{self.kind} {self.name}{more}\n".encode("ascii")
+
+    @classmethod
+    def decode(cls, text: bytes) -> Line | None:
+        """None for a line that is damaged or unknown."""
+        fields = text.decode("ascii", "replace").split(" ")
+        if len(fields) != {"R": 4, "P": 3, "X": 2, "D": 2, "K": 2}.get(fields[0]):
+            return None
+        if len(fields) > 2 and not fields[2].isdecimal():
+            return None
+        return cls(fields[0], fields[1], int(fields[2]) if len(fields) > 2 else 0, *fields[3:])
+
+
+class Journal:
+    """The lock, the log and the owners of one folder, as one process sees them.
+
+    ``news`` may be called by one thread at a time (the caller's lock); all that appends needs ``exclusive``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.owner = root, os.urandom(8).hex()
+        (root / "owners").mkdir(exist_ok=True)
+        self._turn = threading.Lock()
+        self._lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._owner_fd = self._log_fd = -1
+        self._seen, self._ended = 0, False
+
+    def join(self) -> bool:
+        """Register this process, and begin at the end of the log; under ``exclusive``. Returns: is it alone?"""
+        others = [path.name for path in (self.root / "owners").iterdir() if self.alive(path.name)]
+        self._owner_fd = os.open(self.root / "owners" / self.owner, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._owner_fd, fcntl.LOCK_EX)
+        if not others:
+            self.replace([])
+        else:
+            self._open()
+        return not others
+
+    def leave(self) -> None:
+        """Close everything. The lock of this process's owner file goes with it."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.root / "owners" / self.owner)
+        for fd in {self._owner_fd, self._log_fd, self._lock_fd} - {-1}:
+            os.close(fd)
+        self._owner_fd = self._log_fd = self._lock_fd = -1
+
+    def alive(self, owner: str) -> bool:
+        """Whether the process that registered under this name lives. Removes the file of a dead one."""
+        if owner == self.owner:
+            return True
+        path = self.root / "owners" / owner
+        if not _OWNER.fullmatch(owner):
+            return False
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            os.unlink(path)
+            return False
+        finally:
+            os.close(fd)
+
+    # ---- the lock ----------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def exclusive(self, deadline: Deadline) -> Iterator[None]:
+        """Hold the folder's lock. Raises: StorageTimeoutError."""
+        left = deadline.remaining_s()
+        end = time.monotonic() + (LONGEST_WAIT_S if left is None else left)
+        if not self._turn.acquire(timeout=max(0.0, end - time.monotonic())):
+            raise StorageTimeoutError(f"{self.root}: another thread kept the folder's lock")
+        try:
+            self._lock_file(end)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        finally:
+            self._turn.release()
+
+    def _lock_file(self, end: float) -> None:
+        pause = 0.0002
+        while True:
+            try:
+                return fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() + pause > end:
+                    raise StorageTimeoutError(f"{self.root}: another process kept the folder's lock") from None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+
+    # ---- the log -----------------------------------------------------------------------------------------------------
+    def _open(self) -> None:
+        if self._log_fd >= 0:
+            os.close(self._log_fd)
+        self._log_fd = os.open(self.root / "journal", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._seen, self._ended = 0, False
+
+    def news(self) -> list[Line]:
+        """Lines that were appended since the last call."""
+        lines: list[Line] = []
+        while (size := os.fstat(self._log_fd).st_size) > self._seen:
+            data = os.pread(self._log_fd, size - self._seen, self._seen)
+            text = data[: data.rfind(b"\n") + 1]
+            for row in text.splitlines():
+                if row == b"E":
+                    self._ended = True
+                elif line := Line.decode(row):
+                    lines.append(line)
+            self._seen += len(text)
+            if not text:
+                break
+        if self._ended and os.fstat(self._log_fd).st_ino != os.stat(self.root / "journal").st_ino:
+            self._open()
+            lines += self.news()
+        return lines
+
+    def append(self, lines: list[Line]) -> None:
+        """Write lines at the end, all or none; under ``exclusive``, after ``news``. Raises: OSError."""
+        size = os.fstat(self._log_fd).st_size
+        data = b"\n" * (size > self._seen) + b"".join(line.encode() for line in lines)  # a torn line before: end it
+        try:
+            written = os.write(self._log_fd, data)
+            if written < len(data):
+                raise OSError(errno.ENOSPC, "the journal took only a part")
+        except OSError:
+            os.ftruncate(self._log_fd, size)
+            raise
+        self._seen = size + len(data)
+
+    @property
+    def due(self) -> bool:
+        """Whether it should be replaced: it has grown, or whoever replaced it died over that."""
+        return self._ended or self._seen > _MAX_BYTES
+
+    def replace(self, lines: list[Line]) -> None:
+        """Go on in a new file that begins with ``lines``; under ``exclusive``, after ``news``. Raises: OSError."""
+        new = self.root / f"journal.{self.owner}"
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, b"".join(line.encode() for line in lines))
+        finally:
+            os.close(fd)
+        if self._log_fd >= 0:
+            os.write(self._log_fd, b"E\n")  # before the new one is in place: who reads it early looks again
+        os.rename(new, self.root / "journal")
+        self._open()
+        self._seen = os.fstat(self._log_fd).st_size
