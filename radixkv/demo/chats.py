@@ -6,16 +6,15 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["SYSTEM_PROMPT", "Conversation", "question"]
+__all__ = ["SYSTEM_PROMPT", "Conversation", "conversations", "question"]
 
 SYSTEM_PROMPT = (
     "You are the assistant of a public library with eleven reading rooms. Answer in one or two short sentences, in the "
-    "language of the question. Say where a thing is before you say what it is. The main hall is open from eight to "
-    "twenty-two, the map room from ten to eighteen, the music room from noon to midnight, and the newspaper room never "
-    "closes. Readers may borrow six books for four weeks; maps and scores stay in the house. Quiet is kept everywhere "
-    "but in the courtyard, where one may also eat. If a reader asks for something that the library does not have, name "
-    "the nearest house that has it, and offer to order it: an order takes three days from the depot and two weeks from "
-    "abroad. Never give out what another reader has borrowed. If you do not know, say so and point to the desk."
+    "language of the question. The main hall is open from eight to twenty-two, the map room from ten to eighteen, the "
+    "music room from noon to midnight. Readers may borrow six books for four weeks; maps and scores stay in the house. "
+    "If the library does not have a thing, name the nearest house that has it, and offer to order it: that takes three "
+    "days from the depot and two weeks from abroad. Never give out what another reader has borrowed. If you do not "
+    "know, say so and point to the desk."
 )
 
 _SUBJECTS = (
@@ -55,5 +54,6 @@ def question(user: str, turn: int, seed: int, wishes: Sequence[str] = _WISHES) -
 
 
 def conversations(history: Mapping[str, list[dict[str, str]]]) -> list[Conversation]:
-    """Conversations that go on."""
-    return [Conversation(user, list(messages)) for user, messages in history.items()]
+    """Conversations that go on, by user; that of a user with no messages begins."""
+    return [Conversation(user, list(messages)) if messages else Conversation(user)
+            for user, messages in history.items()]  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engines.models import load_model
+from ..engines.models import ChatModel, load_model
 from ..extras import require
 from .chats import Conversation, conversations, question
 from .config import DemoConfig
@@ -32,6 +32,10 @@ from .verify import (
 )
 
 __all__ = ["Phase", "main"]
+
+LAST_QUESTION = "Are you sure?"
+ANSWER_OVERHEAD = 8
+"""Tokens, at most, that a chat template puts around an answer."""
 
 
 class Phase:
@@ -52,10 +56,12 @@ class Phase:
             torch.set_num_threads(self.config.threads)
         begin = time.perf_counter()
         self.model = load_model(self.config.model)
+        self.config = self.config.sized(longest_conversation(self.model, self.config, self.chats))
         self.server = ChatServer(self.model, self.config, Path(plan["folder"]))
         self.reference = Reference(self.server.runner, self.model.text_tokens)
         say("ready", name=self.name, pid=os.getpid(), model=self.model.name, seconds=time.perf_counter() - begin,
-            token_bytes=self.server.pool.geometry.token_bytes, threads=torch.get_num_threads())  # fmt: skip
+            token_bytes=self.server.pool.geometry.token_bytes, threads=torch.get_num_threads(),
+            device_tokens=self.config.device_tokens, host_tokens=self.config.host_tokens)  # fmt: skip
 
     def run(self) -> None:
         """Serve every turn, then what the phase is about."""
@@ -67,13 +73,14 @@ class Phase:
                 chat.answer(self.model.decode(served.answer))
         self.server.settle()
         self.server.check_integrity()
+        core = self.server.cache.cache_controller.core
+        say("counters", controller=core.stats()._asdict(), storage=asdict(core.storage.counters),
+            operations=_operations(self.server))  # fmt: skip
         if self.name == "before":
             self._show_a_page()
         else:
             self._controls()
-        stats = self.server.cache.cache_controller.core.stats()
-        say("end", history={chat.user: chat.messages for chat in self.chats}, controller=stats._asdict(),
-            storage=_counters(self.server), operations=_operations(self.server))  # fmt: skip
+        say("end", history={chat.user: chat.messages for chat in self.chats})
         self.server.close()
 
     def _warm_up(self) -> None:
@@ -110,7 +117,7 @@ class Phase:
         computed from wrong KV can reach it, and the cache is reset after each."""
         self.server.cache.detach_storage_backend()
         chat = self.chats[0]
-        prompt = self.model.encode([*chat.messages, {"role": "user", "content": "Are you sure?"}], True)
+        prompt = self.model.encode([*chat.messages, {"role": "user", "content": LAST_QUESTION}], True)
         self._to_host(prompt)
         self._judge_control("control", "nothing spoiled", prompt)
         self._to_host(prompt)
@@ -144,6 +151,20 @@ class Phase:
         self._to_host(prompt)
 
 
+def longest_conversation(model: ChatModel, config: DemoConfig, chats: list[Conversation]) -> int:
+    """Tokens of the longest conversation when all turns have been taken; of answers, that they may have."""
+    turns = range(config.turns_before + config.turns_after)
+    longest = 0
+    for chat in chats:
+        said = [
+            chat.messages[0],
+            *({"role": "user", "content": question(chat.user, turn, config.seed)} for turn in turns),
+        ]
+        tokens = model.encode([*said, {"role": "user", "content": LAST_QUESTION}], True)
+        longest = max(longest, len(tokens))
+    return longest + (len(turns) + 1) * (config.answer_tokens + ANSWER_OVERHEAD)
+
+
 def say(kind: str, **fields: Any) -> None:
     """One line for the parent."""
     print(json.dumps({"kind": kind} | fields), flush=True)
@@ -156,11 +177,6 @@ def _figures(served: Served) -> dict[str, Any]:
         "tokens": served.attribution._asdict(),
         "cached_first_token_s": served.first_token_s,
     }
-
-
-def _counters(server: ChatServer) -> dict[str, int]:
-    store = server.cache.cache_controller.core.storage
-    return {} if store is None else asdict(store.counters)
 
 
 def _operations(server: ChatServer) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """L6: the checks of the demo, and the faults that prove that the checks can fail.
 
-The reference is a recomputation: the same model, the same chunks, a pool of its own, nothing cached. A served request is
-right if the logits of every token that it computed are the same bits, and the KV of every whole page that it read or
+The reference is a recomputation: the same model, the same chunks, a pool of its own, nothing cached. A served request
+is right if the logits of every token that it computed are the same bits, and the KV of every whole page that it read or
 wrote is the same bytes. Equal answers would say little: a random model repeats itself, and attention forgives.
 """
 

@@ -48,7 +48,7 @@ class ChatModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomConfig:
-    """A Llama with random weights. The default has 5 M parameters and 8 KiB of KV a token.
+    """A Llama with random weights. The default has 4 M parameters and 6 KiB of KV a token.
 
     initializer_range: standard deviation of the weights; 1 / sqrt(hidden_size) keeps activations at about 1, so that
         attention is not flat and a wrong page is not hidden by rounding.
@@ -56,7 +56,7 @@ class RandomConfig:
 
     hidden_size: int = 256
     intermediate_size: int = 704
-    num_hidden_layers: int = 8
+    num_hidden_layers: int = 6
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
     max_position_embeddings: int = 8192

@@ -19,6 +19,8 @@ __all__ = [
     "GIB",
     "KNEES",
     "MissingExtraError",
+    "new_table",
+    "percent",
     "plan_tables",
     "print_all",
     "replay_tables",
@@ -35,7 +37,7 @@ def require(module: str, purpose: str) -> Any:
     return extras.require(module, purpose, "cli")
 
 
-def _table(title: str, *columns: str, first: Literal["left", "right"] = "left") -> Table:
+def new_table(title: str, *columns: str, first: Literal["left", "right"] = "left") -> Table:
     """A table whose first column is text, unless told else, and whose others are numbers."""
     box = require("rich.box", "a table").SIMPLE_HEAD
     table: Table = require("rich.table", "a table").Table(
@@ -46,7 +48,7 @@ def _table(title: str, *columns: str, first: Literal["left", "right"] = "left") 
     return table
 
 
-def _percent(rate: float | None) -> str:
+def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.2f} %"
 
 
@@ -55,21 +57,21 @@ def replay_tables(report: dict[str, Any]) -> list[RenderableType]:
     """The report of ``report.replay_report`` as tables: hits by tier, latencies, the rest."""
     counters, config = report["counters"], report["config"]
     title = f"{report['trace']}: {counters['requests']:,} requests" + ("" if report["finished"] else " (interrupted)")
-    hits = _table(title, "tier", "capacity tokens", "hit tokens", "hit rate")
+    hits = new_table(title, "tier", "capacity tokens", "hit tokens", "hit rate")
     page_size = config["page_size"]
     for tier in ("device", "host"):
         capacity = f"{config[f'{tier}_pages'] * page_size:,}" if config[f"{tier}_pages"] else "none"
-        hits.add_row(tier, capacity, f"{counters[f'{tier}_hit_tokens']:,}", _percent(report["hit_rate"][tier]))
+        hits.add_row(tier, capacity, f"{counters[f'{tier}_hit_tokens']:,}", percent(report["hit_rate"][tier]))
     hits.add_section()
     hits.add_row(
-        "total", f"of {counters['prompt_tokens']:,}", f"{report['hit_tokens']:,}", _percent(report["hit_rate"]["total"])
+        "total", f"of {counters['prompt_tokens']:,}", f"{report['hit_tokens']:,}", percent(report["hit_rate"]["total"])
     )
     return [hits, _latency_table(report), _facts_table(report)]
 
 
 def _latency_table(report: dict[str, Any]) -> Table:
     config = report["config"]
-    table = _table(
+    table = new_table(
         f"time in the tree ({config['tree']}, {config['policy']}, page {config['page_size']}), microseconds",
         "call", "calls", "p50", "p90", "p99", "max", "total ms",
     )  # fmt: skip
@@ -82,7 +84,7 @@ def _latency_table(report: dict[str, Any]) -> Table:
 
 def _facts_table(report: dict[str, Any]) -> Table:
     counters, config, tree = report["counters"], report["config"], report["tree"]
-    table = _table("the run", "figure", "value")
+    table = new_table("the run", "figure", "value")
     speed, memory = tree["tokens_per_s"], tree["memory_bytes_per_cached_token"]
     pages = f"{counters['verified_pages']:,}"
     bytes_per_page = config["page_size"] * config["bytes_per_token"]
@@ -109,14 +111,14 @@ def _facts_table(report: dict[str, Any]) -> Table:
 # ---- workload --------------------------------------------------------------------------------------------------------
 def workload_table(summary: TraceSummary, kind: str, seed: int, duration_ms: float) -> Table:
     """What was generated."""
-    table = _table(f"workload {kind}, seed {seed}", "figure", "value")
+    table = new_table(f"workload {kind}, seed {seed}", "figure", "value")
     requests = max(summary.requests, 1)
     rate = summary.hit_tokens / summary.input_tokens if summary.input_tokens else None
     for row in (
         ("requests", f"{summary.requests:,} in {duration_ms / 1000:,.0f} s"),
         ("prompt tokens", f"{summary.input_tokens:,} ({summary.input_tokens / requests:,.0f} a request)"),
         ("response tokens", f"{summary.output_tokens:,} ({summary.output_tokens / requests:,.0f} a request)"),
-        ("reuse, unbounded cache", _percent(rate)),
+        ("reuse, unbounded cache", percent(rate)),
         ("distinct prompt tokens", f"{summary.cached_tokens:,}"),
     ):
         table.add_row(*row)
@@ -126,17 +128,17 @@ def workload_table(summary: TraceSummary, kind: str, seed: int, duration_ms: flo
 # ---- plan ------------------------------------------------------------------------------------------------------------
 def plan_tables(plan: Plan, bytes_per_token: int, device_tokens: int = 0) -> list[RenderableType]:
     """Hit rate against capacity, and the sizes that reach a share of the achievable."""
-    curve = _table(
+    curve = new_table(
         f"hit rate by capacity: {plan.tokens:,} prompt tokens, {plan.requests:,} requests",
         "capacity tokens", f"GiB at {bytes_per_token:,} B", "LRU", "clairvoyant bound", "LRU / bound", first="right",
     )  # fmt: skip
     for capacity, bound in zip(plan.capacities.tolist(), plan.clairvoyant_hit_tokens.tolist(), strict=True):
         tokens = capacity * plan.block_tokens
         lru = plan.lru_tokens_at(capacity)
-        rates = (_rate(plan, lru), _rate(plan, bound), _percent(lru / bound) if bound else "-")
+        rates = (_rate(plan, lru), _rate(plan, bound), percent(lru / bound) if bound else "-")
         curve.add_row(f"{tokens:,}", _gib(tokens * bytes_per_token), *rates)
     columns = ["of achievable", "hit rate", "cache tokens", "cache GiB"]
-    knees = _table("how much memory LRU needs", *columns, *(["host GiB"] if device_tokens else []))
+    knees = new_table("how much memory LRU needs", *columns, *(["host GiB"] if device_tokens else []))
     for share in (*KNEES, 1.0):
         capacity = plan.knee(share)
         tokens = capacity * plan.block_tokens
@@ -160,7 +162,7 @@ def plan_tables(plan: Plan, bytes_per_token: int, device_tokens: int = 0) -> lis
 
 
 def _rate(plan: Plan, hit_tokens: int) -> str:
-    return _percent(hit_tokens / plan.tokens if plan.tokens else None)
+    return percent(hit_tokens / plan.tokens if plan.tokens else None)
 
 
 def _gib(num_bytes: int) -> str:
