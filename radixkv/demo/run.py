@@ -6,6 +6,7 @@ was spoiled, the comparison must have failed, or it would prove nothing elsewher
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,8 +27,9 @@ from .config import DemoConfig
 __all__ = ["TIERS", "Check", "DemoError", "run_demo"]
 
 TIERS = ("device", "host", "storage", "computed")
-DEADLINE_S = 900.0
-"""For each process: beyond any machine that the demo is for."""
+MODULE = "radixkv.demo.process"
+DEADLINE_S = 60.0
+"""For a process to end once it has said so."""
 
 Report = dict[str, Any]
 Progress = Callable[[str, dict[str, Any]], None]
@@ -35,7 +37,7 @@ Progress = Callable[[str, dict[str, Any]], None]
 
 
 class DemoError(RadixKVError, RuntimeError):
-    """A process of the demo died; the message has its last words."""
+    """A process of the demo gave up, or died; the message has its last words."""
 
 
 class Check(NamedTuple):
@@ -101,7 +103,7 @@ def _phase(config: DemoConfig, store: Path, name: str, first_turn: int, turns: i
 
 def _lines(plan: str) -> Iterator[dict[str, Any]]:
     """Start a process and yield what it says. Raises: DemoError if it fails or says no end."""
-    command = [sys.executable, "-m", "radixkv.demo.process"]
+    command = [sys.executable, "-m", MODULE]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with tempfile.TemporaryFile("w+") as words:
         process = subprocess.Popen(
@@ -111,11 +113,14 @@ def _lines(plan: str) -> Iterator[dict[str, Any]]:
         assert process.stdout is not None
         kind = None
         try:
-            process.stdin.write(plan)
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has died; its last words tell more
+                process.stdin.write(plan)
+                process.stdin.close()
             for text in process.stdout:
                 line = json.loads(text)
                 kind = line["kind"]
+                if kind == "error":
+                    raise DemoError(line["message"])
                 yield line
             code = process.wait(DEADLINE_S)
         except BaseException:
