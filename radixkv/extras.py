@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from .errors import MissingExtraError
 
-__all__ = ["require"]
+__all__ = ["check_installed", "require"]
+
+
+def check_installed(module: str, purpose: str, extra: str) -> None:
+    """Find a top-level package without importing it, which may take seconds. Raises: MissingExtraError."""
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtraError(f"{purpose} needs {module}: pip install 'radixkv[{extra}]'")
 
 
 def require(module: str, purpose: str, extra: str) -> Any:

@@ -12,8 +12,9 @@ Units are tokens, bytes, seconds, pages. A counter's name ends in _total.
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -132,7 +133,7 @@ class MetricsCollector:
     def collect(self) -> Iterator[Any]:
         """Every metric family, as of now."""
         if self._controller is not None:
-            stats = self._controller.stats()
+            stats = _undisturbed(self._controller.stats)
             yield from self._of_requests(stats)
             yield from self._of_operations(stats)
         if self._listener is not None:
@@ -185,6 +186,7 @@ class MetricsCollector:
         queued = {"backup": stats.writes_in_flight, "load": stats.loads_in_flight, "store": stats.stores_in_flight,
                   "prefetch": stats.prefetches_in_flight}  # fmt: skip
         yield self._by("gauge", "queued_operations", "Operations in flight", "kind", queued.items())
+        yield self._gauge("queued_loads", "Loads that no start_loads has started yet", stats.queued_loads)
         yield self._gauge("prefetch_tokens_in_flight", "Tokens asked for", stats.prefetch_tokens_in_flight)
         yield self._gauge("stuck_pages", "Pages of operations given up that still run", stats.stuck_pages)
         yield self._gauge("storage_backing_off", "1 while storage is left alone after failures", stats.backing_off)
@@ -265,6 +267,14 @@ class MetricsCollector:
         for values, value in samples:
             family.add_metric([*self._labels.values(), *values], float(value))
         return family
+
+
+def _undisturbed(read: Callable[[], ControllerStats], tries: int = 100) -> ControllerStats:
+    """Read what another thread changes: a container that grew while it was counted raises, and is counted again."""
+    for _ in range(tries - 1):
+        with contextlib.suppress(RuntimeError):
+            return read()
+    return read()
 
 
 def serve_metrics(collector: MetricsCollector, port: int, address: str = "127.0.0.1") -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from .. import __version__
 from ..errors import RadixKVError
 from .config import DemoConfig
 
-__all__ = ["TIERS", "Check", "DemoError", "run_demo"]
+__all__ = ["TIERS", "Check", "DemoError", "flip_in_files", "run_demo"]
 
 TIERS = ("device", "host", "storage", "computed")
 MODULE = "radixkv.demo.process"
@@ -136,11 +137,20 @@ def _lines(plan: str) -> Iterator[dict[str, Any]]:
 
 def _spoil(store: Path, before: dict[str, Any]) -> dict[str, Any]:
     """Flip one bit of one page in the files that the first process left."""
-    from .verify import flip_in_files
-
     page = before["page"]
     path = flip_in_files(store, bytes.fromhex(page["sample"]))
     return {"user": page["user"], "page": page["page"], "file": None if path is None else str(path.relative_to(store))}
+
+
+def flip_in_files(folder: Path, sample: bytes) -> Path | None:
+    """Find bytes in the files of a folder and flip a bit of the first. Returns: the file; None if no file has them."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size):
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+            at = content.find(sample)
+            if at >= 0:
+                content[at] ^= 1
+                return path
+    return None
 
 
 # ---- what came of it -------------------------------------------------------------------------------------------------

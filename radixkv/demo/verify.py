@@ -8,10 +8,8 @@ wrote is the same bytes. Equal answers would say little: a random model repeats 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from ..pool.host import HostKVCache
 from ..types import PageIds
 from .server import Served
 
-__all__ = ["Reference", "Verdict", "exchange_host_pages", "flip_host_page", "flip_in_files", "host_page_sample"]
+__all__ = ["Reference", "Verdict", "exchange_host_pages", "flip_host_page", "host_page_sample"]
 __all__ += ["host_pages_of"]
 
 
@@ -120,17 +118,6 @@ def _pieces(host: HostKVCache, page: int) -> list[np.ndarray[Any, np.dtype[np.ui
     """Writable views of a host page's contiguous pieces."""
     pieces = host.page_buffer(page * host.page_size)
     return [np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)) for address, size in pieces]
-
-
-def flip_in_files(folder: Path, sample: bytes) -> Path | None:
-    """Find bytes in the files of a folder and flip a bit of the first. Returns: the file; None if no file has them."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size):
-        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-            at = content.find(sample)
-            if at >= 0:
-                content[at] ^= 1
-                return path
-    return None
 
 
 def host_pages_of(tree: Any, tokens: np.ndarray[Any, np.dtype[np.int32]]) -> tuple[int, PageIds]:

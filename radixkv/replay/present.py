@@ -58,9 +58,8 @@ def replay_tables(report: dict[str, Any]) -> list[RenderableType]:
     counters, config = report["counters"], report["config"]
     title = f"{report['trace']}: {counters['requests']:,} requests" + ("" if report["finished"] else " (interrupted)")
     hits = new_table(title, "tier", "capacity tokens", "hit tokens", "hit rate")
-    page_size = config["page_size"]
-    for tier in ("device", "host"):
-        capacity = f"{config[f'{tier}_pages'] * page_size:,}" if config[f"{tier}_pages"] else "none"
+    for tier in (tier for tier in report["hit_rate"] if tier != "total"):
+        capacity = _capacity(config, tier)
         hits.add_row(tier, capacity, f"{counters[f'{tier}_hit_tokens']:,}", percent(report["hit_rate"][tier]))
     hits.add_section()
     hits.add_row(
@@ -69,10 +68,19 @@ def replay_tables(report: dict[str, Any]) -> list[RenderableType]:
     return [hits, _latency_table(report), _facts_table(report)]
 
 
+def _capacity(config: dict[str, Any], tier: str) -> str:
+    """In tokens; of the storage tier in bytes."""
+    if tier == "storage":
+        return f"{config['storage_bytes']:,} bytes" if config["storage_bytes"] else "no limit"
+    pages = config[f"{tier}_pages"]
+    return f"{pages * config['page_size']:,}" if pages else "none"
+
+
 def _latency_table(report: dict[str, Any]) -> Table:
     config = report["config"]
+    where = "controller, waits included" if "storage" in config else "tree"
     table = new_table(
-        f"time in the tree ({config['tree']}, {config['policy']}, page {config['page_size']}), microseconds",
+        f"time in the {where} ({config['tree']}, {config['policy']}, page {config['page_size']}), microseconds",
         "call", "calls", "p50", "p90", "p99", "max", "total ms",
     )  # fmt: skip
     for kind, summary in report["latency"].items():
@@ -88,9 +96,10 @@ def _facts_table(report: dict[str, Any]) -> Table:
     speed, memory = tree["tokens_per_s"], tree["memory_bytes_per_cached_token"]
     pages = f"{counters['verified_pages']:,}"
     bytes_per_page = config["page_size"] * config["bytes_per_token"]
+    part = "controller" if "storage" in config else "tree"
     rows = [
-        ("tokens a second in the tree", "-" if speed is None else f"{speed:,.0f}"),
-        ("time in the tree / of the run", f"{tree['time_s']:.3f} s / {report['wall_s']:.1f} s"),
+        (f"tokens a second in the {part}", "-" if speed is None else f"{speed:,.0f}"),
+        (f"time in the {part} / of the run", f"{tree['time_s']:.3f} s / {report['wall_s']:.1f} s"),
         ("tokens cached at the end", f"{tree['cached_tokens']:,} in {tree['nodes']:,} nodes"),
         ("tree memory a cached token", "-" if memory is None else f"{memory:.2f} bytes"),
         ("pages verified", f"{pages} of {bytes_per_page:,} bytes" if config["verify"] else "none (--no-verify)"),
@@ -103,6 +112,11 @@ def _facts_table(report: dict[str, Any]) -> Table:
         ("requests too long for the device", "uncached_requests"),
     ]
     rows += [(label, f"{counters[name]:,}") for label, name in optional if counters[name]]
+    if storage := report.get("storage"):
+        wrong = sum(storage[name] for name in ("corrupt", "foreign", "short"))
+        rows.append(("tokens written to storage", f"{counters['stored_tokens']:,}"))
+        rows.append(("tokens brought from storage", f"{counters['prefetched_tokens']:,}"))
+        rows.append(("pages read, missing, wrong", f"{storage['hits']:,}, {storage['misses']:,}, {wrong:,}"))
     for row in rows:
         table.add_row(*row)
     return table

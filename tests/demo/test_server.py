@@ -10,13 +10,13 @@ import pytest
 
 from radixkv.demo import server as server_module
 from radixkv.demo.config import DemoConfig
+from radixkv.demo.run import flip_in_files
 from radixkv.demo.server import ChatServer, Served
 from radixkv.demo.verify import (
     Reference,
     Verdict,
     exchange_host_pages,
     flip_host_page,
-    flip_in_files,
     host_page_sample,
     host_pages_of,
 )

@@ -221,6 +221,19 @@ def test_a_scrape_while_operations_finish() -> None:
     assert counts[-1] > counts[0]
 
 
+def test_counters_that_change_while_they_are_read() -> None:
+    class Busy(FakeController):
+        left = 5
+
+        def stats(self) -> ControllerStats:
+            self.left -= 1
+            if self.left >= 0:
+                raise RuntimeError("deque mutated during iteration")
+            return self.now
+
+    assert value(scrape(controller=Busy(ControllerStats(loads=3))), "operations_total", kind="load") == 3
+
+
 def test_histograms_sort_by_upper_bound() -> None:
     histogram = Histogram((1.0, 2.0))
     for number in (0.5, 1.0, 1.5, 2.0, 3.0):
