@@ -201,7 +201,7 @@ class Listener(Protocol):
 
 # ---- handed out ------------------------------------------------------------------------------------------------------
 class Finished(NamedTuple):
-    """How one operation ended. num_tokens and num_bytes: what arrived. seconds: of copying, or in storage calls, on this
+    """How one operation ended. num_tokens, num_bytes: what arrived. seconds: of copying, or in storage calls, on this
     rank. latency_s: from its start until it was settled."""
 
     kind: Kind

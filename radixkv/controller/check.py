@@ -125,7 +125,7 @@ def _check_nodes(
     }  # fmt: skip
     page_size = loads.context.page_size
     for what, (tokens, pages) in counted.items():
-        _require(tokens == sum(pages) * page_size, f"{tokens} tokens are {what}, the operations know {sum(pages)} pages")
+        _require(tokens == sum(pages) * page_size, f"{tokens} tokens are {what}, operations know {sum(pages)} pages")
     for op in prefetches.operations.values():
         _require(op.stage in (Stage.LOOKING_UP, Stage.FETCHING, Stage.FETCHED), f"prefetch {op.req_id} is {op.stage}")
 

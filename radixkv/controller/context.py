@@ -12,8 +12,9 @@ import numpy as np
 from ..errors import GroupError
 from ..tree.base import BaseRadixTree
 from ..types import PageIds
-from .base import Finished, Group, Kind, Listener, Mover, Outcome
+from .base import Finished, Group, Kind, LayerProgress, Listener, Mover, Outcome, Ticket
 from .config import ControllerConfig
+from .lanes import FailedTicket
 from .ledger import NO_PAGES, Ledger
 
 __all__ = ["Context", "Where"]
@@ -55,6 +56,22 @@ class Context:
     def mover(self) -> Mover:
         assert self._mover is not None, "there is no host tier"
         return self._mover
+
+    def begin_backup(self, device_pages: PageIds, host_pages: PageIds) -> Ticket:
+        """Ask for a copy to the host. A mover that refuses is a copy that failed: ranks must not part here."""
+        self.ledger.begin_write(host_pages)
+        try:
+            return self.mover.backup(device_pages, host_pages)
+        except Exception as error:
+            return FailedTicket(error)
+
+    def begin_load(self, host_pages: PageIds, device_pages: PageIds, progress: LayerProgress) -> Ticket:
+        """Ask for a copy to the device, likewise."""
+        try:
+            return self.mover.load(host_pages, device_pages, progress)
+        except Exception as error:
+            progress.fail(error)
+            return FailedTicket(error)
 
     def next_op_id(self) -> int:
         """The same on all ranks, as all begin the same operations."""

@@ -102,9 +102,8 @@ class Controller:
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
         self._policy = WritePolicies(context, self._writes, self._stores)
-        self._settler = Settler(
-            context, self._writes, self._loads, self._stores, self._prefetches, self._drains, self._policy
-        )
+        self._writes.backed_up = self._policy.backed_up
+        self._settler = Settler(context, self._writes, self._loads, self._stores, self._prefetches, self._drains)
         self._compare_ranks()
         if storage is not None:
             self.attach_storage(storage)
@@ -224,7 +223,8 @@ class Controller:
     def cancel_load(self, load: Load) -> bool:
         """Take back a load that has not been started. Returns: False if it has been (it will end by itself).
 
-        Raises: LockError if somebody has locked its nodes, or loaded below them.
+        Raises: LockError if somebody has locked one of its nodes, or loaded below it; what is below that has been taken
+            back, the rest stays queued.
         """
         return self._loads.cancel(load)
 

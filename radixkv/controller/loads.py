@@ -147,7 +147,7 @@ class Loads:
         device_pages = context.join([part.device_pages for part in parts])
         progress = context.mover.new_progress()
         index = self.layers.begin(progress)
-        ticket = context.mover.load(host_pages, device_pages, progress)
+        ticket = context.begin_load(host_pages, device_pages, progress)
         self.batches.append(LoadBatch(index, loads, ticket, len(host_pages)))
         context.counts["load_batches"] += 1
         return index

@@ -115,14 +115,18 @@ class LoadPart(NamedTuple):
 class LoadOp(Operation):
     """The host-only tail of one path comes back; ``parts`` root side first."""
 
-    __slots__ = ("num_pages", "parts")
+    __slots__ = ("parts",)
     FIRST = Stage.QUEUED
     MOVES = _moves(QUEUED="COPYING CANCELLED", COPYING="COPYING DONE FAILED CANCELLED")
 
     def __init__(self, op_id: int, started_s: float, parts: list[LoadPart]) -> None:
         super().__init__(op_id, started_s)
         self.parts = parts
-        self.num_pages = sum(len(part.device_pages) for part in parts)
+
+    @property
+    def num_pages(self) -> int:
+        """Of all parts that are left."""
+        return sum(len(part.device_pages) for part in self.parts)
 
 
 @dataclass(slots=True, eq=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+
+from ..errors import HandleError
 from ..types import ROOT
 from .config import STORED, STORING, WRITING
 from .context import Context
@@ -66,7 +69,8 @@ class WritePolicies:
             self.stores.begin(node)
 
     def backed_up(self, node: int) -> None:
-        """A node has its host copy now."""
+        """A node has got its host copy (and may have lost it again, within an eviction)."""
         if self.context.config.store_after_backup and self.stores.edge is not None:
-            for part in self.context.tree.due(node, "storage", 0, STORED | STORING):
-                self.stores.begin(part)
+            with contextlib.suppress(HandleError):
+                for part in self.context.tree.due(node, "storage", 0, STORED | STORING):
+                    self.stores.begin(part)

@@ -15,7 +15,6 @@ from .drains import Drains
 from .ledger import NO_PAGES
 from .loads import Loads
 from .operations import RUNNING, SUCCEEDED, DrainOp, LoadBatch, Operation, PrefetchOp, Stage, StoreOp, WriteOp
-from .policy import WritePolicies
 from .prefetches import Prefetches
 from .stores import Stores
 from .writes import Writes
@@ -37,10 +36,9 @@ class Settler:
         stores: Stores,
         prefetches: Prefetches,
         drains: Drains,
-        policy: WritePolicies,
     ) -> None:
         self.context, self.writes, self.loads, self.stores = context, writes, loads, stores
-        self.prefetches, self.drains, self.policy = prefetches, drains, policy
+        self.prefetches, self.drains = prefetches, drains
 
     # ---- poll --------------------------------------------------------------------------------------------------------
     def poll(self) -> Polled:
@@ -81,8 +79,6 @@ class Settler:
         """Settle one operation. Returns: what to count, by the names of Polled."""
         if isinstance(op, WriteOp):
             arrived = self.writes.settle(op, status)
-            if arrived:
-                self.policy.backed_up(op.node)
             return [("writes", 1), ("failed", int(not arrived))]
         if isinstance(op, LoadBatch):
             settled = self.loads.settle(op, status)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import GroupError
 from ..types import ROOT, BackupRequest, PageIds
 from .base import Outcome, Ticket
@@ -19,6 +21,9 @@ class Writes:
     def __init__(self, context: Context, drains: Drains) -> None:
         self.context, self.drains = context, drains
         self.operations: list[WriteOp] = []
+        self.backed_up: Callable[[int], None] = lambda node: None
+        """Is told of each node that has got its host copy; an eviction tells at its end."""
+        self._written_back: list[int] = []
 
     # ---- write-through -----------------------------------------------------------------------------------------------
     def begin(self, node: int) -> int:
@@ -39,10 +44,9 @@ class Writes:
         if host_pages is None:
             context.counts["refused_backups"] += 1
             return 0
-        context.ledger.begin_write(host_pages)
         tree.lock(node)
         tree.mark(node, set=WRITING)
-        ticket = context.mover.backup(pages, host_pages)
+        ticket = context.begin_backup(pages, host_pages)
         self.operations.append(
             WriteOp(context.next_op_id(), context.clock(), node, pages, host_pages, ticket)
         )
@@ -67,6 +71,8 @@ class Writes:
             context.finished("backup", "failed", 0, op.ticket.seconds, op.started_s)
         tree.unlock(op.node)
         self.operations.remove(op)
+        if status == SUCCEEDED:
+            self.backed_up(op.node)
         return status == SUCCEEDED
 
     # ---- write-back --------------------------------------------------------------------------------------------------
@@ -75,8 +81,17 @@ class Writes:
 
         1. The tree frees what has a host copy, and names what needs one, children first.
         2. Host room for each, one eviction of the host for all.  3. One copy; wait; agree.
-        4. Each node gets its host copy, or is dropped.
+        4. Each node gets its host copy, or is dropped.  5. Only now may copies go on to storage: what storage reads
+        cannot be dropped, nor can what is above it.
         """
+        try:
+            return self._evict_in_rounds(num_tokens)
+        finally:
+            nodes, self._written_back = self._written_back, []
+            for node in nodes:
+                self.backed_up(node)
+
+    def _evict_in_rounds(self, num_tokens: int) -> int:
         context, freed = self.context, 0
         while freed < num_tokens:
             result = context.tree.evict(num_tokens - freed, backup=True)
@@ -98,8 +113,7 @@ class Writes:
         if not chosen:
             return sum(self._finish(request, None) for request in requests)
         device_pages, host_pages = (context.join(pages) for pages in zip(*chosen, strict=True))
-        context.ledger.begin_write(host_pages)
-        ticket = context.mover.backup(device_pages, host_pages)
+        ticket = context.begin_backup(device_pages, host_pages)
         if not ticket.wait(context.config.copy_timeout_s):
             ticket.cancel()
         status, broken = RUNNING, None
@@ -126,6 +140,7 @@ class Writes:
         result = context.tree.finish_backup(request.node, host_pages)
         if host_pages is not None:
             context.ledger.end_write(request.page_ids, host_pages)
+            self._written_back.append(request.node)
         elif len(result.page_ids):
             context.counts["dropped_nodes"] += 1
             context.counts["dropped_tokens"] += result.num_tokens

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, TorchGroup
+from ..controller.mover_cuda import GpuCopies
 from ..errors import InvalidArgumentError
 from ..pool.arrays import canonical_dtype
 from ..pool.foreign import EnginePool
 from ..pool.host import HostKVCache
+from ..pool.layout import KVGeometry
 from ..storage import PageNamespace, PageStore, Storage, create_storage, host_page_parts
+from ..transfer.choose import Chooser, PathName, cache_folder
 from ..transfer.cpu import CpuTransfer
+from ..transfer.gpu import device_key
 from ..tree.base import BaseRadixTree
 from .config import HiCacheConfig
 from .indices import AllocatorPages
@@ -19,7 +24,10 @@ from .storage import PluginStorage
 
 __all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "PrefetchOperation", "storage_of"]
 
-IO_BACKENDS = ("kernel", "direct")
+IO_BACKENDS: dict[str, PathName | None] = {"kernel": "kernel", "direct": "engine", "auto": None}
+"""On a GPU: by kernels, by copy engines, or for each copy by what was measured to be faster (not known there)."""
+
+FOLDER_VARIABLE = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
 
 _log = logging.getLogger("radixkv.hicache")
 
@@ -188,12 +196,19 @@ class HiCacheController:
 
 
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:
-    """The storage that is meant, and whether it was made here."""
+    """The storage that is meant, and whether it was made here.
+
+    "file" without a path: $SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, as engines' operators know it, else a folder of the
+    user's cache.
+    """
     if isinstance(backend, Storage):
         return backend, False
     if not isinstance(backend, str) and hasattr(backend, "batch_get"):
         return PluginStorage(backend), False
-    return create_storage(backend, **config.storage_options), True
+    options = dict(config.storage_options)
+    if backend == "file":
+        options.setdefault("path", os.environ.get(FOLDER_VARIABLE) or cache_folder() / "kv")
+    return create_storage(backend, **options), True
 
 
 def group_of(tp_group: Any, device: str, timeout_s: float) -> Group | None:
@@ -214,7 +229,17 @@ def mover_of(found: EnginePool, host: HostKVCache, io_backend: str, config: HiCa
     if found.view.device == "cpu":
         transfer = CpuTransfer(found.geometry, config.copy_threads)
         return CpuMover(transfer, found.view, host.view())
-    return CudaMover(found.geometry, found.view, host.view())
+    copies = ChosenCopies(found.geometry, int(found.view.device.partition(":")[2]), IO_BACKENDS[io_backend])
+    return CudaMover(found.geometry, found.view, host.view(), copies=copies)
+
+
+class ChosenCopies(GpuCopies):
+    """Copies by one path of a GPU; None: the one that was measured to be faster."""
+
+    def __init__(self, geometry: KVGeometry, device: int, path: PathName | None) -> None:
+        super().__init__(geometry, device)
+        if path is not None:
+            self._transfer.chooser = Chooser(device_key(device), override=path)
 
 
 def _dtype_of(pool: Any) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
 
-from ..controller.hashes import PathHashes, sha256_chain
+from ..controller.hashes import PathHashes
 from ..tree.base import BaseRadixTree, Tokens
-from ..tree.tokens import read_tokens
+from ..tree.page_hash import sha256_chain, sha256_page_hash
 from ..types import ROOT
 
 __all__ = ["get_hash_str", "node_hashes", "page_hash_for"]
@@ -16,9 +17,9 @@ __all__ = ["get_hash_str", "node_hashes", "page_hash_for"]
 
 def get_hash_str(token_ids: Tokens, prior_hash: str | None = None) -> str:
     """The hash of one page: sha256(prior hash's bytes, if there is one, then each token as 4 bytes little endian)."""
-    tokens = read_tokens(token_ids)
     previous = bytes.fromhex(prior_hash) if prior_hash else None
-    return str(sha256_chain(tokens, max(1, len(tokens)), previous)[0].tobytes().hex()) if len(tokens) else ""
+    chain = sha256_chain(token_ids, max(1, len(token_ids)), previous)
+    return str(chain[0].tobytes().hex()) if len(chain) else sha256(previous or b"").hexdigest()
 
 
 def node_hashes(tree: BaseRadixTree, node: int) -> list[str]:
@@ -30,4 +31,4 @@ def node_hashes(tree: BaseRadixTree, node: int) -> list[str]:
 
 def page_hash_for(wanted: bool) -> Any:
     """The tree's ``page_hash`` argument: SHA-256 if it is to keep page hashes for storage."""
-    return None
+    return sha256_page_hash() if wanted else None

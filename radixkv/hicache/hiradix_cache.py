@@ -55,7 +55,8 @@ class HiRadixCache(RadixCache):
         hicache_ratio: host slots a device slot, if hicache_size is 0.
         hicache_size: GB (10**9 bytes) of host memory, or 0.
         hicache_write_policy: write_through, write_through_selective or write_back.
-        hicache_io_backend: kernel or direct (copy engines).
+        hicache_io_backend: kernel, direct (copy engines), or auto (whichever was measured to be faster, for each copy).
+            On a CPU all are the same.
         hicache_mem_layout: layer_first, page_first, page_first_direct or page_head. page_first with direct becomes
             layer_first, with a warning.
         hicache_storage_backend: None, a name (file, redis, s3, mooncake, nixl, memory, module:Class), a Storage, or an

@@ -56,19 +56,24 @@ class Indices:
         Args: indices: a tensor, array or sequence of integers; num_pages: read only so many.
         Raises: InvalidArgumentError if there are too few, or they are not whole pages, each in ascending order.
         """
-        if num_pages is not None:
-            if len(indices) < num_pages * self.page_size:
-                raise InvalidArgumentError(f"{len(indices)} slots for {num_pages} pages of {self.page_size}")
-            indices = indices[: num_pages * self.page_size]
+        wanted = len(indices) if num_pages is None else num_pages * self.page_size
+        if wanted > len(indices) or wanted % self.page_size:
+            raise InvalidArgumentError(f"{len(indices)} slots for {wanted} tokens in pages of {self.page_size}")
+        if not wanted:
+            return np.zeros(0, np.int32)  # of an empty list the dtype is anything
         if not getattr(indices, "is_cpu", True):
-            starts = indices[:: self.page_size].cpu().numpy()
-            wrong = np.flatnonzero(starts % self.page_size)
-            if len(indices) % self.page_size or wrong.size:
-                first = starts[wrong[0]] if wrong.size else starts[-1]
-                raise InvalidArgumentError(f"{len(indices)} slots, {first} among the first of each {self.page_size}")
-            return pages_of(starts // self.page_size, 1)
-        array = indices.detach().numpy() if hasattr(indices, "detach") else np.asarray(indices)
-        return pages_of(np.ascontiguousarray(array), self.page_size)
+            return self._pages_on_gpu(indices[: wanted : self.page_size])
+        array = indices.numpy() if hasattr(indices, "numpy") else np.asarray(indices)
+        array = array[:wanted]
+        return pages_of(array if array.flags.c_contiguous else array.copy(), self.page_size)
+
+    def _pages_on_gpu(self, starts: Any) -> PageIds:
+        """The pages that begin at these slots."""
+        slots = starts.cpu().numpy()
+        wrong = np.flatnonzero(slots % self.page_size)
+        if wrong.size:
+            raise InvalidArgumentError(f"slot {slots[wrong[0]]} does not begin a page of {self.page_size}")
+        return pages_of(slots // self.page_size, 1)
 
     def copy(self, indices: Array) -> Array:
         """A copy of slots as int64."""

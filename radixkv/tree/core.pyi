@@ -16,7 +16,9 @@ class PageHash:
     @property
     def digest_bytes(self) -> int: ...
 
-def page_hash_capsule(function: int, ctx: int = 0, digest_bytes: int = 8) -> PageHash: ...
+def page_hash_capsule(
+    function: int, ctx: int = 0, digest_bytes: int = 8, owner: object = None
+) -> PageHash: ...
 
 class MatchResult:
     @property

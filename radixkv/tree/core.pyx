@@ -1000,12 +1000,13 @@ cdef list as_list(object keys):
         raise ArgumentTypeError(f"keys is a sequence of token sequences, not {type(keys).__name__}") from None
 
 
-def page_hash_capsule(function, ctx=0, digest_bytes=8):
+def page_hash_capsule(function, ctx=0, digest_bytes=8, owner=None):
     """Wrap the address of a C ``rkv_page_hash_fn`` for ``RadixTree(page_hash=...)``.
 
     Args:
-        function, ctx: addresses as int; both must outlive every tree that uses them. A Python callback (ctypes) works, slowly.
+        function, ctx: addresses as int; both must outlive every tree that uses them (see owner). A Python callback (ctypes) works, slowly.
         digest_bytes: 8 .. 64.
+        owner: kept alive by the result, and so by every tree that uses it.
     Raises: InvalidArgumentError for a NULL function or a digest_bytes out of range; ArgumentTypeError for what is no int.
     """
     cdef int64_t size = read_int64(digest_bytes, "digest_bytes")
@@ -1018,6 +1019,7 @@ def page_hash_capsule(function, ctx=0, digest_bytes=8):
     hash_.function = <rkv_page_hash_fn><size_t>address
     hash_.ctx = <void *><size_t>context
     hash_.digest_bytes = <uint32_t>size
+    hash_.owner = owner
     return hash_
 
 
@@ -1025,6 +1027,7 @@ cdef class PageHash:
     """A page-hash callback; made by page_hash_capsule only."""
     cdef rkv_page_hash_fn function
     cdef void *ctx
+    cdef object owner
     cdef readonly uint32_t digest_bytes
 
     def __init__(self):

@@ -17,7 +17,7 @@ PROMISED = (2, 17)
 
 
 def test_the_extensions_and_the_plugin_are_among_them() -> None:
-    assert {"core", "prefix_index", "cpu", "libradixkv"} <= {path.name.split(".")[0] for path in BINARIES}
+    assert {"core", "page_hash", "prefix_index", "cpu", "libradixkv"} <= {path.name.split(".")[0] for path in BINARIES}
 
 
 @pytest.mark.parametrize("path", BINARIES, ids=lambda path: path.name.split(".")[0])

@@ -13,7 +13,7 @@ import numpy as np
 from radixkv import RadixTree
 from radixkv.controller import Controller, ControllerConfig, Polled
 from radixkv.controller.base import Digests
-from radixkv.controller.mover_cpu import CpuTicket
+from radixkv.controller.lanes import CopyTicket
 from radixkv.controller.workers import Job, work_on
 from radixkv.errors import GroupError
 from radixkv.pool.arena import ArenaConfig
@@ -64,7 +64,7 @@ def host_cache(num_pages: int) -> HostKVCache:
     return HostKVCache(GEOMETRY, num_pages * P, "page_first", config=config)
 
 
-class ScriptedTicket(CpuTicket):
+class ScriptedTicket(CopyTicket):
     """A copy that may have begun long before it ends."""
 
     def begin(self) -> None:
@@ -88,14 +88,14 @@ class ScriptedMover:
         self.instant = self.begins = False
         self.fail: Callable[[str], BaseException | None] = lambda kind: None
 
-    def backup(self, device_pages: PageIds, host_pages: PageIds) -> CpuTicket:
+    def backup(self, device_pages: PageIds, host_pages: PageIds) -> CopyTicket:
         def copy() -> None:
             self._raise("backup")
             self._to_host.copy(device_pages, host_pages)
 
         return self._put("backup", ScriptedTicket(copy))
 
-    def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CpuTicket:
+    def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CopyTicket:
         def copy() -> None:
             self._raise("load")
             self._to_device.copy(host_pages, device_pages, progress)

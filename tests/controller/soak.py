@@ -1,13 +1,14 @@
 """Drives the whole stack at random and checks every byte: python -m tests.controller.soak --steps N --seed S
 
-Requests go through their life a step at a time, interleaved with copies and storage calls that end when chance says so,
-fail, are cancelled; with allocations that fail, evictions, resets, detached storage and restarts. What is served must be
-the bytes that belong to the tokens. Deterministic: the seed and the number of steps name a run.
+Requests go through their life a step at a time, interleaved with copies and storage calls that end when chance says,
+fail, or are cancelled; with allocations that fail, evictions, resets, detached storage and restarts. What is served
+must be the bytes that belong to the tokens. Deterministic: the seed and the number of steps name a run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import time
@@ -80,8 +81,8 @@ class Unreliable(Storage):
 def digest_of(tree: Any) -> int:
     """Of everything that ranks must have alike."""
     lines = [
-        (info.namespace, info.tokens.tobytes(), None if info.page_ids is None else info.page_ids.tobytes(),
-         None if info.host_page_ids is None else info.host_page_ids.tobytes(), info.hit_count, info.marks, info.lock_ref,
+        (info.namespace, info.tokens.tolist(), info.page_ids is not None and info.page_ids.tolist(),
+         info.host_page_ids is not None and info.host_page_ids.tolist(), info.hit_count, info.marks, info.lock_ref,
          info.host_ref, info.loading)
         for info in tree.dump()
     ]  # fmt: skip
@@ -123,7 +124,7 @@ class Soak:
         self.tree_name = tree
         self.storage = Unreliable(storage or MemoryStorage(), np.random.default_rng([seed, self.group.rank, 1]))
         self.now_s = 0.0
-        self.trouble = 0.0
+        self.trouble, self.at = 0.0, 0
         self.done: Counter[str] = Counter()
         self.served_pages = 0
         self.segments = [self.random.integers(0, 50, int(n) * P) for n in self.random.integers(1, 4, 6)]
@@ -220,10 +221,8 @@ class Soak:
     def do_start(self, request: Request) -> None:
         if request.load is not None and self.chance(0.1):
             self.controller.unlock(request.node)
-            try:
+            with contextlib.suppress(LockError):  # somebody has matched it
                 self.controller.cancel_load(request.load)
-            except LockError:
-                pass  # somebody has matched it
             self.requests.remove(request)
             return
         self.controller.start_loads()
@@ -336,7 +335,7 @@ class Soak:
 
     def reattach(self) -> None:
         edge = self.controller.detach_storage()
-        assert edge is self.stack.edge and edge is not None
+        assert edge is self.stack.edge
         edge.closed = False
         self.check()
         self.controller.attach_storage(edge)
@@ -354,22 +353,22 @@ class Soak:
             assert low == -high == tree, f"rank {self.group.rank} has another tree"
 
     ACTIONS = (
-        (new_request, 10), (step_request, 60), (copy, 16), (call_storage, 24), (poll, 12), (evict, 1.5), (evict_host, 0.5),
-        (some_node, 2), (refuse, 0.5), (change_trouble, 0.5), (machine, 0.5), (reset, 0.1), (reattach, 0.1),
-        (restart, 0.05), (check, 3),
+        (new_request, 10), (step_request, 60), (copy, 16), (call_storage, 24), (poll, 12), (evict, 1.5),
+        (evict_host, 0.5), (some_node, 2), (refuse, 0.5), (change_trouble, 0.5), (machine, 0.5), (reset, 0.1),
+        (reattach, 0.1), (restart, 0.05), (check, 3),
     )  # fmt: skip
     WEIGHTS = np.array([weight for _, weight in ACTIONS]) / sum(weight for _, weight in ACTIONS)
 
     def run(self, steps: int) -> None:
         """That many random steps, then an orderly end."""
-        at = 0
         try:
-            for at, action in enumerate(self.random.choice(len(self.ACTIONS), steps, p=self.WEIGHTS)):
+            for action in self.random.choice(len(self.ACTIONS), steps, p=self.WEIGHTS):
                 self.ACTIONS[action][0](self)
+                self.at += 1
             self.finish()
             self.stack.close()
         except BaseException as error:
-            error.add_note(f"at step {at}; settings {self.settings}")
+            error.add_note(f"at step {self.at}; settings {self.settings}")
             raise
 
     def finish(self) -> None:
@@ -394,7 +393,8 @@ class Soak:
         total = controller.tree.stats()
         assert total.protected_tokens == 0, f"{total.protected_tokens} tokens are still locked"
         while controller.evict(1000 * P):
-            pass
+            self.stack.edge.run()  # what was written back may go on to storage
+            controller.poll()
         while controller.evict_host(1000 * P):
             pass
         self.check()
@@ -423,7 +423,7 @@ def main() -> None:
             raise
         seed, left, served = seed + 1, left - steps, served + soak.served_pages
     seconds = time.time() - began_s
-    print(f"{options.steps} steps, seeds {options.seed} .. {seed - 1}, {served} pages served and verified, {seconds:.1f} s")
+    print(f"{options.steps} steps, seeds {options.seed} .. {seed - 1}: {served} pages verified, {seconds:.1f} s")
 
 
 if __name__ == "__main__":
