@@ -262,8 +262,11 @@ class Attribution(NamedTuple):
 class ControllerStats(NamedTuple):
     """Counters since the controller was made (reset does not clear them), and what is in flight now.
 
-    dropped_tokens: evicted under write_back with no room on the host. refused_*: not begun for want of room, of
-    capacity, or while storage is left alone. stuck_pages: kept by operations that were given up but still run.
+    dropped_*: evicted under write_back with no room on the host, or because the copy failed. refused_*: not begun for
+    want of room or capacity, or while storage is left alone; refused_loads: tails left on the host, for that or because
+    they are too short, beyond the quota, or too dear. prefetch_failures: look-ups and fetches that failed, or brought
+    less than was found; prefetch_late_tokens: fetched, but in the tree by then. The plain *_tokens add up what
+    ``attribute`` was told. stuck_pages: kept by operations that were given up but still run.
     """
 
     backups: int = 0

@@ -59,7 +59,6 @@ class Context:
 
     def begin_backup(self, device_pages: PageIds, host_pages: PageIds) -> Ticket:
         """Ask for a copy to the host. A mover that refuses is a copy that failed: ranks must not part here."""
-        self.ledger.begin_write(host_pages)
         try:
             return self.mover.backup(device_pages, host_pages)
         except Exception as error:
@@ -123,12 +122,12 @@ class Context:
         self._count_evicted("host", result.num_tokens)
         return result.num_tokens
 
-    def reserve_host(self, num_pages: int) -> PageIds | None:
+    def reserve_host(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
         """Take host pages, after one eviction if there are too few."""
-        pages = self.ledger.reserve(num_pages)
+        pages = self.ledger.reserve(num_pages, for_copy)
         if pages is None:
             self.evict_host(num_pages * self.page_size)
-            pages = self.ledger.reserve(num_pages)
+            pages = self.ledger.reserve(num_pages, for_copy)
         return pages
 
     def _count_evicted(self, tier: Literal["device", "host"], num_tokens: int) -> None:

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import numpy.typing as npt
 
 from ..tree.base import BaseRadixTree
+from ..tree.page_hash import DIGEST_BYTES, sha256_chain
 from ..types import ROOT
 from .base import Digests
 
-__all__ = ["DIGEST_BYTES", "PathHashes"]
-
-DIGEST_BYTES = 32
-
-
-def sha256_chain(tokens: npt.NDArray[np.int32], page_size: int, previous: bytes | None = None) -> Digests:
-    digests = []
-    data = np.ascontiguousarray(tokens, np.dtype("<i4")).tobytes()
-    step = 4 * page_size
-    for at in range(0, len(data) - step + 1, step):
-        previous = hashlib.sha256((previous or b"") + data[at : at + step]).digest()
-        digests.append(previous)
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
-
+__all__ = ["PathHashes"]
 
 class PathHashes:
     """SHA-256 chains along the paths of a tree.

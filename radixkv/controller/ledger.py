@@ -9,10 +9,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ..pool.states import HostSlots, MemoryStateInt
 from ..types import PageIds
@@ -35,7 +32,7 @@ class Ledger:
 
     def __init__(self, device: DevicePages, host: HostSlots | None) -> None:
         self.device, self._host = device, host
-        self._host_of: PageIds = np.full(0, -1, np.int32)
+        self._host_of: PageIds = np.full(device.capacity if host is not None else 0, -1, np.int32)
         self.backup_pages = 0
         """Host pages whose device copy is gone."""
 
@@ -47,17 +44,18 @@ class Ledger:
     def free_device(self, pages: PageIds) -> None:
         """Device pages have left the tree: their host copies are backups now."""
         if len(pages):
-            self.unpair(pages)
+            if self._host is not None:
+                self.unpair(pages)
             self.device.free(pages)
 
     def unpair(self, pages: PageIds) -> None:
         """The host copies of these device pages, where they have one, are backups now."""
-        known = pages[pages < len(self._host_of)]
-        host = self._host_of[known]
+        self._cover(pages)
+        host = self._host_of[pages]
         host = host[host >= 0]
         if len(host):
             self.host.move_pages(host, _BACKUP, "become a backup", _SYNCED)
-            self._host_of[known] = -1
+            self._host_of[pages] = -1
             self.backup_pages += len(host)
 
     # ---- host --------------------------------------------------------------------------------------------------------
@@ -71,13 +69,10 @@ class Ledger:
     def has_host(self) -> bool:
         return self._host is not None
 
-    def reserve(self, num_pages: int) -> PageIds | None:
-        """Take host pages, for bytes that come from storage; None if there are too few."""
-        return self.host.alloc_pages(num_pages)
-
-    def begin_write(self, pages: PageIds) -> None:
-        """Reserved pages will be written by a copy."""
-        self.host.move_pages(pages, _PROTECTED, "be written", _RESERVED)
+    def reserve(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
+        """Take host pages, for bytes that come from storage, or by a copy from the device; None if there are too
+        few."""
+        return self.host.alloc_pages(num_pages, for_copy)
 
     def end_write(self, device_pages: PageIds, pages: PageIds) -> None:
         """The copy is done: both tiers hold the bytes."""
@@ -131,11 +126,13 @@ class Ledger:
         at = np.flatnonzero(self._host_of >= 0)
         return dict(zip(at.tolist(), self._host_of[at].tolist(), strict=True))
 
-    def _pair(self, device_pages: npt.NDArray[Any], pages: PageIds) -> None:
-        top = int(device_pages.max()) if len(device_pages) else -1
-        if top >= len(self._host_of):
-            size = max(top + 1, self.device.capacity, 2 * len(self._host_of))
-            grown = np.full(size, -1, np.int32)
-            grown[: len(self._host_of)] = self._host_of
-            self._host_of = grown
+    def _pair(self, device_pages: PageIds, pages: PageIds) -> None:
+        self._cover(device_pages)
         self._host_of[device_pages] = pages
+
+    def _cover(self, device_pages: PageIds) -> None:
+        """Make the table long enough; an engine's pages may be numbered from anywhere."""
+        top = int(device_pages[device_pages.argmax()]) if len(device_pages) else -1
+        if top >= len(self._host_of):
+            size = max(top + 1, 2 * len(self._host_of))
+            self._host_of = np.concatenate([self._host_of, np.full(size - len(self._host_of), -1, np.int32)])

@@ -210,3 +210,5 @@ class Loads:
         if batch.ticket.seconds:
             ns = batch.ticket.seconds * 1e9 / (batch.num_pages * self.context.page_size)
             self.measured_ns_per_token += int(SMOOTHING * (ns - self.measured_ns_per_token))
+            if self.context.group.size == 1:
+                self.ns_per_token = self.measured_ns_per_token

@@ -105,7 +105,9 @@ class Prefetches:
         if op.stage is Stage.LOOKING_UP:
             return self._looked_up(op, pages, success)
         op.to(Stage.FETCHED)
-        self.backoff.result(success and pages == op.num_pages)
+        complete = success and pages == op.num_pages
+        self.backoff.result(complete)
+        self.context.counts["prefetch_failures"] += not complete
         rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
         self.context.ledger.free_host(rest)
         return True
@@ -117,6 +119,7 @@ class Prefetches:
         assert self.edge is not None
         if not success:
             self.backoff.result(False)
+            context.counts["prefetch_failures"] += 1
         if pages * page_size >= max(config.prefetch_threshold, 1):
             room = context.reserve_host(pages)
             if room is None:  # as many as there are, if that is still worth it

@@ -1,10 +1,10 @@
 """L3: the threads in front of a PageStore. They touch host pages and storage, never the tree.
 
-    look-ups and fetches  --> reader thread      a look-up goes before a fetch: somebody waits for it sooner
-    stores                --> writer thread
+    look-ups -> one thread     fetches -> one thread     stores -> one thread
+    A worker makes one call to storage for the job at the front, and puts it at the end of its queue if there is more to
+    do: a long job does not keep short ones waiting, and what is cancelled leaves the queue at once.
 
-Queues are bounded by the controller (max_prefetches, max_stores); what is cancelled leaves the queue at once. A call to
-storage has a deadline, a job is cancelled between two calls.
+Queues are bounded by the controller (max_prefetches, max_stores). A call to storage has a deadline.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from .base import BoolArray, Digests
 from .config import ControllerConfig
 
 __all__ = ["Job", "PageStoreLike", "StorageWorkers", "work_on"]
+
+JobKind: TypeAlias = Literal["look_up", "fetch", "store"]
 
 
 class PageStoreLike(Protocol):
@@ -42,16 +44,14 @@ class PageStoreLike(Protocol):
 class Job:
     """One task of a worker. A StorageJob. Written by one worker, read by any thread."""
 
-    def __init__(
-        self, kind: Literal["look_up", "fetch", "store"], digests: Digests, host_pages: PageIds | None, salt: bytes
-    ) -> None:
+    def __init__(self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes) -> None:
         self.kind, self.digests, self.host_pages, self.salt = kind, digests, host_pages, salt
         self.pages = 0
         self.seconds = 0.0
         self.error: BaseException | None = None
         self.cancelled = False
         self._ended = threading.Event()
-        self.queue: _Queue | None = None
+        self.worker: _Worker | None = None
 
     def done(self) -> bool:
         return self._ended.is_set()
@@ -61,7 +61,7 @@ class Job:
 
     def cancel(self) -> bool:
         self.cancelled = True
-        if self.queue is not None and self.queue.remove(self):
+        if self.worker is not None and self.worker.remove(self):
             self.end()
         return self.done()
 
@@ -71,118 +71,120 @@ class Job:
         self._ended.set()
 
 
-class _Queue:
-    """Jobs that wait for one worker; the urgent ones first."""
+class _Worker:
+    """One thread and its queue; the thread is started with the first job."""
 
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self._urgent: deque[Job] = deque()
-        self._others: deque[Job] = deque()
-        self.closed = False
+    def __init__(self, name: str, store: PageStoreLike, config: ControllerConfig) -> None:
+        self._name, self._store, self._config = name, store, config
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Job, Iterator[None]]] = deque()
+        self._running: Job | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
 
     def put(self, job: Job) -> None:
-        with self.changed:
-            if self.closed:
-                job.end(StateError("storage is detached"))
+        """Do it after those that wait; end it with an error if the worker is closed."""
+        job.worker = self
+        with self._changed:
+            if not self._closed:
+                self._waiting.append((job, work_on(job, self._store, self._config)))
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._work, name=f"radixkv-{self._name}", daemon=True)
+                    self._thread.start()
+                self._changed.notify()
                 return
-            job.queue = self
-            (self._urgent if job.kind == "look_up" else self._others).append(job)
-            self.changed.notify()
-
-    def take(self) -> Job | None:
-        """The next job, which is begun by that; None once closed."""
-        with self.changed:
-            while not (self._urgent or self._others or self.closed):
-                self.changed.wait()
-            if self.closed:
-                return None
-            return (self._urgent or self._others).popleft()
+        job.end(StateError("storage is detached"))
 
     def remove(self, job: Job) -> bool:
-        """Whether it was still waiting."""
-        with self.changed:
-            for jobs in (self._urgent, self._others):
-                if job in jobs:
-                    jobs.remove(job)
+        """Whether it was waiting, for its first call or between two; it is not any more."""
+        with self._changed:
+            for at, (other, _) in enumerate(self._waiting):
+                if other is job:
+                    del self._waiting[at]
                     return True
-            return False
+        return False
 
-    def close(self) -> list[Job]:
-        """Returns: the jobs that waited."""
-        with self.changed:
-            self.closed = True
-            left = [*self._urgent, *self._others]
-            self._urgent.clear()
-            self._others.clear()
-            self.changed.notify_all()
-            return left
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                job, work = self._waiting.popleft()
+                self._running = job
+            more, error = self._step(work)
+            with self._changed:
+                self._running = None
+                if more and not job.cancelled:
+                    self._waiting.append((job, work))
+                    continue
+            job.end(error)
+
+    @staticmethod
+    def _step(work: Iterator[None]) -> tuple[bool, BaseException | None]:
+        """Make one call to storage. Returns: whether there is more to do, and why it failed."""
+        try:
+            next(work)
+        except StopIteration:
+            return False, None
+        except Exception as error:  # whatever a backend raises is the failure of this job alone
+            return False, error
+        return True, None
+
+    def close(self) -> None:
+        """End what waits; what runs ends after its call, and then the thread."""
+        with self._changed:
+            self._closed = True
+            left = [job for job, _ in self._waiting]
+            self._waiting.clear()
+            if self._running is not None:
+                self._running.cancelled = True
+            self._changed.notify_all()
+        for job in left:
+            job.cancelled = True
+            job.end()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread. Returns: whether it has ended."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
 
 class StorageWorkers:
-    """A StorageEdge over a PageStore: one thread reads, one writes, each started with the first job.
+    """A StorageEdge over a PageStore.
 
     Args: store: its methods may be called on any thread; they may raise anything, which ends the job.
     """
 
     def __init__(self, store: PageStoreLike, config: ControllerConfig) -> None:
-        self._store, self._config = store, config
-        self._queues = {"read": _Queue(), "write": _Queue()}
-        self._threads: dict[str, threading.Thread] = {}
-        self._running: dict[str, Job | None] = {"read": None, "write": None}
+        self._workers = {kind: _Worker(kind, store, config) for kind in get_args(JobKind)}
 
-    # ---- StorageEdge -------------------------------------------------------------------------------------------------
     def look_up(self, digests: Digests, salt: bytes) -> Job:
         """Count the leading pages that exist."""
-        return self._put("read", Job("look_up", digests, None, salt))
+        return self._put(Job("look_up", digests, None, salt))
 
     def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
         """Read pages until one is missing."""
-        return self._put("read", Job("fetch", digests, host_pages, salt))
+        return self._put(Job("fetch", digests, host_pages, salt))
 
     def store(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
         """Write pages until one fails."""
-        return self._put("write", Job("store", digests, host_pages, salt))
+        return self._put(Job("store", digests, host_pages, salt))
+
+    def _put(self, job: Job) -> Job:
+        self._workers[job.kind].put(job)
+        return job
 
     def close(self, timeout_s: float) -> bool:
         """Cancel everything, end the threads. Returns: whether all have ended; what hangs in a call is left behind."""
         end_s = time.monotonic() + timeout_s
-        for name, queue in self._queues.items():
-            for job in queue.close():
-                job.cancelled = True
-                job.end()
-            running = self._running[name]
-            if running is not None:
-                running.cancelled = True
-        for thread in self._threads.values():
-            thread.join(max(0.0, end_s - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads.values())
-
-    # ---- threads -----------------------------------------------------------------------------------------------------
-    def _put(self, name: str, job: Job) -> Job:
-        if name not in self._threads and not self._queues[name].closed:
-            thread = threading.Thread(target=self._work, args=(name,), name=f"radixkv-storage-{name}", daemon=True)
-            self._threads[name] = thread
-            thread.start()
-        self._queues[name].put(job)
-        return job
-
-    def _work(self, name: str) -> None:
-        queue = self._queues[name]
-        while (job := queue.take()) is not None:
-            self._running[name] = job
-            if queue.closed:
-                job.cancelled = True
-            error: BaseException | None = None
-            try:
-                self._run(job)
-            except Exception as raised:  # whatever a backend raises is the failure of this job alone
-                error = raised
-            self._running[name] = None
-            job.end(error)
-
-    def _run(self, job: Job) -> None:
-        for _ in work_on(job, self._store, self._config):
-            pass
+        for worker in self._workers.values():
+            worker.close()
+        ended = [worker.join(max(0.0, end_s - time.monotonic())) for worker in self._workers.values()]
+        return all(ended)
 
 
 def work_on(job: Job, store: PageStoreLike, config: ControllerConfig) -> Iterator[None]:

@@ -40,7 +40,7 @@ class Writes:
             return 0
         host_pages = None
         if len(self.operations) < context.config.max_writes:
-            host_pages = context.reserve_host(len(pages))
+            host_pages = context.reserve_host(len(pages), for_copy=True)
         if host_pages is None:
             context.counts["refused_backups"] += 1
             return 0
@@ -164,4 +164,4 @@ class Writes:
         free = context.ledger.host.available_size() // context.page_size
         if wanted > free:
             context.evict_host((wanted - free) * context.page_size)
-        return [context.ledger.reserve(len(request.page_ids)) for request in requests]
+        return [context.ledger.reserve(len(request.page_ids), for_copy=True) for request in requests]

@@ -61,9 +61,12 @@ class SlotAllocator:
         if from_fresh < num_pages:  # no run is long enough: keep the rest of the fresh one for a shorter call if we can
             from_fresh = max(0, num_pages - self._stack_len)
         from_stack = num_pages - from_fresh
-        ids = np.empty(num_pages, np.int32)
-        ids[:from_stack] = self._stack[self._stack_len - from_stack : self._stack_len]
-        ids[from_stack:] = np.arange(self._fresh, self._fresh + from_fresh, dtype=np.int32)
+        ids = self._stack[self._stack_len - from_stack : self._stack_len]
+        if from_fresh:
+            fresh = np.arange(self._fresh, self._fresh + from_fresh, dtype=np.int32)
+            ids = np.concatenate([ids, fresh]) if from_stack else fresh
+        else:
+            ids = ids.copy()
         self._stack_len -= from_stack
         self._fresh += from_fresh
         self._in_use[ids] = True

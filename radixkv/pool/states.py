@@ -125,12 +125,12 @@ class HostSlots:
         return pages
 
     # ---- by page ids: what a controller calls for every node, so nothing is expanded to slots ------------------------
-    def alloc_pages(self, num_pages: int) -> PageIds | None:
-        """As ``alloc``, in pages. Returns: int32 ids, new."""
+    def alloc_pages(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
+        """As ``alloc``, in pages; PROTECTED at once if a copy is to write them. Returns: int32 ids, new."""
         with self.lock:
             pages = self._allocator.alloc(num_pages)
             if pages is not None:
-                self._state[pages] = _RESERVED
+                self._state[pages] = _PROTECTED if for_copy else _RESERVED
         return pages
 
     def free_pages(self, pages: npt.NDArray[Any]) -> None:
@@ -247,7 +247,7 @@ class HostSlots:
     def _check(self, pages: npt.NDArray[Any], verb: str, allowed: tuple[MemoryStateInt, ...]) -> None:
         states = self._state[pages]
         wrong = _none_of(allowed)[states]
-        if wrong.any():
+        if np.count_nonzero(wrong):  # half the time of any()
             names = " or ".join(state.name for state in allowed)
             now = MemoryStateInt(states[wrong][0]).name
             raise StateError(f"host page {pages[wrong][0]} is {now}, and must be {names} to {verb}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from radixkv import RadixTree
-from radixkv.controller import Controller, ControllerConfig, Polled
+from radixkv.controller import Controller, ControllerConfig, CpuMover, Polled
 from radixkv.controller.base import Digests
 from radixkv.controller.lanes import CopyTicket
 from radixkv.controller.workers import Job, work_on
@@ -23,6 +23,7 @@ from radixkv.pool.slots import SlotAllocator
 from radixkv.storage import MemoryStorage, PageNamespace, PageStore, Storage, host_page_parts
 from radixkv.transfer.cpu import CpuTransfer, Progress
 from radixkv.transfer.plan import staging_view
+from radixkv.tree.page_hash import sha256_page_hash
 from radixkv.types import ROOT, PageIds
 
 GEOMETRY = KVGeometry(kind="mha", num_layers=2, num_heads=1, head_bytes=16, page_size=4)
@@ -246,27 +247,31 @@ def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "
 
 
 class Stack:
-    """Tree, pools, a mover and a controller; the test is the engine."""
+    """Tree, pools, a mover and a controller; the test is the engine. threads: copies and storage calls run by
+    themselves, as they do in earnest."""
 
     def __init__(
-        self, device_pages: int = 32, host_pages: int = 64, *, tree: Any = None, mover: Any = None, storage: Any = None,
-        group: Any = None, listener: Any = None, clock: Callable[[], float] | None = None, **config: Any,
+        self, device_pages: int = 32, host_pages: int = 64, *, tree: Any = None, threads: bool = False,
+        storage: Any = None, group: Any = None, listener: Any = None, clock: Callable[[], float] | None = None,
+        **config: Any,
     ) -> None:  # fmt: skip
         self.device = DeviceMemory(device_pages)
         self.host = host_cache(host_pages)
-        self.tree = tree if tree is not None else RadixTree(P)
-        self.mover = mover or ScriptedMover(self.device.view(), self.host.view())
+        self.tree = tree if tree is not None else RadixTree(P, page_hash=sha256_page_hash())
+        views = self.device.view(), self.host.view()
+        self.mover: Any = CpuMover(CpuTransfer(GEOMETRY, 1), *views) if threads else ScriptedMover(*views)
         more = {} if clock is None else {"clock": clock}
         self.config = ControllerConfig(
             **{"write_policy": "write_through", "prefetch_threshold": P, "load_back_threshold": 1,
                "storage_batch_pages": 2} | config
         )  # fmt: skip
-        self.edge: ScriptedEdge | None = None
-        if storage:
-            self.edge = ScriptedEdge(page_store(self.host, None if storage is True else storage), self.config)
+        self.edge: Any = None
+        self.pages = page_store(self.host, None if storage is True else storage) if storage else None
+        if self.pages is not None and not threads:
+            self.edge = ScriptedEdge(self.pages, self.config)
         self.controller = Controller(
-            self.tree, self.device, self.host, self.mover, storage=self.edge, group=group, listener=listener,
-            config=self.config, **more,
+            self.tree, self.device, self.host, self.mover, storage=self.edge or self.pages, group=group,
+            listener=listener, config=self.config, **more,
         )  # fmt: skip
 
     def compute(self, tokens: Any, **more: Any) -> int:

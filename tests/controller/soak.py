@@ -23,6 +23,7 @@ from radixkv.controller import Load, LocalGroup
 from radixkv.errors import LoadError, LockError, StorageError, TransferError
 from radixkv.key import encode_namespace
 from radixkv.storage import MemoryStorage, Storage
+from radixkv.tree.page_hash import sha256_page_hash
 from radixkv.tree.reference import ReferenceTree
 from radixkv.types import PageIds
 
@@ -146,7 +147,8 @@ class Soak:
 
     def start(self) -> None:
         """A process starts: everything but storage is new."""
-        tree = RadixTree(P) if self.tree_name == "core" else ReferenceTree(P)
+        page_hash = sha256_page_hash() if self.random.integers(2) else None  # None: paths are hashed by the controller
+        tree = RadixTree(P, page_hash=page_hash) if self.tree_name == "core" else ReferenceTree(P)
         self.stack = Stack(
             self.device_pages, self.host_pages, tree=tree, storage=self.storage, clock=lambda: self.now_s,
             group=self.group, **self.settings,
@@ -379,22 +381,16 @@ class Soak:
         self.stack.device.refuse = 0
         controller = self.controller
         controller.start_loads()
-        for _ in range(50):
-            self.stack.mover.run()
-            assert self.stack.edge is not None
-            self.stack.edge.run()
-            self.now_s += 100.0
-            controller.poll()
+        self.rest()
         self.check()
         stats = controller.stats()
         moving = {name: value for name, value in stats._asdict().items() if "in_flight" in name or "stuck" in name}
         assert not any(moving.values()), f"does not come to rest: {moving}"
-        self.stack.mover.instant = True
+        self.stack.mover.instant = True  # which means nothing to a real one
         total = controller.tree.stats()
         assert total.protected_tokens == 0, f"{total.protected_tokens} tokens are still locked"
         while controller.evict(1000 * P):
-            self.stack.edge.run()  # what was written back may go on to storage
-            controller.poll()
+            self.rest()  # what was written back may go on to storage
         while controller.evict_host(1000 * P):
             pass
         self.check()
@@ -403,6 +399,56 @@ class Soak:
         assert self.stack.host.available_size() == self.stack.host.size
         self.stack.mover.instant = False
 
+    def rest(self) -> None:
+        """Let everything end."""
+        for _ in range(20):
+            self.stack.mover.run()
+            self.stack.edge.run()
+            self.now_s += 100.0
+            self.controller.poll()
+
+
+class ThreadedSoak(Soak):
+    """The same with the threads of earnest: copies and storage calls end when they do. A seed does not name a run."""
+
+    def start(self) -> None:
+        tree = RadixTree(P, page_hash=sha256_page_hash())
+        settings = self.settings | {"copy_timeout_s": 30.0, "settle_timeout_s": 30.0}
+        self.stack = Stack(
+            self.device_pages, self.host_pages, tree=tree, threads=True, storage=self.storage,
+            clock=lambda: self.now_s, **settings,
+        )  # fmt: skip
+        self.controller = self.stack.controller
+        self.requests = []
+
+    def copy(self) -> None:
+        time.sleep(0)  # let threads run
+
+    call_storage = machine = copy
+
+    def reattach(self) -> None:
+        store = self.controller.detach_storage()
+        assert store is self.stack.pages
+        self.check()
+        self.controller.attach_storage(store)
+
+    def rest(self) -> None:
+        end_s = time.monotonic() + 60
+        while time.monotonic() < end_s:
+            self.now_s += 100.0
+            self.controller.poll()
+            stats = self.controller.stats()
+            if not any(value for name, value in stats._asdict().items() if "in_flight" in name or "stuck" in name):
+                return
+            time.sleep(0)
+
+    ACTIONS = (
+        *((action, weight) for action, weight in Soak.ACTIONS if action.__name__ not in
+          ("copy", "call_storage", "machine", "reattach")),
+        (copy, 40), (reattach, 0.1),
+    )  # fmt: skip
+    WEIGHTS = np.array([weight for _, weight in ACTIONS]) / sum(weight for _, weight in ACTIONS)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -410,11 +456,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first run")
     parser.add_argument("--steps-each", type=int, default=5_000, help="of a run, before the next seed")
     parser.add_argument("--tree", choices=["core", "reference"], default="core")
+    parser.add_argument("--threads", action="store_true", help="with the real threads; a seed does not name a run then")
     options = parser.parse_args()
     began_s, seed, left, served = time.time(), options.seed, options.steps, 0
     while left > 0:
         steps = min(left, options.steps_each)
-        soak = Soak(seed, options.tree)
+        soak = ThreadedSoak(seed) if options.threads else Soak(seed, options.tree)
         try:
             soak.run(steps)
         except BaseException:

@@ -260,7 +260,7 @@ def test_layers_complete_one_by_one() -> None:
 def test_a_consumer_that_waits_too_long_is_told() -> None:
     counter = LayerCounter(2, timeout_s=0.001)
     counter.set_consumer(counter.begin(Progress(2)))
-    with pytest.raises(LoadError, match="after 0.001 s"):
+    with pytest.raises(LoadError, match=r"after 0\.001 s"):
         counter.wait_until(0)
 
 

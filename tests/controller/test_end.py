@@ -1,0 +1,309 @@
+"""Reset, close, detach: nothing waits, nothing is left behind, whatever is in flight. And the real threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radixkv.controller.lanes import CopyLane, CopyTicket
+from radixkv.controller.workers import StorageWorkers
+from radixkv.errors import LoadError, StateError, StorageError
+from radixkv.storage import MemoryStorage, Storage
+from radixkv.storage.file import FileStorage
+
+from .kit import GEOMETRY, ROOT, P, Stack, content_of, page_store, prompt
+
+QUICK_S = 0.5
+"""What takes milliseconds, on a machine that does other things too."""
+
+
+def timed(call: Any, *arguments: Any) -> float:
+    began_s = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - began_s
+
+
+def everything_in_flight(**options: Any) -> Stack:
+    """A copy each way, a queued load, a store, and prefetches at every stage."""
+    stack = Stack(storage=True, prefetch_policy="wait_complete", host_pages=200, **options)
+    assert stack.edge is not None
+    for seed in (1, 2, 3, 4, 5):
+        node = stack.compute(prompt(seed, 4))
+        stack.settle()
+        stack.controller.store(node)
+        stack.settle()
+    stack.controller.reset()
+    for seed in (3, 4, 5):
+        stack.compute(prompt(seed, 4))
+        stack.settle()
+    stack.controller.evict(10**6)
+    for name in ("looking up", "fetching", "fetched"):
+        stack.controller.prefetch(name, prompt(1 if name == "fetching" else 2, 4), ROOT)
+        if name != "looking up":
+            stack.edge.run()
+            stack.controller.poll()
+            stack.edge.step()
+    stack.edge.run()
+    stack.controller.poll()
+    stack.mover.begins = bool(options.get("settle_timeout_s") == 0.0)
+    stack.controller.load(stack.controller.match(prompt(3, 4)).host_node)
+    stack.controller.start_loads()
+    stack.controller.load(stack.controller.match(prompt(4, 4)).host_node)
+    stack.controller.store(stack.controller.match(prompt(5, 4)).host_node)
+    stack.edge.step("store")
+    stack.compute(prompt(6, 4))
+    stats = stack.controller.stats()
+    assert (stats.writes_in_flight, stats.loads_in_flight, stats.queued_loads, stats.stores_in_flight) == (1, 2, 1, 1)
+    assert stats.prefetches_in_flight >= 2
+    stack.check()
+    return stack
+
+
+# ---- reset -----------------------------------------------------------------------------------------------------------
+def test_reset_with_everything_in_flight_leaves_nothing_behind() -> None:
+    stack = everything_in_flight()
+    assert timed(stack.controller.reset) < QUICK_S
+    assert stack.device.available == stack.device.capacity
+    stats = stack.controller.stats()
+    assert [value for name, value in stats._asdict().items() if name.endswith("_in_flight")] == [0] * 5
+    stack.check()
+    stack.edge.run()
+    stack.controller.poll()
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+    assert stack.serve(prompt(6, 4)) == 0
+    stack.compute(prompt(6, 4))
+    stack.settle()
+    stack.check()
+
+
+def test_reset_does_not_wait_for_what_is_stuck_but_keeps_its_pages() -> None:
+    stack = everything_in_flight(settle_timeout_s=0.0)
+    assert timed(stack.controller.reset) < QUICK_S
+    stats = stack.controller.stats()
+    assert stats.stuck_pages > 0
+    assert stack.device.available == stack.device.capacity - 4  # the load still writes there
+    stack.check()
+    stack.controller.reset()  # and once more
+    stack.check()
+    stack.mover.run()
+    stack.edge.run()
+    stack.controller.poll()
+    assert stack.controller.stats().stuck_pages == 0
+    assert stack.device.available == stack.device.capacity
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+
+
+def test_who_waits_for_a_load_is_woken_by_reset() -> None:
+    stack = Stack()
+    stack.compute(prompt(1, 3))
+    stack.settle()
+    stack.controller.evict(3 * P)
+    stack.controller.load(stack.controller.match(prompt(1, 3)).host_node)
+    index = stack.controller.start_loads()
+    told: list[BaseException] = []
+
+    def forward() -> None:
+        try:
+            stack.controller.layer_counter.wait(0, 30.0, index)
+        except LoadError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    stack.controller.reset()
+    thread.join(10)
+    assert len(told) == 1
+
+
+def test_detach_with_everything_in_flight() -> None:
+    stack = everything_in_flight()
+    assert timed(stack.controller.detach_storage) < QUICK_S
+    stack.check()
+    stack.settle()
+    assert stack.controller.stats().prefetches_in_flight == 0
+    stack.check()
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+class Gated(Storage):
+    """A storage whose calls wait for a gate."""
+
+    name = "gated"
+
+    def __init__(self) -> None:
+        self.inner, self.gate, self.inside = MemoryStorage(), threading.Event(), threading.Event()
+        self.gate.set()
+
+    def _enter(self) -> None:
+        self.inside.set()
+        assert self.gate.wait(60)
+
+    def put_many(self, keys: Any, parts: Any, *, timeout_s: float | None = None) -> Any:
+        self._enter()
+        return self.inner.put_many(keys, parts)
+
+    def get_many(self, keys: Any, parts: Any, *, timeout_s: float | None = None) -> Any:
+        self._enter()
+        return self.inner.get_many(keys, parts)
+
+    def exists_many(self, keys: Any, *, timeout_s: float | None = None) -> Any:
+        return self.inner.exists_many(keys)
+
+    def delete_many(self, keys: Any, *, timeout_s: float | None = None) -> None:
+        self.inner.delete_many(keys)
+
+    def clear(self, *, timeout_s: float | None = None) -> None:
+        self.inner.clear()
+
+    def close(self) -> None:
+        self.gate.set()
+
+
+def until(condition: Any, stack: Stack) -> None:
+    """Poll until something holds."""
+    end_s = time.monotonic() + 30
+    while not condition():
+        stack.controller.poll()
+        assert time.monotonic() < end_s, stack.controller.stats()
+
+
+def test_the_whole_way_with_threads_and_files_and_a_restart(tmp_path: Any) -> None:
+    tokens = prompt(1, 12)
+    storage = FileStorage(tmp_path)
+    stack = Stack(threads=True, storage=storage, store_after_backup=True)
+    stack.compute(tokens)
+    until(lambda: stack.controller.stats().stores == 1, stack)
+    stack.check()
+    stack.controller.close()
+    storage.close()
+    ours = {"radixkv-write", "radixkv-load", "radixkv-look_up", "radixkv-fetch", "radixkv-store"}
+    assert not ours & {thread.name for thread in threading.enumerate()}
+
+    storage = FileStorage(tmp_path)
+    again = Stack(threads=True, storage=storage, prefetch_policy="wait_complete")
+    assert again.controller.prefetch("r", tokens, ROOT)
+    until(lambda: again.controller.finish_prefetch("r"), again)
+    match = again.controller.match(tokens)
+    load = again.controller.load(match.host_node)
+    assert load is not None
+    again.controller.layer_counter.set_consumer(again.controller.start_loads())
+    for layer in range(GEOMETRY.num_layers):
+        again.controller.layer_counter.wait_until(layer)
+    assert np.array_equal(again.device.data[load.page_ids], content_of(tokens))
+    until(lambda: again.controller.stats().loads == 1, again)
+    again.check()
+    again.controller.close()
+    storage.close()
+
+
+def test_reset_and_close_while_storage_hangs() -> None:
+    storage = Gated()
+    stack = Stack(threads=True, storage=storage, store_after_backup=True, close_timeout_s=0.05)
+    stack.compute(prompt(1, 6))
+    storage.gate.clear()
+    storage.inside.clear()
+    until(lambda: stack.controller.stats().stores_in_flight == 1, stack)
+    assert storage.inside.wait(30)
+    assert timed(stack.controller.reset) < QUICK_S
+    assert stack.controller.stats().stuck_pages == 6  # storage still reads them
+    assert stack.host.available_size() == stack.host.size - 6 * P
+    stack.check()
+    assert timed(stack.controller.close) < QUICK_S
+    storage.gate.set()
+    until(lambda: stack.controller.stats().stuck_pages == 0, stack)
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+    stack.controller.close()
+
+
+def test_close_ends_what_waits_and_waits_for_what_runs() -> None:
+    began, go = threading.Event(), threading.Event()
+
+    def copy() -> None:
+        began.set()
+        assert go.wait(30)
+
+    lane = CopyLane("radixkv-test")
+    running, waiting = CopyTicket(copy), CopyTicket(lambda: None)
+    lane.put(running)
+    lane.put(waiting)
+    assert began.wait(30)
+    assert not running.cancel()
+    closer = threading.Thread(target=lane.close)
+    closer.start()
+    assert waiting.wait(30)
+    assert isinstance(waiting.error, StateError)
+    assert not running.done()
+    go.set()
+    closer.join(30)
+    assert running.done()
+    assert running.error is None
+    late = CopyTicket(lambda: None)
+    lane.put(late)
+    assert isinstance(late.error, StateError)
+    lane.close()
+
+
+def test_a_ticket_that_was_cancelled_never_runs() -> None:
+    told: list[BaseException] = []
+    ticket = CopyTicket(lambda: pytest.fail("it ran"), told.append)
+    assert ticket.cancel()
+    assert not ticket.cancel()
+    ticket.run()
+    assert ticket.done()
+    assert told == [ticket.error]
+
+
+def test_storage_jobs_end_however_the_backend_fails() -> None:
+    class Broken:
+        def set_pages(self, *_: Any, **__: Any) -> Any:
+            raise StorageError("no connection")
+
+        def get_pages(self, *_: Any, **__: Any) -> Any:
+            raise ZeroDivisionError("a defect of the backend")
+
+        def count_prefix(self, *_: Any, **__: Any) -> int:
+            return 2
+
+    workers = StorageWorkers(Broken(), Stack().config)
+    digests, pages = np.zeros((4, 32), np.uint8), np.arange(4, dtype=np.int32)
+    jobs = [workers.store(digests, pages, b""), workers.fetch(digests, pages, b""), workers.look_up(digests, b"")]
+    assert all(job.wait(30) for job in jobs)
+    assert [type(job.error) for job in jobs] == [StorageError, ZeroDivisionError, type(None)]
+    assert jobs[2].pages == 2
+    assert workers.close(5.0)
+    late = workers.look_up(digests, b"")
+    assert isinstance(late.error, StateError)
+
+
+def test_jobs_take_turns_and_look_ups_do_not_wait_for_them() -> None:
+    storage = Gated()
+    stack = Stack(host_pages=64)
+    workers = StorageWorkers(page_store(stack.host, storage), stack.config)
+    pages = stack.host.alloc_pages(8)
+    assert pages is not None
+    digests = np.random.default_rng(0).integers(0, 256, (8, 32), np.uint8)
+    assert workers.store(digests, pages, b"").wait(30)
+    storage.gate.clear()
+    storage.inside.clear()
+    long = workers.fetch(digests, pages, b"")  # four calls
+    assert storage.inside.wait(30)
+    short, unwanted = workers.fetch(digests[:2], pages[:2], b""), workers.fetch(digests, pages, b"")
+    assert workers.look_up(digests, b"").wait(30)
+    assert unwanted.cancel()
+    assert unwanted.done()
+    assert not long.cancel()  # it ends after its call
+    storage.gate.set()
+    assert short.wait(30)
+    assert long.wait(30)
+    assert (long.pages, short.pages, unwanted.pages) == (2, 2, 0)
+    again = workers.fetch(digests, pages, b"")
+    assert again.wait(30)
+    assert (again.pages, again.error) == (8, None)
+    assert workers.close(5.0)

@@ -1,0 +1,205 @@
+"""Ranks that must decide alike: in threads, many runs; over torch.distributed with gloo, real processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radixkv.controller import LocalGroup, TorchGroup
+from radixkv.errors import GroupError, InvalidArgumentError, TransferError
+from radixkv.storage import MemoryStorage
+from radixkv.tree.page_hash import sha256_chain
+
+from .kit import ROOT, P, Stack, ThreadGroup, on_ranks, prompt
+from .soak import Soak
+
+torch_needed = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("shared", [False, True], ids=["MHA", "MLA"])
+def test_ranks_with_their_own_delays_and_failures_have_the_same_tree(size: int, shared: bool) -> None:
+    for seed in range(6):
+        storage = MemoryStorage() if shared else None
+        on_ranks(size, lambda group: Soak(seed, group=group, shared=shared, storage=storage).run(400))  # noqa: B023
+
+
+def test_a_copy_that_fails_on_one_rank_has_failed() -> None:
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(group=group)
+        if group.rank == 1:
+            stack.mover.fail = lambda kind: TransferError("rank 1 has a broken link")
+        node = stack.compute(prompt(1, 3))
+        if group.rank == 0:
+            stack.mover.run()
+        assert not stack.controller.poll()  # rank 1 has not ended
+        stack.mover.run()
+        polled = stack.controller.poll()
+        stack.check()
+        return polled.failed, stack.tree.node_info(node).host_page_ids is None, stack.host.available_size()
+
+    results = on_ranks(2, run)
+    assert results[0] == results[1] == (1, True, 64 * P)
+
+
+def test_ranks_take_what_all_of_them_have_from_storage() -> None:
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(group=group, storage=True, store_after_backup=True, prefetch_policy="wait_complete")
+        tokens = prompt(1, 6)
+        stack.compute(tokens)
+        stack.settle()
+        stack.controller.reset()
+        assert stack.edge is not None
+        if group.rank == 0:  # it has lost the last two
+            keys = stack.edge.pages.keys(sha256_chain(tokens, P))
+            stack.edge.pages.storage.delete_many(keys[4:])
+        stack.controller.prefetch("r", tokens, ROOT)
+        while not stack.controller.finish_prefetch("r"):
+            stack.edge.run()
+            stack.controller.poll()
+        stack.check()
+        return stack.controller.match(tokens).host_num_tokens
+
+    assert on_ranks(2, run) == [4 * P, 4 * P]
+
+
+def test_of_mla_rank_0_stores_for_all() -> None:
+    storage = MemoryStorage()
+    puts: Counter[int] = Counter()
+
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(group=group, storage=storage, share_storage=True)
+        assert stack.edge is not None
+        set_pages = stack.edge.pages.set_pages
+
+        def count(*arguments: Any, **more: Any) -> Any:
+            puts[group.rank] += 1
+            return set_pages(*arguments, **more)
+
+        stack.edge.pages.set_pages = count  # type: ignore[method-assign]
+        node = stack.compute(prompt(1, 3))
+        stack.settle()
+        stack.controller.store(node)
+        if group.rank:
+            assert not stack.controller.poll()  # rank 0 has not stored it yet
+        else:
+            stack.controller.poll()
+        stack.settle()
+        stack.check()
+        return stack.tree.node_info(node).marks
+
+    assert on_ranks(2, run) == [2, 2]
+    assert set(puts) == {0}
+
+
+def test_how_many_collectives_there_are() -> None:
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(group=group, storage=True, write_policy="write_back")
+        stack.mover.instant = True
+        calls = {"make": group.calls}
+
+        def count(name: str, call: Any, *arguments: Any) -> None:
+            before = group.calls
+            call(*arguments)
+            calls[name] = group.calls - before
+
+        stack.compute(prompt(1, 3))
+        count("idle poll", stack.controller.poll)
+        count("evict", stack.controller.evict, 3 * P)
+        stack.compute(prompt(2, 3))
+        stack.controller.backup(stack.controller.match(prompt(2, 3)).device_node)
+        stack.controller.prefetch("r", prompt(3, 3), ROOT)
+        count("busy poll", stack.controller.poll)
+        count("finish", stack.controller.finish_prefetch, "r")
+        count("finish again", stack.controller.finish_prefetch, "r")
+        count("evict nothing", stack.controller.evict, 0)
+        count("match", stack.controller.match, prompt(1, 3))
+        count("reset", stack.controller.reset)
+        count("close", stack.controller.close)
+        return calls
+
+    expected = {
+        "make": 1, "idle poll": 1, "evict": 1, "busy poll": 1, "finish": 1, "finish again": 0, "evict nothing": 0,
+        "match": 0, "reset": 1, "close": 0,
+    }  # fmt: skip
+    assert on_ranks(2, run) == [expected, expected]
+
+
+def test_ranks_that_were_made_differently_are_refused() -> None:
+    def run(group: ThreadGroup) -> None:
+        with pytest.raises(InvalidArgumentError, match="ranks differ in host pages: "):
+            Stack(group=group, host_pages=16 + group.rank)
+        with pytest.raises(InvalidArgumentError, match="ranks differ in settings"):
+            Stack(group=group, load_back_threshold=group.rank)
+
+    on_ranks(2, run)
+
+
+def test_a_rank_that_makes_other_calls_is_found_out() -> None:
+    def run(group: ThreadGroup) -> None:
+        stack = Stack(group=group, storage=True)
+        if group.rank == 0:
+            stack.compute(prompt(1, 3))
+            stack.mover.run()
+        with pytest.raises((GroupError, AssertionError)):
+            [stack.controller.poll() for _ in range(2)]
+
+    on_ranks(2, run)
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    assert LocalGroup().min([3, 1]) == [3, 1]
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+def launch(tmp_path: Path, size: int, **job: Any) -> list[dict[str, Any]]:
+    """Run rank.py ``size`` times. Returns: what the ranks printed; {} for one that printed nothing."""
+    job = {"size": size, "store": str(tmp_path / "store"), "folder": str(tmp_path), "timeout_s": 120.0} | job
+    root = Path(__file__).parents[2]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.controller.rank", json.dumps(job | {"rank": rank})],
+            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    failed = [errors[-3000:] for rank, (_, errors) in zip(ranks, outputs, strict=True) if rank.returncode]
+    assert not failed, min(failed, key=lambda errors: "closed by peer" in errors)
+    return [json.loads(out.splitlines()[-1]) if out.strip() else {} for out, _ in outputs]
+
+
+@torch_needed
+def test_two_processes_have_the_same_tree_and_notice_a_lost_one(tmp_path: Path) -> None:
+    lost = ["parted", "hang", "exit"]
+    results = launch(tmp_path, 2, scenarios=["soak", *lost], seeds=[1, 2, 3, 4], steps=300)
+    assert results[0]["soak"]["served_pages"] > 0
+    assert results[1] == {}  # dead
+    for scenario in lost:
+        told = results[0][scenario]
+        assert told["seconds"] < 3.0, f"{scenario}: {told}"  # the deadline is 1 s
+        assert told["after_s"] < 1.0, f"{scenario}: {told}"
+        assert told["error"].startswith("rank 0"), f"{scenario}: {told}"
+
+
+@torch_needed
+def test_four_processes_have_the_same_tree(tmp_path: Path) -> None:
+    results = launch(tmp_path, 4, scenarios=["soak"], seeds=[5, 6], steps=300)
+    assert all(result["soak"]["served_pages"] > 0 for result in results)
+
+
+@torch_needed
+def test_torch_group_needs_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GroupError, match="not initialised"):
+        TorchGroup()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(GroupError, match="needs torch"):
+        TorchGroup()
