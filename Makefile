@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "Python.h is missing: install python3-dev"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check "setuptools>=77" "cython>=3.1,<4" "numpy>=2.0" -c constraints.txt
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates]" -c constraints.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[dev,gates,storage-test]" -c constraints.txt
 	@mkdir -p $(dir $(BUILT))
 	@touch $(BUILT) $@
 

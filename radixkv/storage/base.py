@@ -48,8 +48,8 @@ class Storage(ABC):
     concerns the call (no connection, a server that answers nothing) raises StorageError, or StorageTimeoutError once
     ``timeout_s`` seconds have passed; of its keys nothing is known then, and a put may or may not have happened. None
     means no deadline for a local store, and the backend's own default for a server: no call hangs on a dead one.
-    A call that has returned or raised no longer touches the buffers it was given. For a store on local disk that comes
-    first: a call may overrun its deadline by one read or write of the kernel's.
+    A call that has returned or raised no longer touches the buffers it was given. That comes first: where the kernel or
+    a library moves bytes from and to these buffers itself, a call may overrun its deadline by one of their operations.
     Programmer errors (a bad key, as many parts as keys are not) raise InvalidArgumentError before anything is done.
     """
 
@@ -68,8 +68,8 @@ class Storage(ABC):
     def get_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> IntArray:
         """Read values: int64 [len(keys)], the length of each value in bytes, MISS (-1) if there is none.
 
-        Fills the parts in order as far as the value goes; what is beyond them is not read, but counts in the length.
-        The parts of a key that is a MISS, or whose length is not that of its parts, hold anything.
+        A value of exactly the length of its parts fills them in order. The parts of a MISS, or of a value of another
+        length, hold anything afterwards; nothing beyond them is written.
         Args: parts: a scatter list of writable buffers for each key.
         """
 

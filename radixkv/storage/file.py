@@ -73,9 +73,9 @@ class FileStorage(Storage):
         self.fsync, self.segment_bytes = fsync, segment_bytes
         try:
             self.folder = Folder(Path(path).absolute(), max_bytes, Deadline(None, "opening the folder"))
+        except StorageError:
+            raise
         except OSError as error:
-            if isinstance(error, StorageError):
-                raise
             raise StorageError(f"{path} cannot be used: {error}") from error
         self._pool = ThreadPoolExecutor(num_threads, "radixkv-file")
         self._pid: int | None = os.getpid()
@@ -96,6 +96,8 @@ class FileStorage(Storage):
         batches = [_Batch(keys, values) for keys in self._split(values)]
         try:
             drafts = self.folder.reserve([batch.file_bytes for batch in batches], deadline)
+        except StorageError:
+            raise
         except OSError as error:
             self._count(error)
             return set()
@@ -127,9 +129,9 @@ class FileStorage(Storage):
     def _write(self, draft: Draft, batch: _Batch, deadline: Deadline) -> OSError | None:
         """Write a segment and rename it into its place. Returns what went wrong. Raises: StorageTimeoutError."""
         try:
-            fd = os.open(draft.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _write_all(fd, batch.views, deadline)
+                self._write_all(fd, batch.views, deadline)
                 if self.fsync:
                     os.fsync(fd)
             finally:
@@ -141,9 +143,9 @@ class FileStorage(Storage):
                 os.rename(draft.temporary, draft.final)
                 if self.fsync:
                     _fsync_folder(draft.final.parent.parent)
+        except StorageError:
+            raise
         except OSError as error:
-            if isinstance(error, StorageError):
-                raise
             return error
         return None
 
@@ -153,10 +155,11 @@ class FileStorage(Storage):
                 _fsync_folder(done[0][0].final.parent)
             _remove(failed)
             self.folder.publish([(draft, batch.entries) for draft, batch in done], failed, deadline)
+        except StorageError:
+            self._abandon([draft for draft, _ in done])
+            raise
         except OSError as error:
             self._abandon([draft for draft, _ in done])
-            if isinstance(error, StorageError):
-                raise
             self._count(error)
             return set()
         return {key for _, batch in done for key in batch.entries}
@@ -183,8 +186,7 @@ class FileStorage(Storage):
         return sizes
 
     def _read(self, segment: Segment, reads: list[_Read], sizes: IntArray, deadline: Deadline) -> None:
-        """Read values of one segment into their parts, and note their sizes."""
-        deadline.remaining_s()
+        """Read values of one segment into their parts, and note their sizes. Raises: StorageTimeoutError."""
         try:
             fd = os.open(self.folder.path(segment.name), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -194,15 +196,17 @@ class FileStorage(Storage):
         try:
             self.folder.touched(segment, fd)
             for run in _adjacent(reads):
-                self._read_run(fd, run, sizes)
+                self._read_run(fd, run, sizes, deadline)
+        except StorageError:
+            raise
         except OSError as error:
             self._count(error)
         finally:
             os.close(fd)
 
-    def _read_run(self, fd: int, run: list[_Read], sizes: IntArray) -> None:
+    def _read_run(self, fd: int, run: list[_Read], sizes: IntArray, deadline: Deadline) -> None:
         """Read values that follow each other in the file with one gather list."""
-        got = _read_all(fd, [view for read in run for view in read.views], run[0].entry.offset)
+        got = self._read_all(fd, [view for read in run for view in read.views], run[0].entry.offset, deadline)
         for read in run:
             wanted = min(read.entry.num_bytes, sum(map(len, read.views)))
             if got < wanted:
@@ -210,6 +214,30 @@ class FileStorage(Storage):
                 break
             sizes[read.position] = read.entry.num_bytes
             got -= wanted
+
+    # ---- how bytes move; NixlStorage does it otherwise ---------------------------------------------------------------
+    def _write_all(self, fd: int, views: Sequence[memoryview], deadline: Deadline) -> None:
+        """Write views from the beginning of a new file. Raises: OSError, StorageTimeoutError."""
+        at = 0
+        for vector in _vectors(views):
+            while vector:
+                deadline.remaining_s()
+                done = os.pwritev(fd, vector, at)
+                at += done
+                vector = _rest(vector, done)
+
+    def _read_all(self, fd: int, views: Sequence[memoryview], at: int, deadline: Deadline) -> int:
+        """Bytes read into views; fewer than they have at the end of the file. Raises: OSError, StorageTimeoutError."""
+        start = at
+        for vector in _vectors(views):
+            while vector:
+                deadline.remaining_s()
+                done = os.preadv(fd, vector, at)
+                if not done:
+                    return at - start
+                at += done
+                vector = _rest(vector, done)
+        return at - start
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
     def exists_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
@@ -244,9 +272,9 @@ class FileStorage(Storage):
     def _guard(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
             function(*arguments)
+        except StorageError:
+            raise
         except OSError as error:
-            if isinstance(error, StorageError):
-                raise
             raise StorageError(f"{self.folder.root}: {error}") from error
 
     def _run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
@@ -323,30 +351,6 @@ def _rest(vector: list[memoryview], done: int) -> list[memoryview]:
             return [view[done:], *vector[index + 1 :]]
         done -= len(view)
     return []
-
-
-def _write_all(fd: int, views: Sequence[memoryview], deadline: Deadline) -> None:
-    """Raises: OSError, StorageTimeoutError."""
-    at = 0
-    for vector in _vectors(views):
-        while vector:
-            deadline.remaining_s()
-            done = os.pwritev(fd, vector, at)
-            at += done
-            vector = _rest(vector, done)
-
-
-def _read_all(fd: int, views: Sequence[memoryview], at: int) -> int:
-    """Bytes read; fewer than the views have at the end of the file. Raises: OSError."""
-    start = at
-    for vector in _vectors(views):
-        while vector:
-            done = os.preadv(fd, vector, at)
-            if not done:
-                return at - start
-            at += done
-            vector = _rest(vector, done)
-    return at - start
 
 
 def _fsync_folder(path: Path) -> None:

@@ -130,10 +130,9 @@ class Folder:
                 self.counters["orphans"] += 1
 
     def _scan(self) -> None:
-        for shard in sorted((self.root / "segments").iterdir()):
-            for path in shard.iterdir():
-                if _NAME.fullmatch(path.name):
-                    self._read(path.name)
+        for path in (self.root / "segments").glob("??/*"):
+            if _NAME.fullmatch(path.name):
+                self._read(path.name)
 
     def close(self) -> None:
         """Write down recency, and leave."""

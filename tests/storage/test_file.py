@@ -1,0 +1,699 @@
+"""The file backend: layout on disk, budget, crashes, full and broken disks, and several processes on one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from radixkv.errors import InvalidArgumentError, StorageError, StorageTimeoutError
+from radixkv.storage import journal as journal_module
+from radixkv.storage.file import FileStorage
+
+from .kit import PAGE_BYTES, HostPages, digests, ids, page_store
+
+ROOT = Path(__file__).parents[2]
+STORED = PAGE_BYTES + 64
+
+
+def value(key: str, size: int = 1000) -> bytes:
+    return np.random.default_rng(list(key.encode())).bytes(size)
+
+
+def put(storage: FileStorage, *keys: str, size: int = 1000, **options: Any) -> list[bool]:
+    flags: list[bool] = storage.put_many(list(keys), [[value(key, size)] for key in keys], **options).tolist()
+    return flags
+
+
+def get(storage: FileStorage, *keys: str, size: int = 1000) -> list[bool]:
+    """Which values are there. Those that are must be right."""
+    buffers = [bytearray(size) for _ in keys]
+    sizes = storage.get_many(list(keys), [[buffer] for buffer in buffers]).tolist()
+    for key, buffer, found in zip(keys, buffers, sizes, strict=True):
+        assert found in (-1, size)
+        assert found == -1 or buffer == value(key, size), key
+    return [found == size for found in sizes]
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted((folder / "segments").glob("??/*"))
+
+
+def disk_bytes(folder: Path) -> int:
+    """Blocks of all segments, those being written too. Under the lock none comes or goes, but one may be renamed."""
+    fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    sizes: dict[str, int] = {}
+    for path in [*(folder / "tmp").glob("*-*"), *segments(folder)]:
+        with contextlib.suppress(FileNotFoundError):
+            sizes[path.name[-16:]] = -(-path.stat().st_size // 4096) * 4096
+    os.close(fd)
+    return sum(sizes.values())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def storage(folder: Path) -> Iterator[FileStorage]:
+    made = FileStorage(folder)
+    yield made
+    made.close()
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------------
+def test_layout_of_a_segment(storage: FileStorage, folder: Path) -> None:
+    """As docs/storage.md draws it."""
+    storage.put_many(["first", "second"], [[b"abc", b"de"], [b"fgh"]])
+    (path,) = segments(folder)
+    data = path.read_bytes()
+    assert path.parent.name == path.name[:2]
+    assert len(path.name) == 16
+    magic, version, header_bytes, _, entries, key_bytes, file_bytes = struct.unpack_from("<8sHHIIIQ", data)
+    assert (magic, version, header_bytes, entries, key_bytes) == (b"RKVSEG\0\x1a", 1, 64, 2, 11)
+    assert file_bytes == len(data) == 64 + 2 * 24 + 11 + 8
+    rows = [struct.unpack_from("<QQII", data, 64 + 24 * i)[:3] for i in range(2)]
+    assert rows == [(123, 5, 5), (128, 3, 6)]
+    assert data[112:123] == b"firstsecond"
+    assert data[123:] == b"abcdefgh"
+    storage.delete_many(["first"])
+    assert struct.unpack_from("<I", path.read_bytes(), 64 + 20) == (0,)
+
+
+def test_batches_become_segments_of_bounded_size(folder: Path) -> None:
+    with FileStorage(folder, segment_bytes=3000) as storage:
+        assert all(put(storage, *"abcdefg"))
+        assert put(storage, "large", size=10_000) == [True]
+    sizes = sorted(path.stat().st_size for path in segments(folder))
+    assert [size // 1000 for size in sizes] == [1, 3, 3, 10]
+
+
+def test_the_folder_is_private(storage: FileStorage, folder: Path) -> None:
+    put(storage, "a")
+    modes = {path.stat().st_mode & 0o777 for path in [folder, *segments(folder), *(folder / "segments").iterdir()]}
+    assert modes == {0o700, 0o600}
+
+
+def test_a_put_with_fsync_syncs_each_segment_and_the_folder_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    with FileStorage(folder, fsync=True, segment_bytes=2000) as storage:
+        put(storage, *"abcdef")
+        files = [path for path in synced if "/tmp/" in path.removeprefix(str(folder))]
+        shard = {str(path.parent) for path in segments(folder)}
+        assert len(files) == 3
+        assert len(shard) == 1
+        assert synced.count(shard.pop()) == 1
+        assert str(folder / "segments") in synced  # the shard is new
+    synced.clear()
+    with FileStorage(folder.parent / "other") as storage:
+        put(storage, "a")
+    assert not synced
+
+
+def test_unusable_folders(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="cannot be used"):
+        FileStorage(tmp_path / "file")
+    FileStorage(tmp_path / "store").close()
+    (tmp_path / "store" / "FORMAT").write_text("radixkv file storage 99\n")
+    with pytest.raises(StorageError, match="storage 99"):
+        FileStorage(tmp_path / "store")
+    for options in ({"max_bytes": 0}, {"segment_bytes": 0}, {"num_threads": 0}):
+        with pytest.raises(InvalidArgumentError, match="must be at least 1"):
+            FileStorage(tmp_path / "x", **options)
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut in the header": lambda data: data[:40],
+    "cut in the index": lambda data: data[:100],
+    "cut in the values": lambda data: data[:-1],
+    "longer": lambda data: data + b"x",
+    "zeros": lambda data: bytes(len(data)),
+    "header flipped": lambda data: data[:17] + bytes([data[17] ^ 1]) + data[18:],
+    "another version": lambda data: data[:8] + b"\x02" + data[9:],
+    "noise": lambda data: np.random.default_rng(0).bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_torn_segment_is_dropped_at_start(folder: Path, damage: str) -> None:
+    with FileStorage(folder) as storage:
+        put(storage, "a", "b")
+        torn = segments(folder)[0]
+        put(storage, "c")
+    torn.write_bytes(DAMAGES[damage](torn.read_bytes()))
+    with FileStorage(folder) as storage:
+        assert get(storage, "a", "b", "c") == [False, False, True]
+        assert storage.stats()["torn"] == 1
+        assert not torn.exists()
+        assert put(storage, "a", "b") == [True, True]
+        assert get(storage, "a", "b", "c") == [True] * 3
+
+
+@pytest.mark.parametrize("at", [64, 72, 80, 84, 88 + 5, 112 + 1])
+def test_a_damaged_index_entry_is_dropped_alone(folder: Path, at: int) -> None:
+    """Its offset, size, key length or sum, the other's size, or its key."""
+    with FileStorage(folder) as storage:
+        put(storage, "aa", "bb")
+        (path,) = segments(folder)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+    with FileStorage(folder) as storage:
+        found = get(storage, "aa", "bb")
+        assert sum(found) <= 1
+        assert storage.stats()["torn"] == 2 - sum(found)
+        assert storage.stats()["values"] == sum(found)
+
+
+def test_flipped_and_torn_pages_are_misses(folder: Path) -> None:
+    """Every page of a store is damaged in another place: none is served, all are removed, and can be stored again."""
+    host = HostPages(40)
+    names, pages = digests(20), np.arange(20, dtype=np.int32)
+    host.fill(pages, seed=1)
+    with FileStorage(folder, segment_bytes=STORED) as storage:
+        page_store(storage, host).set_pages(names, pages)
+    rng = np.random.default_rng(2)
+    for path in segments(folder):
+        data = bytearray(path.read_bytes())
+        start = len(data) - STORED
+        if rng.random() < 0.5:
+            data[start + int(rng.integers(STORED))] ^= 1 << int(rng.integers(8))
+        else:
+            at = start + int(rng.integers(STORED - 1))
+            data[at:] = bytes(len(data) - at)
+        path.write_bytes(data)
+    with FileStorage(folder) as storage:
+        store = page_store(storage, host)
+        assert store.count_prefix(names) == 20
+        assert not store.get_pages(names, pages + 20).any()
+        seen = store.counters
+        assert seen.removed == seen.corrupt + seen.foreign == 20
+        assert store.count_prefix(names) == 0
+        assert not segments(folder)
+        assert store.set_pages(names, pages).all()
+        assert store.get_pages(names, pages + 20).all()
+
+
+def test_a_segment_that_someone_removed_or_cut_is_a_miss(storage: FileStorage, folder: Path) -> None:
+    put(storage, "a", "b")
+    (path,) = segments(folder)
+    os.truncate(path, path.stat().st_size - 1)
+    assert get(storage, "a", "b") == [True, False]
+    assert storage.stats()["short"] == 1
+    path.unlink()
+    assert get(storage, "a") == [False]
+    assert storage.exists_many(["a"]).tolist() == [False]
+    assert put(storage, "a", "b") == [True, True]
+    assert get(storage, "a", "b") == [True, True]
+
+
+def test_files_of_others_are_left_alone(folder: Path) -> None:
+    FileStorage(folder).close()
+    strange = [folder / "notes", folder / "segments" / "notes.txt", folder / "segments" / "ab" / "README"]
+    for path in strange:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    with FileStorage(folder) as storage:
+        put(storage, "a")
+        storage.clear()
+    assert all(path.exists() for path in strange)
+
+
+# ---- budget ----------------------------------------------------------------------------------------------------------
+def test_least_recently_used_goes_first_and_the_budget_holds(folder: Path) -> None:
+    with FileStorage(folder, max_bytes=4 * 4096) as storage:
+        for key in "abcd":
+            put(storage, key)
+        assert get(storage, "a") == [True]
+        assert put(storage, "e", "f") == [True, True]  # one segment
+        assert storage.exists_many(list("abcdef")).tolist() == [True, False, True, True, True, True]
+        put(storage, "g")
+        assert storage.exists_many(list("abcdefg")).tolist() == [True, False, False, True, True, True, True]
+        assert disk_bytes(folder) <= 4 * 4096
+        assert (storage.stats()["evicted_segments"], storage.stats()["evicted_values"]) == (2, 2)
+
+
+def test_order_of_use_outlives_the_process(folder: Path) -> None:
+    with FileStorage(folder) as storage:
+        for key in "abcd":
+            put(storage, key)
+        get(storage, "b")
+        get(storage, "a")
+    with FileStorage(folder, max_bytes=4 * 4096) as storage:
+        put(storage, "e")
+        assert storage.exists_many(list("abcde")).tolist() == [True, True, False, True, True]
+        put(storage, "f", "g", size=3000)  # needs two blocks
+        assert storage.exists_many(list("abcdefg")).tolist() == [True, False, False, False, True, True, True]
+
+
+def test_what_others_use_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radixkv.storage.folder.TOUCH_NS", 0)
+    with FileStorage(folder, max_bytes=3 * 4096) as one, FileStorage(folder, max_bytes=3 * 4096) as other:
+        for key in "abc":
+            put(one, key)
+        assert get(other, "a") == [True]
+        put(one, "d")
+        assert one.exists_many(list("abcd")).tolist() == [True, False, True, True]
+
+
+def test_a_smaller_budget_at_start(folder: Path) -> None:
+    with FileStorage(folder) as storage:
+        for key in "abcdefgh":
+            put(storage, key)
+    with FileStorage(folder, max_bytes=3 * 4096) as storage:
+        assert disk_bytes(folder) == 3 * 4096
+        assert storage.exists_many(list("abcdefgh")).tolist() == [False] * 5 + [True] * 3
+
+
+def test_what_can_never_fit_is_refused_and_evicts_nothing(folder: Path) -> None:
+    with FileStorage(folder, max_bytes=3 * 4096, segment_bytes=1000) as storage:
+        put(storage, "a")
+        assert put(storage, "large", size=20_000) == [False]
+        assert storage.stats()["refused"] == 1
+        assert get(storage, "a") == [True]
+        flags = put(storage, *"bcdefg")  # a batch larger than the budget: what is being written is not evicted for it
+        assert sum(flags) == 3
+        assert disk_bytes(folder) <= 3 * 4096
+
+
+def test_a_value_that_is_put_again_is_used(folder: Path) -> None:
+    with FileStorage(folder, max_bytes=3 * 4096) as storage:
+        for key in "abcab":
+            put(storage, key)
+        put(storage, "d")
+        assert storage.exists_many(list("abcd")).tolist() == [True, True, False, True]
+
+
+# ---- a disk that fails -----------------------------------------------------------------------------------------------
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, code: int, below: str) -> list[int]:
+    """os.NAME raises for files whose path has ``below`` in it; the list says how often."""
+    real, calls = getattr(os, name), []
+
+    def fail(first: Any, *arguments: Any, **options: Any) -> Any:
+        path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+        if below in path:
+            calls.append(code)
+            raise OSError(code, os.strerror(code))
+        return real(first, *arguments, **options)
+
+    monkeypatch.setattr(os, name, fail)
+    return calls
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("name", ["open", "pwritev", "fsync", "rename"])
+def test_a_write_that_fails_is_false_and_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    with FileStorage(folder, fsync=True, max_bytes=1 << 20) as storage:
+        put(storage, "before")
+        with monkeypatch.context() as patch:
+            calls = failing(patch, name, code, "/store/tmp/")
+            assert put(storage, "a", "b") == [False, False]
+            assert calls
+        counter = "no_room" if code in (errno.ENOSPC, errno.EDQUOT) else "io_errors"
+        assert storage.stats()[counter] == 1
+        assert storage.stats()["reserved_bytes"] == 0
+        assert not list((folder / "tmp").iterdir())
+        assert get(storage, "before", "a") == [True, False]
+        assert put(storage, "a", "b") == [True, True]
+        assert get(storage, "before", "a", "b") == [True] * 3
+
+
+def test_one_segment_that_fails_takes_no_other_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileStorage(folder, segment_bytes=1000) as storage:
+        real, left = os.pwritev, [2]
+
+        def fail(*arguments: Any) -> int:
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.EIO, "second")
+            return real(*arguments)
+
+        monkeypatch.setattr(os, "pwritev", fail)
+        flags = put(storage, *"abcd")
+        monkeypatch.undo()
+        assert sum(flags) == 3
+        assert get(storage, *"abcd") == flags
+
+
+@pytest.mark.parametrize("name", ["open", "preadv"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_read_that_fails_is_a_miss_and_counted(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    put(storage, "a")
+    with monkeypatch.context() as patch:
+        failing(patch, name, code, "/store/segments/")
+        assert get(storage, "a") == [False]
+    assert storage.stats()["io_errors"] == 1
+    assert get(storage, "a") == [True]
+
+
+@pytest.mark.parametrize("name", ["write", "fstat"])
+def test_a_journal_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with FileStorage(folder, max_bytes=1 << 20) as storage:
+        put(storage, "a")
+        with monkeypatch.context() as patch:
+            failing(patch, name, errno.EIO, "/store/journal")
+            if name == "write":
+                assert put(storage, "b") == [False]
+                assert storage.stats()["io_errors"] >= 1
+            else:
+                with pytest.raises(StorageError, match="Input/output"):
+                    put(storage, "b")
+        assert put(storage, "b") == [True]
+        assert get(storage, "a", "b") == [True, True]
+        assert storage.stats()["reserved_bytes"] == 0
+
+
+def test_publishing_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileStorage(folder, max_bytes=1 << 20) as storage, FileStorage(folder, max_bytes=1 << 20) as other:
+        append = journal_module.Journal.append
+
+        def fail(self: Any, lines: list[Any]) -> None:
+            if any(line.kind == "P" for line in lines):
+                raise OSError(errno.ENOSPC, "full")
+            append(self, lines)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_module.Journal, "append", fail)
+            assert put(storage, "a") == [False]
+        assert not segments(folder)
+        assert (storage.stats()["no_room"], storage.stats()["reserved_bytes"]) == (1, 0)
+        assert put(other, "a") == [True]
+        assert other.stats()["reserved_bytes"] == 0
+        assert get(storage, "a") == [True]
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    """A tmpfs of 1 MiB if it can be mounted, else a process that may write files of 300 KiB at most."""
+    code = """
+import resource, signal, sys
+from tests.storage.test_file import *
+storage = FileStorage(sys.argv[1], segment_bytes=200_000)
+if sys.argv[2] == "limit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+stored = {key: put(storage, key, size=160_000)[0] for key in "abcdefgh"}
+assert not all(stored.values()), stored
+assert storage.stats()["no_room"] == 8 - sum(stored.values()), storage.stats()
+assert get(storage, *stored, size=160_000) == list(stored.values())
+assert put(storage, "small", size=10) == [True]
+storage.clear()
+assert put(storage, "again", size=1000) == [True]
+storage.close()
+print(sum(stored.values()))
+"""
+    target = tmp_path / "disk"
+    target.mkdir()
+    mounted = os.geteuid() == 0 and not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(target)], capture_output=True, check=False
+    ).returncode
+    try:
+        run = [sys.executable, "-c", code, str(target / "store"), "mounted" if mounted else "limit"]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) == (6 if mounted else 0)
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(target)], check=True)
+
+
+# ---- deadlines -------------------------------------------------------------------------------------------------------
+def test_a_slow_disk_ends_at_the_deadline_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FileStorage(folder, max_bytes=1 << 30) as storage:
+        put(storage, "a", size=10 << 20)
+        slow: dict[str, Any] = {name: getattr(os, name) for name in ("pwritev", "preadv")}
+        for name, real in slow.items():
+            monkeypatch.setattr(os, name, lambda *args, real=real: (time.sleep(0.06), real(*args))[1])
+        start = time.monotonic()
+        with pytest.raises(StorageTimeoutError, match=r"put_many did not end within 0.1 s"):
+            put(storage, "b", size=20 << 20, timeout_s=0.1)
+        with pytest.raises(StorageTimeoutError, match="get_many"):
+            storage.get_many(["a", "a"], [[bytearray(10 << 20)], [bytearray(10 << 20)]], timeout_s=0.05)
+        assert time.monotonic() - start < 2
+        monkeypatch.undo()
+        assert not list((folder / "tmp").iterdir())
+        assert len(segments(folder)) == 1
+        assert storage.stats()["reserved_bytes"] == 0
+        assert put(storage, "b", size=20 << 20) == [True]
+
+
+def test_a_lock_that_a_stopped_process_holds_delays_writers_only(folder: Path) -> None:
+    with FileStorage(folder, max_bytes=1 << 20) as storage:
+        put(storage, "a")
+        fd = os.open(folder / "lock", os.O_RDWR)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        start = time.monotonic()
+        with pytest.raises(StorageTimeoutError, match="another process kept"):
+            put(storage, "b", timeout_s=0.1)
+        assert get(storage, "a") == [True]
+        assert storage.exists_many(["a", "b"], timeout_s=1).tolist() == [True, False]
+        assert time.monotonic() - start < 5
+        os.close(fd)
+        assert put(storage, "b") == [True]
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+WRITER = """
+import sys
+from tests.storage.test_file import *
+seed, folder = int(sys.argv[1]), Path(sys.argv[2])
+storage = FileStorage(folder, max_bytes=int(sys.argv[3]), segment_bytes=3 * STORED, num_threads=2)
+host = HostPages(16)
+store = page_store(storage, host)
+rng = np.random.default_rng(seed)
+print("ready", flush=True)
+for turn in range(int(sys.argv[4])):
+    which = rng.integers(0, 60, 8)
+    names = np.concatenate([digests(1, seed=int(w)) for w in which])
+    if rng.random() < 0.6:
+        for i, w in enumerate(which):
+            host.fill(ids(i), seed=int(w))
+        store.set_pages(names, np.arange(8, dtype=np.int32))
+    else:
+        good = store.get_pages(names, np.arange(8, 16, dtype=np.int32))
+        for i, w in enumerate(which):
+            if good[i]:
+                expected = np.random.default_rng(int(w)).integers(0, 256, (2, 1, PAGE_BYTES // 2), np.uint8)
+                assert (host.read(ids(8 + i))[0] == expected.reshape(-1)).all(), "WRONG PAGE"
+    if rng.random() < 0.05:
+        storage.delete_many(store.keys(names)[:2])
+seen = store.counters
+print(seen.hits, seen.corrupt + seen.foreign + seen.short, seen.errors + seen.timeouts, flush=True)
+storage.close()
+"""
+
+
+def start_writer(seed: int, folder: Path, max_bytes: int, turns: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, str(seed), str(folder), str(max_bytes), str(turns)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_that_share_a_folder_and_its_budget(folder: Path) -> None:
+    budget = 30 * 4096
+    writers = [start_writer(seed, folder, budget, 150) for seed in range(3)]
+    most = 0
+    while any(writer.poll() is None for writer in writers):
+        most = max(most, disk_bytes(folder) if (folder / "tmp").exists() else 0)
+        time.sleep(0.002)
+    hits = 0
+    for writer in writers:
+        out, err = writer.communicate()
+        assert writer.returncode == 0, err
+        found, wrong, failed = map(int, out.split()[1:])
+        assert (wrong, failed) == (0, 0)
+        hits += found
+    assert hits > 0
+    assert 0 < most <= budget
+    with FileStorage(folder) as storage:
+        assert storage.stats()["torn"] == storage.stats()["orphans"] == 0
+        assert storage.stats()["used_bytes"] == disk_bytes(folder) <= budget
+        assert not list((folder / "tmp").iterdir())
+
+
+def test_kill_9_during_writes(folder: Path) -> None:
+    """Writers are killed at random moments; one that lives goes on; nothing wrong is read, nothing is left behind."""
+    budget, rng = 40 * 4096, np.random.default_rng(0)
+    with FileStorage(folder, max_bytes=budget) as watcher:
+        for seed in range(5):
+            writer = start_writer(seed, folder, budget, 1_000_000)
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(float(rng.uniform(0.02, 0.25)))  # a moment that nobody chose
+            writer.send_signal(signal.SIGKILL)
+            _, err = writer.communicate()
+            assert "WRONG PAGE" not in err
+            put(watcher, f"mine{seed}")
+            assert disk_bytes(folder) <= budget
+        for number in range(60):  # over the budget: the room of the dead is found
+            assert put(watcher, f"more{number}") == [True]
+        assert watcher.stats()["reserved_bytes"] == 0
+        assert disk_bytes(folder) <= budget
+        assert get(watcher, "more59") == [True]
+    host = HostPages(120)
+    with FileStorage(folder, max_bytes=budget) as storage:
+        assert storage.stats()["torn"] == 0
+        assert not list((folder / "tmp").iterdir())
+        store = page_store(storage, host)
+        names = np.concatenate([digests(1, seed=number) for number in range(60)])
+        flags = store.get_pages(names, np.arange(60, dtype=np.int32))
+        assert store.counters.hits == flags.sum()
+        assert store.counters.corrupt + store.counters.foreign + store.counters.short == 0
+        for number in np.flatnonzero(flags).tolist():
+            expected = np.random.default_rng(number).integers(0, 256, (2, 1, PAGE_BYTES // 2), np.uint8)
+            np.testing.assert_array_equal(host.read(ids(number))[0], expected.reshape(-1))
+
+
+DIES = """
+import sys
+from tests.storage.test_file import *
+storage = FileStorage(sys.argv[1], max_bytes=6 * 4096)
+die = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+place, name = sys.argv[2].rsplit(".", 1)
+import radixkv.storage.folder, radixkv.storage.file
+setattr(eval(place), name, die)
+put(storage, "dead")
+"""
+
+
+@pytest.mark.parametrize(("place", "survives"), [
+    ("os.pwritev", False), ("os.rename", False), ("radixkv.storage.folder.Folder.publish", True),
+])  # fmt: skip
+def test_a_process_that_dies_in_the_middle_of_a_put(folder: Path, place: str, survives: bool) -> None:
+    """Before, or after its segment is in place: whoever lives takes over what it reserved."""
+    with FileStorage(folder, max_bytes=6 * 4096) as storage:
+        put(storage, "a")
+        command = [sys.executable, "-c", DIES, str(folder), place]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert storage.stats()["reserved_bytes"] == 4096
+        flags = [put(storage, f"more{number}")[0] for number in range(4 if survives else 5)]
+        assert flags == [True] * len(flags)
+        put(storage, "last")  # only now its room is needed
+        assert storage.stats()["reserved_bytes"] == 0
+        assert storage.stats()["orphans"] == 1
+        assert get(storage, "dead") == [survives]
+        assert disk_bytes(folder) <= 6 * 4096
+        assert not list((folder / "tmp").iterdir())
+
+
+def test_orphans_are_removed_at_start(folder: Path) -> None:
+    FileStorage(folder).close()
+    subprocess.run([sys.executable, "-c", DIES, str(folder), "os.rename"], cwd=ROOT, capture_output=True, check=False)
+    assert len(list((folder / "tmp").iterdir())) == 1
+    with FileStorage(folder) as storage:
+        assert storage.stats()["orphans"] == 1
+        assert not list((folder / "tmp").iterdir())
+        assert len(list((folder / "owners").iterdir())) == 1
+
+
+def test_news_outlive_a_new_journal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "_MAX_BYTES", 400)
+    with FileStorage(folder) as one, FileStorage(folder) as other:
+        inode = (folder / "journal").stat().st_ino
+        for number in range(50):
+            put(one if number % 2 else other, f"k{number}")
+            assert get(other if number % 2 else one, f"k{number}") == [True]
+        assert (folder / "journal").stat().st_ino != inode
+        assert (folder / "journal").stat().st_size < 2000
+        one.delete_many(["k3"])
+        assert get(other, "k3") == [False]
+
+
+def test_whoever_comes_next_ends_a_replacement_that_was_cut_short(folder: Path) -> None:
+    with FileStorage(folder) as one, FileStorage(folder) as other:
+        put(one, "a")
+        with (folder / "journal").open("ab") as journal:  # as if it had died before the rename
+            journal.write(b"E\n")
+        assert get(other, "a") == [True]
+        put(other, "b")
+        put(one, "c")
+        assert get(one, "a", "b", "c") == get(other, "a", "b", "c") == [True] * 3
+
+
+def test_damaged_lines_of_the_journal_are_skipped(folder: Path) -> None:
+    with FileStorage(folder, max_bytes=1 << 20) as one, FileStorage(folder, max_bytes=1 << 20) as other:
+        put(one, "a")
+        with (folder / "journal").open("ab") as journal:
+            journal.write(b"\xff\xfe\nP nonsense\nR ../../etc x y\nP ../../../etc/passwd 4096\nD\nQ x\nR half")
+        assert get(other, "a") == [True]
+        put(one, "b")
+        assert get(other, "a", "b") == [True, True]
+        assert one.stats()["reserved_bytes"] == other.stats()["reserved_bytes"] == 0
+
+
+def test_a_forked_child_is_refused(storage: FileStorage) -> None:
+    put(storage, "a")
+    child = os.fork()
+    if child == 0:
+        try:
+            storage.exists_many(["a"])
+        except StorageError:
+            storage.close()
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert get(storage, "a") == [True]
+    assert put(storage, "b") == [True]
+
+
+def test_a_changed_model_finds_nothing(folder: Path) -> None:
+    from .kit import namespace
+
+    host = HostPages(4)
+    host.fill(ids(0), seed=1)
+    with FileStorage(folder) as storage:
+        page_store(storage, host).set_pages(digests(1), ids(0))
+    with FileStorage(folder) as storage:
+        changed = page_store(storage, host, namespace=namespace(model="tiny@2"))
+        assert changed.count_prefix(digests(1)) == 0
+        assert not changed.get_pages(digests(1), ids(1)).any()
+        assert page_store(storage, host).get_pages(digests(1), ids(1)).all()
+
+
+def test_threads_that_write_and_evict(folder: Path) -> None:
+    with FileStorage(folder, max_bytes=20 * 4096, segment_bytes=2500) as storage:
+        errors: list[BaseException] = []
+
+        def work(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            try:
+                for _ in range(60):
+                    keys = [f"k{i}" for i in rng.integers(0, 50, 5)]
+                    put(storage, *keys) if rng.random() < 0.5 else get(storage, *keys)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert storage.stats()["used_bytes"] == disk_bytes(folder) <= 20 * 4096
+        assert storage.stats()["reserved_bytes"] == 0
