@@ -164,15 +164,19 @@ class BaseReplay:
             self.device.scatter(page_ids[chunk], page_bytes(seeds[chunk], self.device.page_bytes))
         self.counters.written_pages += len(page_ids)
 
-    def _verify(self, request: int, seeds: npt.NDArray[np.uint64], page_ids: PageIds, num_device: int) -> None:
-        """Compare hit pages byte for byte. The first ``num_device`` were on the device, the rest was loaded back."""
+    def _verify(
+        self, request: int, seeds: npt.NDArray[np.uint64], page_ids: PageIds, num_device: int, num_known: int = 2**31
+    ) -> None:
+        """Compare hit pages byte for byte. The first ``num_device`` were on the device, those up to ``num_known`` on
+        the host, the rest in storage."""
         for chunk in self._chunks(len(page_ids)):
             expected = page_bytes(seeds[chunk], self.device.page_bytes)
             found = self.device.gather(page_ids[chunk])
             if not np.array_equal(expected, found):
                 row, byte = np.argwhere(expected != found)[0]
                 page = chunk.start + int(row)
-                origin = "on the device" if page < num_device else "loaded back from the host"
+                origin = "loaded back from the host" if page < num_known else "read from storage"
+                origin = "on the device" if page < num_device else origin
                 raise VerificationError(
                     f"request {request}: page {page} of its prompt (device page {page_ids[page]}, {origin}) is wrong "
                     f"at byte {byte} of {self.device.page_bytes}: {found[row, byte]:#04x}, "

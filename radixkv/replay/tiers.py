@@ -130,7 +130,7 @@ class TierReplay(BaseReplay):
         page_ids = np.concatenate([hit_ids, self._room(len(key) // config.page_size - num_hit)])
         seeds = page_seeds(key, config.page_size)
         if config.verify:
-            self._verify(index, seeds[:num_hit], hit_ids, num_device)
+            self._verify(index, seeds[:num_hit], hit_ids, num_device, known // config.page_size)
         self._write(seeds[num_hit:], page_ids[num_hit:])
         result = self._timed("insert", self.controller.insert, key, page_ids)
         counters.duplicate_pages += len(result.duplicate_page_ids)
