@@ -104,7 +104,8 @@ class MetricsCollector:
     """A collector for a ``prometheus_client`` registry. Each part is optional; what is not given is not shown.
 
     Args:
-        controller, tree, host, store, publisher: a Controller, tree, HostKVCache, PageStore, EventPublisher.
+        controller: a Controller; its tree and, while one is attached, its storage are shown with it.
+        tree, host, store, publisher: a tree, HostKVCache, PageStore, EventPublisher.
         listener: the one that the controller tells.
         labels: on every sample, e.g. ``{"tp_rank": "0"}``.
         prefix: before each name.
@@ -138,14 +139,16 @@ class MetricsCollector:
             yield from self._of_operations(stats)
         if self._listener is not None:
             yield from self._of_durations(self._listener)
-        if self._tree is not None:
-            yield from self._of_tree(self._tree.stats())
+        tree = self._tree if self._tree is not None else getattr(self._controller, "tree", None)
+        if tree is not None:
+            yield from self._of_tree(tree.stats())
         if self._host is not None:
             yield self._gauge("hicache_host_total_tokens", "Tokens that the host pool can hold", self._host.size)
             used = self._host.size - self._host.available_size()
             yield self._gauge("hicache_host_used_tokens", "Tokens of the host pool that are taken", used)
-        if self._store is not None:
-            yield from self._of_storage(self._store)
+        store = self._store if self._store is not None else getattr(self._controller, "storage", None)
+        if store is not None:
+            yield from self._of_storage(store)
         if self._publisher is not None:
             yield from self._of_events(self._publisher.stats())
 

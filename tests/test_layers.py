@@ -164,7 +164,9 @@ def run(code: str) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-@pytest.mark.parametrize("code", ["import radixkv", "import radixkv.tree.reference", "import radixkv.key", "import radixkv.cli"])
+@pytest.mark.parametrize(
+    "code", ["import radixkv", "import radixkv.tree.reference", "import radixkv.key", "import radixkv.cli"]
+)
 def test_importing_radixkv_loads_nothing_heavy(code: str) -> None:
     loaded = run(code)
     assert "radixkv" in loaded

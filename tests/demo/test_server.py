@@ -100,6 +100,52 @@ def test_another_server_on_the_folder_has_what_the_first_left(make: Make) -> Non
     assert reference.judge(second).right
 
 
+def test_metrics_of_a_real_run(make: Make) -> None:
+    client = pytest.importorskip("prometheus_client")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from radixkv.metrics import MetricsCollector
+
+    server, _ = make()
+    core = server.cache.cache_controller.core
+    attributions = []
+    for name, seed in (("a", 1), ("b", 2), ("c", 3), ("a-again", 1), ("a-once-more", 1)):
+        attributions.append(server.serve(name, random_tokens(100, seed), 3).attribution)
+        server.settle()
+    server.cache.evict(10**6)
+    server.cache.evict_host(10**6)
+    attributions.append(server.serve("b-again", random_tokens(100, 2), 3).attribution)
+    server.settle()
+    registry = client.CollectorRegistry()
+    registry.register(
+        MetricsCollector(controller=core, listener=server.listener, host=server.cache.token_to_kv_pool_host)
+    )
+    text = client.generate_latest(registry).decode()
+    values = {
+        (sample.name.removeprefix("radixkv:"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text) for sample in family.samples
+    }  # fmt: skip
+    for tier in ("device", "host", "storage"):
+        expected = sum(getattr(attribution, f"{tier}_tokens") for attribution in attributions)
+        assert values["cached_tokens_total", tier] == expected > 0
+    assert values["prompt_tokens_total",] == 600
+    token_bytes = server.pool.geometry.token_bytes
+    stats = core.stats()
+    assert values["hicache_backup_bytes_total",] == stats.backup_tokens * token_bytes > 0
+    assert values["load_back_bytes_total",] == stats.load_tokens * token_bytes > 0
+    assert values["backuped_bytes_total",] == values["storage_bytes_written_total",] > 0
+    assert values["prefetched_bytes_total",] == values["storage_bytes_read_total",] == 96 * token_bytes
+    assert values["hicache_backup_duration_seconds_count",] == stats.backups
+    assert values["load_back_duration_seconds_sum",] > 0
+    assert values["operation_outcomes_total", "prefetch", "done"] == 1
+    assert values["evicted_tokens_total",] == stats.device_evicted_tokens > 0
+    assert values["hicache_host_used_tokens",] == server.cache.tree.stats().host_tokens
+    assert values["storage_pages_total", "corrupt"] == 0
+    assert list(server.listener.requests) == attributions
+    server.cache.detach_storage_backend()
+    assert "storage_pages_total" not in client.generate_latest(registry).decode()
+
+
 def on_host(server: ChatServer, prompt: np.ndarray) -> np.ndarray:
     server.serve("before", prompt, 1)
     server.settle()
