@@ -14,6 +14,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := build/.built
 DEMO := build/demo
 MODEL ?= random
+STUBBED := $(subst /,.,$(basename $(wildcard radixkv/*/*.pyi)))
 
 .PHONY: help venv build demo test lint fuzz soak bench bench-quick callgrind coverage sanitize gpu dist clean
 
@@ -52,9 +53,10 @@ test: lint ## set up, build, lint, type-check, run every test, gate the instruct
 	$(PYTEST)
 	$(PY) -m bench.callgrind --check
 
-lint: $(BUILT) ## ruff, and mypy on the public API
+lint: $(BUILT) ## ruff, mypy on the public API, and stubtest: the stubs of the compiled modules against the modules
 	$(PY) -m ruff check .
 	$(PY) -m mypy radixkv
+	$(PY) -m mypy.stubtest $(STUBBED) --allowlist tests/stubtest_allowlist.txt --ignore-unused-allowlist
 
 fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then libFuzzer on the C ABI (FUZZ_RUNS=N)
 	$(PY) -m tests.oracle.fuzz --ops 1000000
@@ -80,8 +82,8 @@ callgrind: $(BUILT) ## instruction counts of the C core against the recorded one
 coverage: $(BUILT) ## line coverage of .py, .pyx, .pxd and .c, gated by tools/measure_coverage.py
 	$(PY) tools/measure_coverage.py
 
-gpu: ## on a machine with CUDA, PyTorch and CuPy (no registry needed): suite on the GPU, compute-sanitizer, benchmarks
-	$(PYTHON) tools/gpu.py
+gpu: ## on a machine with CUDA, PyTorch, CuPy (no registry): checks, suite, compute-sanitizer, benchmarks (GPU_ARGS=...)
+	$(PYTHON) tools/gpu.py $(GPU_ARGS)
 
 dist: $(INSTALLED) ## sdist and manylinux wheel, each tested in a clean virtual environment
 	$(PY) -m pip install -q --disable-pip-version-check -e ".[dist]" --no-build-isolation -c constraints.txt

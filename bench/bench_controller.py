@@ -1,4 +1,4 @@
-"""What the controller costs beside the copies: python -m bench.bench_controller [--json FILE]
+"""What the controller costs beside the copies: python -m bench.bench_controller [--quick] [--json FILE]
 
 A backup is asked for and settled, a load is asked for, started and settled, with a mover that is done at once, so that
 the whole time is book-keeping: tree, pools, states, operations. Beside it, in the same run, the copy of the same pages
@@ -151,13 +151,15 @@ def copy_time(pages: int, host: HostKVCache) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="3 rounds")
     parser.add_argument("--pages", type=int, nargs="*", default=[1, 16, 64])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results = []
+    num_rounds = 3 if options.quick else options.rounds
     for pages in options.pages:
         host = host_pool(NODES * pages)
-        rounds = [one_round(pages, host) for _ in range(options.rounds + 1)][1:]
+        rounds = [one_round(pages, host) for _ in range(num_rounds + 1)][1:]
         row = {name: min(each[name] for each in rounds) for name in rounds[0]}
         row["backup in all"] = row["backup"] + row["backup, settled"]
         row["load in all"] = row["load"] + row["load, started and settled"]

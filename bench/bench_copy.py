@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from radixkv.pool.layout import KVGeometry, Layout, view_of_layout
+from radixkv.pool.layout import LAYOUTS, KVGeometry, Layout, view_of_layout
 from radixkv.transfer import cpu
+from radixkv.transfer.loops import loops_of
 
 from . import report
 
@@ -33,6 +34,10 @@ POOL_BYTES = 512 << 20
 HUGE_PAGE = 2 << 20
 SHIFT = 1 << 10
 """Of memcpy's destination: with both sides at one place in their 4 KiB pages it ran a third slower."""
+
+CALL_PAGES = 16
+CALL_US = 5.0
+"""What a prepared call may take beside its copy: a controller has 50 us for all of a backup or load."""
 
 # Contiguous run, and the share of memcpy's speed to reach with it.
 TARGETS = {"64 KiB": 0.8, "1 MiB": 0.8, "16 KiB": 0.7, "1 KiB": 0.6, "128 B": 0.4}
@@ -157,6 +162,44 @@ def measure_case(case: Case, src: Any, dst: Any, memcpy: Memcpy, rounds: int, sh
     }
 
 
+def least_us(function: Callable[[], None], repeats: int = 500) -> float:
+    """The least of many: a few microseconds, which whoever shares the machine only adds to."""
+    return min(seconds(function) for _ in range(repeats)) * 1e6
+
+
+def measure_call(kind: str, layout: Layout, back: bool) -> dict[str, Any]:
+    """What one call for CALL_PAGES pages of 32 layers costs beside the copy itself, in the cache, on one thread.
+
+    The copy itself is the same nest of loops, made before, less what such a call takes with nothing to do.
+    """
+    g = KVGeometry(kind=kind, num_layers=32, num_heads=2 if kind == "mha" else 1, head_bytes=16,
+                   page_size=16)  # type: ignore[arg-type]  # fmt: skip
+    num_pages = 4 * CALL_PAGES
+    half = num_pages * g.page_bytes // g.halves
+    pools = [np.ones(num_pages * g.page_bytes, np.uint8) for _ in range(2)]
+    views = [view_of_layout(name, g, num_pages * g.page_size, [pool.ctypes.data + i * half for i in range(g.halves)])
+             for name, pool in (("layer_first", pools[0]), (layout, pools[1]))]  # fmt: skip
+    src, dst = views[::-1] if back else views
+    rng = np.random.default_rng(SEED)
+    ids = [rng.permutation(num_pages)[:CALL_PAGES] for _ in range(2)]
+    transfer = cpu.CpuTransfer(g, num_threads=1)
+    route = transfer.route(src, dst)
+
+    def loops_only(ids: list[Any], followed: bool) -> float:
+        loops = loops_of(transfer.plan(src, dst, *ids), outer_layers=followed)
+        return least_us(lambda: cpu.run_loops(loops, g.num_layers, 1, "auto"))
+
+    nothing = [ids[0][:0], ids[1][:0]]
+    copy, followed = (loops_only(ids, by_layer) - loops_only(nothing, by_layer) for by_layer in (False, True))
+    return {
+        "what": f"{kind}, {'load back from' if back else 'backup to'} {layout}",
+        "copy_us": copy,
+        "plan_us": least_us(lambda: transfer.backup(src, dst, *ids)) - copy,
+        "route_us": least_us(lambda: route.copy(*ids)) - copy,
+        "followed_route_us": least_us(lambda: route.copy(*ids, cpu.Progress(g.num_layers))) - followed,
+    }
+
+
 def shortfall(row: dict[str, Any]) -> report.Check:
     """report's checks are upper limits: memcpy's time over ours, as how many times as long a copy takes."""
     what = f"copy {row['run']}, {row['what']}, {row['threads']} threads: time / memcpy's"
@@ -169,7 +212,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small pools, 3 rounds: shows that everything runs")
     parser.add_argument("--rounds", type=int, help="alternating rounds (15; 3 with --quick)")
     parser.add_argument("--threads", help="comma-separated (1 and all cores of this process)")
-    parser.add_argument("--only", default="", help="cases whose run or name contains this")
+    parser.add_argument("--only", default="", help="cases whose run or name contains this, or: calls")
     parser.add_argument("--json", type=Path, default=report.DEFAULT_FOLDER / "copy.json", help="where the result goes")
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 15)
@@ -184,9 +227,12 @@ def main() -> None:
             if options.only in f"{case.run}, {case.what}":
                 print(f"{count} threads: {case.run}, {case.what}", file=sys.stderr)
                 rows.append(measure_case(case, src, dst, memcpy, rounds, share=4))
+    calls = [measure_call(kind, layout, back) for kind in ("mha", "mla") for layout in LAYOUTS
+             for back in (False, True)] if "calls".startswith(options.only) else []  # fmt: skip
     checks = [shortfall(row) for row in rows if row["run"] in TARGETS]
+    checks += [report.Check(f"call beside the copy, {call['what']}", call["route_us"], CALL_US, "us") for call in calls]
     result = report.header(seed=SEED, rounds=rounds, quick=options.quick, pool_bytes=pool_bytes, lanes=cpu.lanes())
-    result |= {"copies": rows, "checks": report.checks_as_dicts(checks)}
+    result |= {"copies": rows, "calls": calls, "checks": report.checks_as_dicts(checks)}
     report.write_json(result, options.json)
     report.table(
         f"Copies on the CPU, {cpu.lanes()}, beside memcpy",
@@ -194,6 +240,12 @@ def main() -> None:
         [(f"{r['run']}, {r['what']}", str(r["threads"]), report.number(r["gb_s"]), report.number(r["memcpy_gb_s"]),
           report.number(r["ratio"]), report.number(r["ratio_of_best"]), report.number(TARGETS.get(r["run"])))
          for r in rows],
+    )  # fmt: skip
+    report.table(
+        f"A call for {CALL_PAGES} pages of 32 layers beside its copy, us",
+        ("call", "copy", "plan_copy", "route", "route, followed"),
+        [(c["what"], *(report.number(c[f"{name}_us"]) for name in ("copy", "plan", "route", "followed_route")))
+         for c in calls],
     )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""The transfer kernels on a GPU, beside a contiguous cudaMemcpyAsync of as many bytes of that memory in the same run.
+"""The transfer paths on a GPU, beside a contiguous cudaMemcpyAsync of as many bytes of that memory in the same run.
 
     python -m bench.bench_kernels [--quick] [--json FILE]
 
-One line a kernel family, direction, layout, page size, row, page order and quota of blocks: GB/s, and the ratio to the
-contiguous copy. Device to device counts a byte once, here and for cudaMemcpyAsync. Without a GPU it says what is
-missing, and exits with 0. Pools hold random bytes and are larger than the L2 cache; a page of each copy is compared
-afterwards.
+One line a kernel family, direction, layout, page size, row, page order and quota of blocks: GB/s of the kernel, of the
+copy engine, and of the path that the chooser picks (it is tuned first, in this run), each with its ratio to the
+contiguous copy. Then the aims (AIMS), each with its verdict, and what others have published (PUBLISHED). Device to
+device counts a byte once, here and for cudaMemcpyAsync. Without a GPU it says what is missing, and exits with 0. Pools
+hold random bytes and are larger than the L2 cache; a page of each copy is compared afterwards. Times are of the GPU:
+the stream is busy with something else while Python puts a copy on it, and how long that takes is call_ms in the JSON.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +27,47 @@ import numpy.typing as npt
 
 from radixkv.errors import DeviceUnavailableError, InvalidArgumentError
 from radixkv.pool.layout import KVGeometry, KVView, Layout, view_of_layout
+from radixkv.transfer.choose import Chooser, PathName
 from radixkv.transfer.cuda import CudaKernels
-from radixkv.transfer.launch import Family, Launch
+from radixkv.transfer.engine import CopyEngine
+from radixkv.transfer.gpu import (
+    CudaTimer,
+    device_key,
+    layer_runs_of,
+    layer_shape_of,
+    runs_of,
+    shape_of,
+)
+from radixkv.transfer.launch import DEFAULT_CTAS, Family, Launch
 from radixkv.transfer.plan import CopyPlan, plan_copy
 
 from . import report
 
 SEED = 20261121
 LAYERS = 8
+BUSY_BYTES = 64 << 20
+"""Of the copy that keeps the stream busy meanwhile: 1.2 ms of PCIe gen 5."""
+AIM_BYTES = 16 << 10
+AIMS = {"backup": 0.95, "load_back": 0.95, "gather": 0.85}
+"""Ratio to the contiguous copy. Host and device: of the path that the chooser picks, with at most 4 blocks, from 16 KiB
+a page and layer up. Device and device: of the best line of a shape."""
+
+PUBLISHED = (
+    # what, GB/s, where; rows are a token's bytes of one layer and half
+    ("sgl_kernel's transfer a layer, layer_first to layer_first, H20, 8192 rows of 656 B", 28.40,
+     "https://github.com/sgl-project/sglang/pull/37231"),
+    ("sgl_kernel's transfer a layer, layer_first to page_first, H20, 8192 rows of 656 B", 19.56,
+     "https://github.com/sgl-project/sglang/pull/37231"),
+    ("SGLang's register kernel, 2 CTAs, host (page_first) to device a layer, GB300, 32768 rows of 512 B", 97.0,
+     "https://github.com/sgl-project/sglang/pull/40278"),
+    ("SGLang's TMA kernel, 4 CTAs, the same", 192.0, "https://github.com/sgl-project/sglang/pull/40278"),
+    ("SGLang's register kernel, 2 blocks, host to device, AMD CDNA", 24.0,
+     "https://github.com/sgl-project/sglang/pull/37635"),
+    ("SGLang's register kernel, 8 blocks, host to device, AMD CDNA", 55.0,
+     "https://github.com/sgl-project/sglang/pull/37635"),
+)  # fmt: skip
+"""Figures of others, on their machines: a scale, not a comparison. None was found for an H100 or H200."""
+
 DIRECTIONS = {"backup": ("device", "host"), "load_back": ("host", "device"), "gather": ("device", "device")}
 
 
@@ -72,8 +109,16 @@ class Gpu(Protocol):
         """The kernels, on the benchmark's stream; by_layer: a launch for each layer."""
         ...
 
-    def seconds(self, function: Callable[[], object], repeats: int) -> float:
-        """Median of single runs after two that do not count, between two events on the stream."""
+    def engine(self, plan: CopyPlan, by_layer: bool) -> Callable[[], object] | None:
+        """The copy engine, runs expanded: a call puts the copy on the stream. None for too many runs."""
+        ...
+
+    def pick(self, plan: CopyPlan, by_layer: bool) -> PathName:
+        """The path that a tuned chooser picks."""
+        ...
+
+    def seconds(self, function: Callable[[], object], repeats: int) -> tuple[float, float]:
+        """Medians of single runs after two that do not count: between two events on the stream, and of the call."""
         ...
 
 
@@ -93,6 +138,14 @@ class CudaGpu:
         self.device = "cuda:0"
         self.driver = self._runtime.driverGetVersion()
         self.sms = int(properties["multiProcessorCount"])
+        self._engine = CopyEngine(0)
+        self._busy = self._runtime.malloc(BUSY_BYTES), self._runtime.hostAlloc(BUSY_BYTES, 0)
+        with tempfile.TemporaryDirectory() as folder:  # of this run, whatever was measured before
+            self._chooser = Chooser(device_key(0), folder=Path(folder), override=None)
+            self._chooser.override = None
+            with CudaTimer(0, {"kernel": self._kernels, "engine": self._engine}) as timer:
+                self._chooser.tune(timer.seconds)
+        self._kernels.close()
 
     def allocate(self, tier: str, content: npt.NDArray[np.uint8], num_bytes: int) -> int:
         make = self._runtime.malloc if tier == "device" else lambda size: self._runtime.hostAlloc(size, 0)
@@ -123,17 +176,32 @@ class CudaGpu:
         run = self._kernels.run_layers if by_layer else self._kernels.run
         return run(plan, stream=self._stream.ptr, family=family, ctas=ctas)
 
-    def seconds(self, function: Callable[[], object], repeats: int) -> float:
-        times = []
+    def engine(self, plan: CopyPlan, by_layer: bool) -> Callable[[], object] | None:
+        stream = self._stream.ptr
+        if by_layer:
+            layers = layer_runs_of(plan)
+            return None if layers is None else lambda: self._engine.run_layers(plan, stream=stream, runs=layers)
+        runs = runs_of(plan)
+        return None if runs is None else lambda: self._engine.run(plan, stream=stream, runs=runs)
+
+    def pick(self, plan: CopyPlan, by_layer: bool) -> PathName:
+        return self._chooser.choose(*(layer_shape_of(plan, layer_runs_of(plan)) if by_layer else shape_of(plan)))
+
+    def seconds(self, function: Callable[[], object], repeats: int) -> tuple[float, float]:
+        times, calls = [], []
         for run in range(repeats + 2):
             start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            self._runtime.memcpyAsync(*self._busy, BUSY_BYTES, self._runtime.memcpyDefault, self._stream.ptr)
             start.record(self._stream)
+            begun = time.perf_counter()
             function()
+            call = time.perf_counter() - begun
             end.record(self._stream)
             end.synchronize()
             if run >= 2:
                 times.append(self._cupy.cuda.get_elapsed_time(start, end) / 1e3)
-        return statistics.median(times)
+                calls.append(call)
+        return statistics.median(times), statistics.median(calls)
 
 
 def cases(quick: bool, sms: int) -> Iterator[Case]:
@@ -199,28 +267,80 @@ def measure(gpu: Gpu, case: Case, pool_bytes: int, repeats: int) -> dict[str, An
 def _time(gpu: Gpu, case: Case, plan: CopyPlan, at: tuple[list[int], list[int]], repeats: int) -> dict[str, Any]:
     """Contiguous copies first and last, the better being the limit. load_back goes layer by layer, as engines do."""
     bytes_of_half = plan.total_bytes // plan.geometry.halves
+    by_layer = case.direction == "load_back"
 
     def contiguous() -> None:
         for src, dst in zip(*at, strict=True):
             gpu.memcpy(dst, src, bytes_of_half)
 
     def kernels() -> list[Launch]:
-        return gpu.copy(plan, case.family, case.ctas, by_layer=case.direction == "load_back")
+        return gpu.copy(plan, case.family, case.ctas, by_layer=by_layer)
 
-    before = gpu.seconds(contiguous, repeats)
-    seconds = gpu.seconds(kernels, repeats)
-    limit = min(before, gpu.seconds(contiguous, repeats))
+    beside = case.family == "copy" and case.ctas == DEFAULT_CTAS  # the engine knows neither family nor quota
+    engine = gpu.engine(plan, by_layer) if beside else None
+    before, _ = gpu.seconds(contiguous, repeats)
+    seconds, call = gpu.seconds(kernels, repeats)
+    engine_seconds, engine_call = gpu.seconds(engine, repeats) if engine else (None, None)
+    limit = min(before, gpu.seconds(contiguous, repeats)[0])
     launches = kernels()
     _check_first_page(gpu, case, plan)
-    return {
+    line = {
         "kernel": launches[0].kernel,
         "blocks": launches[0].grid,
         "bytes": plan.total_bytes,
         "contiguous_bytes_a_page_and_layer": case.page_size * case.row_bytes,
         "gb_per_s": plan.total_bytes / seconds / 1e9,
+        "call_ms": call * 1e3,
         "memcpy_gb_per_s": plan.total_bytes / limit / 1e9,
         "ratio": limit / seconds,
     }
+    if engine_seconds is not None and engine_call is not None:
+        line |= {
+            "engine_gb_per_s": plan.total_bytes / engine_seconds / 1e9,
+            "engine_call_ms": engine_call * 1e3,
+            "engine_ratio": limit / engine_seconds,
+        }
+    if beside:
+        path = gpu.pick(plan, by_layer)
+        line |= {"picked": path, "picked_ratio": line.get("engine_ratio") if path == "engine" else line["ratio"]}
+    return line
+
+
+def verdicts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The aims: for each shape that one speaks of, the ratio, the aim, and pass or SHORT (or absent: not measured)."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    shape_keys = ("direction", "layout", "page_size", "row_bytes", "order", "kind")
+    for line in lines:
+        if "refused" in line:
+            continue
+        shape = tuple(line[key] for key in shape_keys)
+        device = line["direction"] == "gather"
+        if device:
+            value, how = line["ratio"], f"{line['family']}, {line['ctas']} CTAs"
+        elif "picked" in line and line["contiguous_bytes_a_page_and_layer"] >= AIM_BYTES:
+            value, how = line["picked_ratio"], line["picked"]
+        else:
+            continue
+        if shape in found and (value or 0) <= (found[shape]["ratio"] or 0):
+            continue
+        aim = AIMS[line["direction"]]
+        verdict = "absent" if value is None else "pass" if value >= aim else "SHORT"
+        found[shape] = dict(zip(shape_keys, shape, strict=True)) | {"ratio": value, "aim": aim, "verdict": verdict}
+        found[shape] |= {"by": how} | ({} if device else {"kernel_ratio": line["ratio"]})
+    return list(found.values())
+
+
+def print_verdicts(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        what = f"{one['direction']} {one['kind']} {one['layout']} page {one['page_size']} row {one['row_bytes']}"
+        ratio = "-" if one["ratio"] is None else f"{one['ratio']:.3f}"
+        own = f", the kernel's own {one['kernel_ratio']:.3f}" if "kernel_ratio" in one else ""
+        print(f"{one['verdict']:7}{ratio:>6} of {one['aim']:.2f}  {what} {one['order']} ({one['by']}{own})")
+    short = sum(one["verdict"] == "SHORT" for one in found)
+    print(f"{len(found)} shapes with an aim, {short} SHORT")
+    print("Published by others, on their machines:")
+    for what, gb_per_s, source in PUBLISHED:
+        print(f"{gb_per_s:9.1f} GB/s  {what}\n{'':17}{source}")
 
 
 def _check_first_page(gpu: Gpu, case: Case, plan: CopyPlan) -> None:
@@ -242,12 +362,17 @@ def run(gpu: Gpu, todo: Iterator[Case], pool_bytes: int, repeats: int) -> list[d
     """Measure and print each case; a family that cannot do a case says so in its line."""
     lines = []
     print(f"{'direction':10}{'family':10}{'layout':19}{'page':>5}{'row':>6}{'order':>12}{'CTAs':>5}"
-          f"{'GB/s':>9}{'memcpy':>9}{'ratio':>7}")  # fmt: skip
+          f"{'memcpy':>9}{'kernel':>9}{'ratio':>7}{'engine':>9}{'ratio':>7}  picked")  # fmt: skip
     for case in todo:
         line: dict[str, Any] = {name: getattr(case, name) for name in Case.__dataclass_fields__}
         try:
             line |= measure(gpu, case, pool_bytes, repeats)
-            figures = f"{line['gb_per_s']:9.1f}{line['memcpy_gb_per_s']:9.1f}{line['ratio']:7.2f}"
+            figures = f"{line['memcpy_gb_per_s']:9.1f}{line['gb_per_s']:9.1f}{line['ratio']:7.2f}"
+            if "engine_ratio" in line:
+                figures += f"{line['engine_gb_per_s']:9.1f}{line['engine_ratio']:7.2f}"
+            else:
+                figures += f"{'-':>9}{'-':>7}"
+            figures += f"  {line.get('picked', '-')}"
         except InvalidArgumentError as error:
             line["refused"] = str(error)
             figures = f"  {error}"
@@ -262,7 +387,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one line a family and direction")
     default = report.DEFAULT_FOLDER / "kernels.json"
     parser.add_argument("--json", type=Path, default=default, help="where the result goes")
-    parser.add_argument("--pool-mib", type=int, default=1024, help="size of each pool; above twice the L2 cache")
+    parser.add_argument("--pool-mib", type=int, default=512, help="size of each pool; above twice the L2 cache")
     options = parser.parse_args()
     try:
         gpu = CudaGpu()
@@ -272,6 +397,9 @@ def main() -> None:
     result = report.header(quick=options.quick)
     result |= {"gpu": gpu.name, "driver": gpu.driver, "sms": gpu.sms, "seed": SEED}
     result["lines"] = run(gpu, cases(options.quick, gpu.sms), options.pool_mib << 20, repeats=9)
+    result["verdicts"] = verdicts(result["lines"])
+    result["published"] = [{"what": what, "gb_per_s": rate, "source": source} for what, rate, source in PUBLISHED]
+    print_verdicts(result["verdicts"])
     report.write_json(result, options.json)
     print(options.json)
 

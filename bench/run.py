@@ -1,8 +1,9 @@
-"""Everything that ``make bench`` reports: tree, index, copies, callgrind; one JSON file and tables.
+"""Everything that ``make bench`` reports: tree, index, copies, page hashes, controller, callgrind; a JSON file, tables.
 
-``python -m bench [--quick] [--rounds N] [--json FILE] [--only tree,index,copy,callgrind] [--install]``. Run it with the
-interpreter that ``bench/peers/install.py`` made (``--install`` makes it, then runs there); with any other, what is
-missing is reported as absent. ``--quick`` takes about a minute and shows that everything runs, not how fast it is.
+``python -m bench [--quick] [--rounds N] [--json FILE] [--only PART,...] [--install]``, the parts being those of PARTS.
+Run it with the interpreter that ``bench/peers/install.py`` made (``--install`` makes it, then runs there); with any
+other, what is missing is reported as absent. ``--quick`` takes about a minute and shows that everything runs, not how
+fast it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from . import report
 
-PARTS = ("tree", "index", "copy", "callgrind")
+PARTS = ("tree", "index", "copy", "page_hash", "controller", "callgrind")
 
 
 def run_part(part: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:

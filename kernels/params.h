@@ -83,7 +83,9 @@ typedef struct rkv_relayout_params {
 
 #define RKV_TILE_BYTES 32768u
 #define RKV_COPY_VECS_IN_FLIGHT 8u /* vectors a thread holds between loads and stores, over all halves */
-#define RKV_BULK_SLOTS 8u
+#define RKV_RELAYOUT_VECS_IN_FLIGHT 4u /* vectors a thread holds between loads and shared memory */
+#define RKV_BULK_SLOTS 11u
+#define RKV_BULK_AHEAD 8u /* slots being filled; the others drain */
 #define RKV_BULK_SLOT_BYTES 4096u
 
 #endif

@@ -8,7 +8,8 @@
  *     block     at most 512 threads, any number
  *     tile      (page, half, block of layers, of tokens, of heads); a block copies one tile, then steps by the grid
  *
- * Tiles at the rim are cut: cells beyond the extent are neither read nor written. */
+ * Tiles at the rim are cut: cells beyond the extent are neither read nor written. With 16-byte vectors and 512 threads a
+ * whole tile is under way at once, and the next one's loads are issued before this one is written: the link is never idle. */
 #include "layouts.cuh"
 
 struct rkv_cell {
@@ -68,38 +69,68 @@ __device__ __forceinline__ uint64_t rkv_find(const rkv_relayout_params &p, const
            vec * vec_bytes;
 }
 
+/* The vectors that one thread has under way. In the source's walk a vector's place in shared memory is its number. */
+template <class Vec>
+struct rkv_flight {
+    static constexpr uint32_t DEPTH = RKV_RELAYOUT_VECS_IN_FLIGHT;
+    Vec held[DEPTH];
+
+    /* Issue the loads of vectors at, at + blockDim.x, .. of a tile. */
+    __device__ __forceinline__ void load(const rkv_relayout_params &p, const rkv_tile &tile, uint32_t at)
+    {
+#pragma unroll
+        for (uint32_t i = 0; i < DEPTH; i++) {
+            const uint32_t vec = at + i * blockDim.x;
+            held[i] = Vec();
+            if (vec < p.tile_vecs) {
+                uint32_t staged;
+                const uint64_t from = rkv_find(p, p.src, p.src_walk, tile, tile.src_page, vec, sizeof(Vec), staged);
+                if (from) held[i] = rkv_load((const Vec *)from);
+            }
+        }
+    }
+
+    /* Into the tile; cells beyond the rim are zero there, and nobody reads them. */
+    __device__ __forceinline__ void stage(const rkv_relayout_params &p, Vec *staging, uint32_t at) const
+    {
+#pragma unroll
+        for (uint32_t i = 0; i < DEPTH; i++) {
+            if (at + i * blockDim.x < p.tile_vecs) staging[at + i * blockDim.x] = held[i];
+        }
+    }
+};
+
 template <class Vec, class Index>
 __device__ __forceinline__ void rkv_relayout(const rkv_relayout_params &p, Vec *staging)
 {
-    constexpr uint32_t DEPTH = 4;
-    for (uint32_t n = blockIdx.x; n < p.num_tiles; n += gridDim.x) {
-        const rkv_tile tile = rkv_nth_tile<Index>(p, n);
-        for (uint32_t at = threadIdx.x; at < p.tile_vecs; at += DEPTH * blockDim.x) {
-            Vec held[DEPTH];
-            uint32_t staged[DEPTH];
-            bool wanted[DEPTH];
-#pragma unroll
-            for (uint32_t i = 0; i < DEPTH; i++) {
-                const uint32_t vec = at + i * blockDim.x;
-                wanted[i] = false;
-                if (vec < p.tile_vecs) {
-                    const uint64_t from =
-                        rkv_find(p, p.src, p.src_walk, tile, tile.src_page, vec, sizeof(Vec), staged[i]);
-                    wanted[i] = from != 0;
-                    if (wanted[i]) held[i] = rkv_load((const Vec *)from);
-                }
-            }
-#pragma unroll
-            for (uint32_t i = 0; i < DEPTH; i++) {
-                if (wanted[i]) staging[staged[i]] = held[i];
-            }
+    const uint32_t step = RKV_RELAYOUT_VECS_IN_FLIGHT * blockDim.x;
+    uint32_t n = blockIdx.x;
+    if (n >= p.num_tiles) return;
+    rkv_tile tile = rkv_nth_tile<Index>(p, n);
+    rkv_flight<Vec> flight;
+    flight.load(p, tile, threadIdx.x);
+    for (;;) {
+        /* 1. what is under way arrives; the rest of the tile, if vectors are narrow */
+        for (uint32_t at = threadIdx.x;;) {
+            flight.stage(p, staging, at);
+            at += step;
+            if (at >= p.tile_vecs) break;
+            flight.load(p, tile, at);
         }
         __syncthreads();
+        /* 2. the next tile's loads travel while this tile is written */
+        const rkv_tile here = tile;
+        n += gridDim.x;
+        if (n < p.num_tiles) {
+            tile = rkv_nth_tile<Index>(p, n);
+            flight.load(p, tile, threadIdx.x);
+        }
         for (uint32_t vec = threadIdx.x; vec < p.tile_vecs; vec += blockDim.x) {
             uint32_t staged;
-            const uint64_t to = rkv_find(p, p.dst, p.dst_walk, tile, tile.dst_page, vec, sizeof(Vec), staged);
+            const uint64_t to = rkv_find(p, p.dst, p.dst_walk, here, here.dst_page, vec, sizeof(Vec), staged);
             if (to) rkv_store((Vec *)to, staging[staged]);
         }
+        if (n >= p.num_tiles) return;
         __syncthreads(); /* the next tile overwrites this one */
     }
 }
@@ -111,7 +142,7 @@ __device__ __forceinline__ void rkv_relayout(const rkv_relayout_params &p, Vec *
 #define RKV_RELAYOUT_KERNELS(X) RKV_RELAYOUT_KERNELS_OF(X, 32, int32_t) RKV_RELAYOUT_KERNELS_OF(X, 64, int64_t)
 
 #define RKV_RELAYOUT_KERNEL(name, Vec, Index) \
-    extern "C" __global__ void __launch_bounds__(512) name(const RKV_GRID_CONSTANT rkv_relayout_params p) \
+    extern "C" __global__ void __launch_bounds__(512, 2) name(const RKV_GRID_CONSTANT rkv_relayout_params p) \
     { \
         __shared__ Vec staging[RKV_TILE_BYTES / sizeof(Vec)]; \
         rkv_relayout<Vec, Index>(p, staging); \

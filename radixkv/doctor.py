@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import platform
 import shutil
 import subprocess
@@ -16,16 +17,22 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .errors import DeviceUnavailableError
+from .paths import get_library_path
 from .pool.arena import online_nodes
 from .pool.memory import DEFAULT_HEADROOM_BYTES, host_memory, read_text, usable_cpus
 from .pool.pinning import cuda_registrar
+from .transfer.choose import ENVIRONMENT, Chooser, PathName
+from .transfer.cuda import FATBIN
 
 __all__ = ["Choice", "Diagnosis", "Finding", "Machine", "decide", "diagnose", "tables", "text"]
+
+C_LAUNCHER = "libradixkv_cuda.so.1"
+C_LAUNCHER_ABI = 1
 
 _MIB, _GB = 1024**2, 1e9
 _COPY_BYTES = 256 * _MIB  # well beyond any cache
@@ -111,6 +118,19 @@ class Machine:
         """What would page-lock. Raises: DeviceUnavailableError."""
         return cuda_registrar().name
 
+    def environment(self, name: str) -> str:
+        """A variable of the environment; "" if it is not set."""
+        return os.environ.get(name, "")
+
+    def shipped(self, name: str) -> Path | None:
+        """A file that the build left beside the plugin; None if it did not."""
+        path = Path(get_library_path()).with_name(name)
+        return path if path.is_file() else None
+
+    def chooser(self) -> Chooser:
+        """What chooses between kernels and copy engine on the first GPU. Raises: ImportError, RuntimeError."""
+        return Chooser(importlib.import_module(".transfer.gpu", __package__).device_key(0), override="kernel")
+
     def cpus(self) -> int:
         """CPUs that this process may use."""
         return usable_cpus()
@@ -189,6 +209,51 @@ def _nvrtc(machine: Machine) -> Finding:
     code = library.nvrtcVersion(*map(ctypes.byref, parts))
     version = ".".join(str(part.value) for part in parts)
     return Finding("nvrtc", "failed" if code else "ok", f"error {code}" if code else version, {"version": version})
+
+
+def _kernels(machine: Machine) -> Finding:
+    path = machine.shipped(FATBIN)
+    if path is None:
+        return Finding("kernels", "missing", f"no {FATBIN}: built without nvcc; NVRTC compiles them", {"path": None})
+    value = f"prebuilt, {path.stat().st_size / 1024:.0f} KiB, {path}"
+    return Finding("kernels", "ok", value, {"path": str(path), "bytes": path.stat().st_size})
+
+
+def _c_launcher(machine: Machine) -> Finding:
+    path = machine.shipped(C_LAUNCHER)
+    if path is None:
+        return Finding("C launcher", "missing", f"no {C_LAUNCHER}: built without nvcc", {"path": None})
+    table = ctypes.CDLL(str(path)).rkv_cuda_get_api
+    table.restype = ctypes.POINTER(ctypes.c_uint32)
+    if not table(C_LAUNCHER_ABI):
+        value = f"{path} does not speak ABI version {C_LAUNCHER_ABI}"
+        return Finding("C launcher", "failed", value, {"path": str(path)})
+    return Finding("C launcher", "ok", f"ABI version {C_LAUNCHER_ABI}, {path}", {"path": str(path)})
+
+
+def _override(machine: Machine) -> Finding:
+    value = machine.environment(ENVIRONMENT)
+    shown, data = f"${ENVIRONMENT} is {value!r}", {"override": value}
+    if value in ("", "auto"):
+        return Finding("transfer path", "ok", f"${ENVIRONMENT} is not set" if not value else shown, {"override": None})
+    if value not in get_args(PathName):
+        shown += f", and must be auto, {' or '.join(get_args(PathName))}: every GPU transfer will be refused"
+        return Finding("transfer path", "failed", shown, data)
+    return Finding("transfer path", "ok", shown, data)
+
+
+def _tuning(machine: Machine) -> Finding:
+    try:
+        chooser = machine.chooser()
+    except (ImportError, RuntimeError) as error:
+        return Finding("tuning", "missing", f"no GPU to measure ({error})", {"tuned": False})
+    data = {"tuned": chooser.tuned, "path": str(chooser.path), "device": chooser.device}
+    if chooser.caches_ignored:
+        return Finding("tuning", "failed", f"{chooser.path} cannot be used; GpuTransfer.tune measures anew", data)
+    if not chooser.tuned:
+        value = f"{chooser.device} has not been measured (GpuTransfer.tune keeps it in {chooser.path})"
+        return Finding("tuning", "missing", value, data)
+    return Finding("tuning", "ok", f"{chooser.device}, {chooser.path}", data)
 
 
 def _nvcc(machine: Machine) -> Finding:
@@ -305,7 +370,8 @@ def _best(copy: Callable[[], Any], num_bytes: int) -> float:
 Probe = Callable[[Machine], Finding]
 PROBES: dict[str, Probe] = {
     "cpu": _cpu, "host memory": _memory, "huge pages": _huge_pages, "numa": _numa, "gpu": _gpu, "driver": _driver,
-    "torch": _torch, "cupy": _cupy, "nvrtc": _nvrtc, "nvcc": _nvcc, "page-locking": _pinned,
+    "torch": _torch, "cupy": _cupy, "nvrtc": _nvrtc, "nvcc": _nvcc, "kernels": _kernels, "C launcher": _c_launcher,
+    "transfer path": _override, "tuning": _tuning, "page-locking": _pinned,
 }  # fmt: skip
 MEASUREMENTS: dict[str, Probe] = {"host bandwidth": _host_bandwidth, "link bandwidth": _link_bandwidth}
 
@@ -337,13 +403,27 @@ def decide(findings: Iterable[Finding]) -> list[Choice]:
 def _copies(data: Any, why: Any) -> Choice:
     if not data("cupy", "devices"):
         reason = why("gpu", "driver", "cupy") or "CuPy sees no GPU"
+        if data("torch", "devices"):
+            reason = f"torch sees a GPU, but nothing copies to it without CuPy: {reason}"
         return Choice("copies", "the CPU path", reason)
-    if not data("nvrtc", "version", None):
+    override = data("transfer path", "override", None)
+    if override and override not in get_args(PathName):
+        return Choice("copies", "the CPU path", why("transfer path"))
+    prebuilt, nvrtc = data("kernels", "path", None), data("nvrtc", "version", None)
+    if not prebuilt and not nvrtc:
         return Choice("copies", "the copy engine through CuPy", f"kernels cannot be compiled here: {why('nvrtc')}")
-    return Choice("copies", "CUDA kernels and the copy engine through CuPy", f"NVRTC {data('nvrtc', 'version')}")
+    kernels = "prebuilt kernels" if prebuilt else f"NVRTC {nvrtc}"
+    if override:
+        name = "CUDA kernels" if override == "kernel" else "the copy engine"
+        return Choice("copies", f"{name} through CuPy", f"${ENVIRONMENT} is {override!r}; {kernels}")
+    measured = "measured on this device" if data("tuning", "tuned", False) else "by default figures, untuned"
+    return Choice("copies", "CUDA kernels and the copy engine through CuPy", f"{kernels}; chosen {measured}")
 
 
 def _device_pools(data: Any, why: Any) -> Choice:
+    if data("torch", "devices") and not data("cupy", "devices"):
+        reason = why("cupy") or "CuPy sees no GPU"
+        return Choice("device pools", "torch tensors in host memory", f"copies to and from a GPU need CuPy: {reason}")
     if data("torch", "devices"):
         return Choice("device pools", "torch tensors on the GPU", "torch sees a GPU")
     if data("cupy", "devices"):

@@ -32,7 +32,7 @@ ALLOWED = {
 
 # Only the controller puts tree, pool, transfer and storage together.
 COMPOSED = {"tree", "pool", "transfer", "storage"}
-COMPOSERS = {"controller", "hicache", "engines", "replay", "cli", "demo"}
+COMPOSERS = {"controller", "hicache", "engines", "replay", "cli", "demo", "doctor"}
 
 # Nothing but the standard library and numpy may be imported when a module of these is loaded.
 HEAVY = {"torch", "cupy", "matplotlib", "rich", "transformers", "zmq", "msgspec", "prometheus_client"}

@@ -1,27 +1,47 @@
-"""Everything that wants a GPU, in one command, on a machine with CUDA, CuPy and pytest but no package registry.
+"""Everything that wants a GPU, in one command, on a machine with CUDA, PyTorch, CuPy and numpy but no package registry.
 
-    python3 tools/gpu.py [--steps build,tests,nvrtc,sanitizer,bench] [--quick] [--json FILE]
+    python3 tools/gpu.py [--steps build,checks,tests,paths,nvrtc,sanitizer,bench] [--quick] [--budget SECONDS]
+                         [--wheels FOLDER] [--json FILE]
 
-Uses the Python that runs it, and installs nothing. Builds in place, then
-    tests      tests/kernels with the cuda backend, kernels from the fatbin; no GPU is a failure here
+Uses the Python that runs it, and installs nothing into it. Builds in place, then
+    checks     tests/kernels/gpu_checks.py: batched copies, pools of torch and CuPy, page-locked host pools, end to end
+               with a racing reader, overlap from event times, tuning; needs no pytest
+    tests      the other tests of tests/kernels that use a GPU, kernels from the fatbin; no GPU is a failure here
+    paths      the copies again through GpuTransfer, forced to the kernels, then to the copy engine
     nvrtc      the copies again, kernels compiled at run time
     sanitizer  compute-sanitizer on each family: memcheck, racecheck, synccheck
     bench      bench/bench_kernels.py
-and writes bench/results/gpu-<device>-<date>.json: device, driver, date, commit; command, exit status and last lines of
-each step; the lines of the benchmark. Exit status 1 if a step failed. RADIXKV_COMMIT names the commit where there is no
-git.
+and writes gpu-<device>-<time>.json to $OUT if that is set, else to bench/results, again after each step: device,
+driver, date, commit; command, exit status and last lines of each step; figures of the checks, lines of the benchmark.
+Exit status 1 if a step failed or had no time. RADIXKV_COMMIT names the commit where there is no git.
+
+What is missing:
+    CuPy, numpy               nothing can run, and it says so
+    Cython, setuptools        nothing can be built: it says so, unless radixkv has been built in place for this Python
+    pytest, hypothesis        checks, sanitizer and bench run, the others are "not run" in the result
+    torch                     its check is "absent" in the result
+    compute-sanitizer, nvcc   that step fails; without nvcc all kernels are compiled at run time
+--wheels (default .whl, if it is there): a folder of wheels for this Python, unpacked in front of the path of the
+steps: what it lacks, or has too old. Where a command may take 10 minutes, two do: `--budget 570 --steps
+build,checks,tests,paths` and `--budget 570 --steps build,nvrtc,sanitizer,bench`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +51,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-NEEDED = ("cupy", "numpy", "pytest", "hypothesis", "Cython", "setuptools")
-STEPS = ("build", "tests", "nvrtc", "sanitizer", "bench")
+NEEDED = ("cupy", "numpy")
+TO_BUILD = {"Cython": 3, "setuptools": 77}
+"""And the first major version that does."""
+TO_TEST = ("pytest", "hypothesis")
+STEPS = ("build", "checks", "tests", "paths", "nvrtc", "sanitizer", "bench")
+NEED_PYTEST = ("tests", "paths", "nvrtc")
 REQUIRE = {"RADIXKV_REQUIRE_GPU": "1"}
 TAIL_LINES = 40
 
@@ -52,79 +76,165 @@ def device() -> tuple[str, str] | None:
     return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
-def commands(step: str, quick: bool, bench_json: Path) -> list[tuple[list[str], dict[str, str]]]:
-    """What a step runs: (command, additions to the environment)."""
+def commands(step: str, quick: bool, folder: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """What a step runs: (command, additions to the environment). Figures go to <step>.json in the folder."""
     python = [sys.executable]
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    copies = [*pytest, "tests/kernels/test_copy.py", "-k", "cuda"]
+    result = str(folder / f"{step}.json")
     if step == "build":
         return [([*python, "setup.py", "-q", "build_ext", "--inplace"], {})]
+    if step == "checks":
+        return [([*python, "-m", "tests.kernels.on_gpu", "--checks", "--json", result], REQUIRE)]
     if step == "tests":
-        return [([*pytest, "tests/kernels"], REQUIRE)]
+        return [([*pytest, "tests/kernels", "-k", "cuda or cupy and not on_a_gpu"], REQUIRE)]
+    if step == "paths":
+        return [(copies, REQUIRE | {"RADIXKV_TEST_PATH": path}) for path in ("kernel", "engine")]
     if step == "nvrtc":
-        return [([*pytest, "tests/kernels/test_copy.py", "-k", "cuda"], REQUIRE | {"RADIXKV_TEST_NVRTC": "1"})]
+        return [(copies, REQUIRE | {"RADIXKV_TEST_NVRTC": "1"})]
     if step == "sanitizer":
         check = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
         return [
-            ([*check, tool, *python, "-m", "tests.kernels.on_gpu", *families], {})
-            for tool, families in (
-                ("memcheck", ("copy", "relayout", "bulk")),
-                ("racecheck", ("relayout", "bulk")),
-                ("synccheck", ("relayout", "bulk")),
+            ([*check, tool, *python, "-m", "tests.kernels.on_gpu", *families], more)
+            for tool, families, more in (
+                ("memcheck", ("copy", "relayout", "bulk"), {}),
+                ("memcheck", ("copy",), {"RADIXKV_TEST_PATH": "kernel"}),
+                ("racecheck", ("relayout", "bulk"), {}),
+                ("synccheck", ("relayout", "bulk"), {}),
             )
         ]
     assert step == "bench", step
-    return [([*python, "-m", "bench.bench_kernels", "--json", str(bench_json), *["--quick"] * quick], {})]
+    return [([*python, "-m", "bench.bench_kernels", "--json", result, *["--quick"] * quick], {})]
 
 
-def run(command: list[str], more: dict[str, str]) -> dict[str, Any]:
-    """Run to the end, output shown as it comes. Returns: what goes into the result file."""
-    shown = " ".join(command)
-    print(f"== {' '.join(f'{k}={v}' for k, v in more.items())} {shown}", flush=True)
+def run(command: list[str], more: dict[str, str], limit_s: float | None = None) -> dict[str, Any]:
+    """Run to the end, or for limit_s seconds, output shown as it comes. Returns: what goes into the result file."""
+    shown = " ".join([*(f"{name}={value}" for name, value in more.items()), *command])
+    print(f"== {shown}", flush=True)
     start = time.monotonic()
     lines: list[str] = []
     try:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
     except OSError as error:
         return {"command": shown, "exit_status": None, "seconds": 0.0, "tail": [str(error)]}
     assert process.stdout is not None
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it and its children: a session of their own
+
+    timer = threading.Timer(limit_s, stop) if limit_s is not None else None
+    if timer is not None:
+        timer.start()
     for line in process.stdout:
         print(line, end="", flush=True)
         lines = [*lines[1 - TAIL_LINES :], line.rstrip("\n")]
     status = process.wait()
-    return {"command": shown, "exit_status": status, "seconds": time.monotonic() - start, "tail": lines}
+    if timer is not None:
+        timer.cancel()
+    ended = {"command": shown, "exit_status": status, "seconds": time.monotonic() - start, "tail": lines}
+    return ended | ({"stopped_after_s": limit_s} if stopped.is_set() else {})
+
+
+def lacking(names: Sequence[str]) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def unfit_to_build() -> list[str]:
+    """What a build needs and this Python lacks, or has too old."""
+    missing = lacking(list(TO_BUILD))
+    for name, major in TO_BUILD.items():
+        if name not in missing and int(importlib.metadata.version(name).partition(".")[0]) < major:
+            missing.append(f"{name}>={major}")
+    return missing
+
+
+def add_wheels(folder: Path, target: Path) -> None:
+    """Put the wheels of a folder on the path of this process and of the steps, before what is installed."""
+    wheels = sorted(str(path) for path in folder.glob("*.whl"))
+    if not wheels:
+        return
+    options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *options, *wheels], check=True)
+    sys.path.insert(0, str(target))
+    earlier = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{target}{os.pathsep}{earlier}" if earlier else str(target)
+    importlib.invalidate_caches()
+
+
+def why_not(step: str) -> str | None:
+    """Why a step cannot run here; None: it can."""
+    if step in NEED_PYTEST and (missing := lacking(TO_TEST)):
+        return f"no {', '.join(missing)}"
+    if step == "build" and (missing := unfit_to_build()):
+        if list((ROOT / "radixkv" / "tree").glob(f"core*{sysconfig.get_config_var('EXT_SUFFIX')}")):
+            return f"no {', '.join(missing)}, and it has been built before"
+        sys.exit(
+            f"{sys.executable} has no {', '.join(missing)}, and radixkv is not built for it: bring a folder of wheels "
+            f"(pip download --no-deps --only-binary=:all: -d .whl {' '.join(missing)})"
+        )
+    return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", default=",".join(STEPS), help="comma-separated, in the order given")
     parser.add_argument("--quick", action="store_true", help="the short benchmark")
+    parser.add_argument("--budget", type=float, help="seconds for everything; what does not fit is stopped or not run")
+    parser.add_argument("--wheels", type=Path, default=ROOT / ".whl", help="a folder of wheels for what is missing")
     parser.add_argument("--json", type=Path, help="where the result goes")
     options = parser.parse_args()
+    begun = time.monotonic()
     steps = options.steps.split(",")
     if unknown := set(steps) - set(STEPS):
         parser.error(f"no such step: {', '.join(sorted(unknown))}")
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        sys.exit(f"{sys.executable} has no {', '.join(missing)}; install them, or run this with a Python that has them")
-    found = device()
-    if found is None:
-        sys.exit("there is no GPU that nvidia-smi can name")
-    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    commit = os.environ.get("RADIXKV_COMMIT") or first_line(["git", "rev-parse", "HEAD"])
-    result: dict[str, Any] = {"device": found[0], "driver": found[1], "date": date, "commit": commit, "steps": {}}
     with tempfile.TemporaryDirectory() as folder:
-        bench_json = Path(folder) / "bench.json"
+        add_wheels(options.wheels, Path(folder) / "site")
+        if missing := lacking(NEEDED):
+            sys.exit(
+                f"{sys.executable} has no {', '.join(missing)}; install them, or run this with a Python that has them"
+            )
+        found = device()
+        if found is None:
+            sys.exit("there is no GPU that nvidia-smi can name")
+        now = time.gmtime()
+        commit = os.environ.get("RADIXKV_COMMIT") or first_line(["git", "rev-parse", "HEAD"])
+        result: dict[str, Any] = {"device": found[0], "driver": found[1], "commit": commit}
+        result |= {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", now), "python": sys.version, "steps": {}, "not_run": {}}
+        name = f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', found[0])}-{time.strftime('%Y-%m-%d-%H%M%S', now)}.json"
+        path = options.json or Path(os.environ.get("OUT") or ROOT / "bench" / "results") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         for step in steps:
-            result["steps"][step] = [run(*each) for each in commands(step, options.quick, bench_json)]
-        if bench_json.exists():
-            result["bench"] = json.loads(bench_json.read_text())
-    name = f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', found[0])}-{date[:10]}.json"
-    path = options.json or ROOT / "bench" / "results" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+            if reason := why_not(step):
+                result["not_run"][step] = reason
+                continue
+            runs = result["steps"].setdefault(step, [])
+            for command, more in commands(step, options.quick, Path(folder)):
+                left = None if options.budget is None else options.budget - (time.monotonic() - begun)
+                if left is not None and left <= 0:
+                    runs.append({"command": " ".join(command), "exit_status": None, "seconds": 0.0,
+                                 "tail": ["no time was left"]})  # fmt: skip
+                    continue
+                runs.append(run(command, more, left))
+            figures = Path(folder) / f"{step}.json"
+            if figures.exists():
+                result[step] = json.loads(figures.read_text())
+            path.write_text(json.dumps(result, indent=1) + "\n")
     failed = [step for step, runs in result["steps"].items() if any(each["exit_status"] != 0 for each in runs)]
-    print(f"{path}: {', '.join(failed) + ' failed' if failed else 'all steps passed'}")
+    for step, reason in result["not_run"].items():
+        print(f"{step} was not run: {reason}")
+    print(f"{path}: {', '.join(failed) + ' failed' if failed else 'all steps that were run passed'}")
     sys.exit(bool(failed))
 
 

@@ -2,6 +2,7 @@
 #include "internal.h"
 
 #include <dlfcn.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,7 +32,16 @@ typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUstream_st *CUstream;
 
-enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 100, CUDA_ERROR_NO_BINARY_FOR_GPU = 209 };
+enum {
+    CUDA_SUCCESS = 0,
+    CUDA_ERROR_INVALID_VALUE = 1,
+    CUDA_ERROR_OUT_OF_MEMORY = 2,
+    CUDA_ERROR_NO_DEVICE = 100,
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209,
+};
+
+/* Of cuPointerGetAttribute. */
+enum { POINTER_ON_DEVICE = 3, RANGE_START = 11, RANGE_BYTES = 12 };
 
 /* Field, name of the symbol, arguments. cuMemAllocAsync came with CUDA 11.2: an older driver is too old. */
 #define DRIVER_FUNCTIONS(X) \
@@ -48,6 +58,7 @@ enum { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_NO_DEVICE = 10
     X(module_function, "cuModuleGetFunction", (CUfunction *, CUmodule, const char *)) \
     X(allocate, "cuMemAllocAsync", (CUdeviceptr *, size_t, CUstream)) \
     X(release, "cuMemFreeAsync", (CUdeviceptr, CUstream)) \
+    X(pointer_attribute, "cuPointerGetAttribute", (void *, int, CUdeviceptr)) \
     X(upload, "cuMemcpyHtoDAsync_v2", (CUdeviceptr, const void *, size_t, CUstream)) \
     X(launch, "cuLaunchKernel", \
       (CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, \
@@ -194,6 +205,60 @@ static rkv_cuda_status make_tables(const rkv_cuda_copy *copy, tables *t)
     return RKV_CUDA_OK;
 }
 
+/* Bytes [first, end) that are known to be of one allocation. */
+typedef struct range {
+    uint64_t first, end;
+} range;
+
+/* Whether kernels may use the memory at an address, and the allocation (or page-locked chunk) around it; an empty range if
+ * the driver does not tell. */
+static rkv_cuda_status find_range(const char *side, uint64_t address, range *around)
+{
+    CUdeviceptr there = 0, start = 0;
+    size_t bytes = 0;
+    const CUresult result = driver.pointer_attribute(&there, POINTER_ON_DEVICE, address);
+    *around = (range){0, 0};
+    if (result == CUDA_ERROR_INVALID_VALUE) {
+        return rkv_cuda_fail(RKV_CUDA_ERR_UNREACHABLE,
+                             "%s: 0x%" PRIx64 " is memory that the driver does not know; page-lock host pools first", side,
+                             address);
+    }
+    if (result != CUDA_SUCCESS) return failed("cuPointerGetAttribute", result);
+    if (there != address) {
+        return rkv_cuda_fail(RKV_CUDA_ERR_UNREACHABLE, "%s: 0x%" PRIx64 " is at 0x%llx on the device", side, address, there);
+    }
+    if (driver.pointer_attribute(&start, RANGE_START, address) == CUDA_SUCCESS &&
+        driver.pointer_attribute(&bytes, RANGE_BYTES, address) == CUDA_SUCCESS && start <= address &&
+        bytes > address - start) {
+        *around = (range){start, start + bytes};
+    }
+    return RKV_CUDA_OK;
+}
+
+/* Every byte that the copy may touch on one side: from chunk to chunk, or first and last byte of each base where the
+ * driver does not tell chunks. One contiguous pool costs three calls of the driver. */
+static rkv_cuda_status check_reachable(const char *side, const rkv_cuda_copy *copy, const rkv_cuda_view *view)
+{
+    const rkv_cuda_geometry *g = copy->geometry;
+    const uint64_t reach = rkv_cuda_reach(g, view);
+    range known = {0, 0};
+    for (uint32_t half = 0; half < g->halves; half++) {
+        for (uint32_t layer = 0; layer < copy->num_layers; layer++) {
+            const uint64_t first = view->bases[(uint64_t)half * g->num_layers + copy->first_layer + layer];
+            const uint64_t last = first + reach - 1;
+            for (uint64_t at = first;;) {
+                if (at < known.first || at >= known.end) {
+                    const rkv_cuda_status status = find_range(side, at, &known);
+                    if (status != RKV_CUDA_OK) return status;
+                }
+                if (at == last || known.end > last) break;
+                at = known.end > at ? known.end : last;
+            }
+        }
+    }
+    return RKV_CUDA_OK;
+}
+
 /* Launch after launch over the pages, with the tables at `at` on the device. */
 static rkv_cuda_status launch_all(rkv_cuda *cuda, const rkv_cuda_copy *copy, const tables *t, CUdeviceptr at,
                                   CUstream stream)
@@ -220,29 +285,97 @@ static rkv_cuda_status launch_all(rkv_cuda *cuda, const rkv_cuda_copy *copy, con
     return RKV_CUDA_OK;
 }
 
-rkv_cuda_status rkv_cuda_copy_pages(rkv_cuda *cuda, const rkv_cuda_copy *copy, void *stream)
+/* Who follows a copy layer by layer; by_layer 0: nobody, all layers in one go. */
+typedef struct follower {
+    int by_layer;
+    rkv_cuda_layer_fn after_layer;
+    void *user;
+} follower;
+
+static rkv_cuda_status launch_layers(rkv_cuda *cuda, const rkv_cuda_copy *copy, const tables *t, CUdeviceptr at,
+                                     CUstream stream, const follower *f)
 {
-    if (cuda == NULL) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "cuda is NULL");
-    rkv_cuda_status status = rkv_cuda_check(copy);
-    if (status != RKV_CUDA_OK || !copy->num_pages) return status;
+    if (!f->by_layer) return launch_all(cuda, copy, t, at, stream);
+    rkv_cuda_status status = RKV_CUDA_OK;
+    rkv_cuda_copy part = *copy;
+    part.num_layers = 1;
+    for (uint32_t i = 0; i < copy->num_layers && status == RKV_CUDA_OK; i++) {
+        part.first_layer = copy->first_layer + i;
+        status = launch_all(cuda, &part, t, at, stream);
+        if (status == RKV_CUDA_OK && f->after_layer != NULL) f->after_layer(part.first_layer, f->user);
+    }
+    return status;
+}
+
+/* Upload the tables and launch, in the GPU's context. */
+static rkv_cuda_status upload_and_launch(rkv_cuda *cuda, const rkv_cuda_copy *copy, CUstream stream, const follower *f)
+{
     tables t;
-    status = make_tables(copy, &t);
+    rkv_cuda_status status = make_tables(copy, &t);
     if (status != RKV_CUDA_OK) return status;
     CUdeviceptr at = 0;
-    CUcontext popped;
-    const char *call = "cuCtxPushCurrent";
-    CUresult result = driver.context_push(cuda->context);
+    const char *call = "cuMemAllocAsync";
+    CUresult result = driver.allocate(&at, t.size, stream);
     if (result == CUDA_SUCCESS) {
-        call = "cuMemAllocAsync";
-        result = driver.allocate(&at, t.size, stream);
-        if (result == CUDA_SUCCESS) {
-            call = "cuMemcpyHtoDAsync"; /* from pageable memory: the driver has read it all when it returns */
-            result = driver.upload(at, t.bytes, t.size, stream);
-            if (result == CUDA_SUCCESS) status = launch_all(cuda, copy, &t, at, stream);
-            driver.release(at, stream); /* in stream order: after the kernels */
-        }
-        driver.context_pop(&popped);
+        call = "cuMemcpyHtoDAsync"; /* from pageable memory: the driver has read it all when it returns */
+        result = driver.upload(at, t.bytes, t.size, stream);
+        if (result == CUDA_SUCCESS) status = launch_layers(cuda, copy, &t, at, stream, f);
+        driver.release(at, stream); /* in stream order: after the kernels */
     }
     free(t.bytes);
     return result == CUDA_SUCCESS ? status : failed(call, result);
+}
+
+static rkv_cuda_status put(rkv_cuda *cuda, const rkv_cuda_copy *callers, CUstream stream, const follower *f)
+{
+    if (cuda == NULL) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "cuda is NULL");
+    rkv_cuda_status status = rkv_cuda_check(callers);
+    if (status != RKV_CUDA_OK || (!callers->num_pages && !f->by_layer)) return status;
+    rkv_cuda_copy copy; /* what an older caller does not have is 0 */
+    memset(&copy, 0, sizeof copy);
+    memcpy(&copy, callers, callers->struct_size < sizeof copy ? callers->struct_size : sizeof copy);
+    const CUresult result = driver.context_push(cuda->context);
+    if (result != CUDA_SUCCESS) return failed("cuCtxPushCurrent", result);
+    if (!copy.num_pages) {
+        for (uint32_t i = 0; f->after_layer != NULL && i < copy.num_layers; i++) {
+            f->after_layer(copy.first_layer + i, f->user);
+        }
+    } else {
+        status = check_reachable("src", &copy, copy.src);
+        if (status == RKV_CUDA_OK) status = check_reachable("dst", &copy, copy.dst);
+        if (status == RKV_CUDA_OK) status = upload_and_launch(cuda, &copy, stream, f);
+    }
+    CUcontext popped;
+    driver.context_pop(&popped);
+    return status;
+}
+
+rkv_cuda_status rkv_cuda_copy_pages(rkv_cuda *cuda, const rkv_cuda_copy *copy, void *stream)
+{
+    return put(cuda, copy, stream, &(follower){0});
+}
+
+rkv_cuda_status rkv_cuda_copy_layers(rkv_cuda *cuda, const rkv_cuda_copy *copy, void *stream, rkv_cuda_layer_fn after_layer,
+                                     void *user)
+{
+    return put(cuda, copy, stream, &(follower){1, after_layer, user});
+}
+
+/* ---------------------------------------------------------------------------------------------------------- table */
+
+static const rkv_cuda_api api = {
+    .struct_size = sizeof(rkv_cuda_api),
+    .abi_version = RKV_CUDA_ABI_VERSION,
+    .status_string = rkv_cuda_status_string,
+    .last_error = rkv_cuda_last_error,
+    .plan = rkv_cuda_plan,
+    .open = rkv_cuda_open,
+    .close = rkv_cuda_close,
+    .copy_pages = rkv_cuda_copy_pages,
+    .copy_layers = rkv_cuda_copy_layers,
+};
+
+const rkv_cuda_api *rkv_cuda_get_api(uint32_t abi_version)
+{
+    return abi_version == RKV_CUDA_ABI_VERSION ? &api : NULL;
 }

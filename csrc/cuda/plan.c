@@ -42,6 +42,7 @@ const char *rkv_cuda_status_string(rkv_cuda_status status)
         "no kernels for this GPU",
         "the CUDA driver failed",
         "out of memory",
+        "memory that the GPU cannot reach",
     };
     return status <= 0 && status > RKV_CUDA_STATUS_END ? strings[-status] : "unknown status";
 }
@@ -102,7 +103,7 @@ static int nest(const dims *all, uint64_t part_bytes, uint64_t *extent)
 
 static rkv_cuda_status check_geometry(const rkv_cuda_geometry *g)
 {
-    if (g == NULL || g->struct_size < sizeof *g) {
+    if (g == NULL || g->struct_size < RKV_CUDA_GEOMETRY_SIZE_V1) {
         return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no geometry, or a small one");
     }
     if (g->halves < 1 || g->halves > 2) return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "%u halves", g->halves);
@@ -125,7 +126,7 @@ static rkv_cuda_status check_geometry(const rkv_cuda_geometry *g)
 /* Strides that keep each (page, token, head) to bytes of its own: each is at least what all smaller ones span. */
 static rkv_cuda_status check_view(const char *side, const rkv_cuda_geometry *g, const rkv_cuda_view *view)
 {
-    if (view == NULL || view->struct_size < sizeof *view || view->bases == NULL) {
+    if (view == NULL || view->struct_size < RKV_CUDA_VIEW_SIZE_V1 || view->bases == NULL) {
         return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no %s view, a small one, or one without bases", side);
     }
     if (view->num_pages > MAX_UNITS) {
@@ -141,6 +142,11 @@ static rkv_cuda_status check_view(const char *side, const rkv_cuda_geometry *g, 
         return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT,
                              "%s: a stride of %" PRIu64 " for %" PRIu64 " parts of %" PRIu64 " bytes", side,
                              all.dim[fold].stride, all.dim[fold].count, extent);
+    }
+    for (uint64_t i = 0; view->num_pages && i < (uint64_t)g->halves * g->num_layers; i++) {
+        if (view->bases[i] > UINT64_MAX - extent) {
+            return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "base %" PRIu64 " of %s reaches beyond the last address", i, side);
+        }
     }
     return RKV_CUDA_OK;
 }
@@ -226,6 +232,12 @@ static rkv_cuda_status check_ids(const char *side, const rkv_cuda_copy *copy, co
     return RKV_CUDA_OK;
 }
 
+uint64_t rkv_cuda_reach(const rkv_cuda_geometry *g, const rkv_cuda_view *view)
+{
+    return (view->num_pages - 1) * view->page_stride + (g->page_size - 1) * view->token_stride +
+           (g->num_heads - 1) * view->head_stride + g->head_bytes;
+}
+
 /* First and one past the last address of the layers of the copy. */
 static void reach(const rkv_cuda_copy *copy, const rkv_cuda_view *view, uint64_t *first, uint64_t *end)
 {
@@ -239,8 +251,7 @@ static void reach(const rkv_cuda_copy *copy, const rkv_cuda_view *view, uint64_t
         }
     }
     *first = low;
-    *end = high + (view->num_pages - 1) * view->page_stride + (g->page_size - 1) * view->token_stride +
-           (g->num_heads - 1) * view->head_stride + g->head_bytes;
+    *end = high + rkv_cuda_reach(g, view);
 }
 
 static int same_view(const rkv_cuda_copy *copy)
@@ -287,7 +298,7 @@ static rkv_cuda_status check_overlap(const rkv_cuda_copy *copy)
 
 rkv_cuda_status rkv_cuda_check(const rkv_cuda_copy *copy)
 {
-    if (copy == NULL || copy->struct_size < sizeof *copy) {
+    if (copy == NULL || copy->struct_size < RKV_CUDA_COPY_SIZE_V1) {
         return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no copy, or a small one");
     }
     if (copy->index_bits != 32 && copy->index_bits != 64) {
@@ -419,7 +430,7 @@ _Static_assert(sizeof(rkv_copy_params) <= RKV_CUDA_PARAMS_BYTES, "rkv_cuda_launc
 
 rkv_cuda_status rkv_cuda_plan(const rkv_cuda_copy *copy, uint64_t first_page, rkv_cuda_launch *out)
 {
-    if (out == NULL || out->struct_size < sizeof *out) {
+    if (out == NULL || out->struct_size < RKV_CUDA_LAUNCH_SIZE_V1) {
         return rkv_cuda_fail(RKV_CUDA_ERR_ARGUMENT, "no launch, or a small one");
     }
     const rkv_cuda_status status = rkv_cuda_check(copy);

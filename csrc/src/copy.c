@@ -142,8 +142,12 @@ int rkv_leaf_copy_use_lanes(const char *name)
 
 /* ---- walking ---- */
 
+struct tile;
+
 struct work {
     const rkv_copy_job *job;
+    const struct tile *tile; /* or NULL */
+    int small;               /* by copy_small */
     copier copy;
     uint64_t pieces_per_run, num_steps; /* a step is one piece of one run */
     uint64_t chunk_steps, chunks_per_layer, steps_per_layer;
@@ -241,6 +245,8 @@ static void publish(rkv_copy_progress *progress, uint64_t layers_done)
     }
 }
 
+#include "copy_small.h"
+
 static void report(struct work *work, uint64_t layer)
 {
     rkv_copy_progress *progress = work->job->progress;
@@ -256,24 +262,35 @@ static void report(struct work *work, uint64_t layer)
     pthread_mutex_unlock(&progress->mutex);
 }
 
+static void copy_batches(const struct work *work, struct walker *walker)
+{
+    struct run runs[BATCH];
+    size_t num = 0;
+    do {
+        num = fill(walker, runs, num);
+        size_t keep = walker->left ? (work->ahead < num ? work->ahead : num - 1) : 0;
+        work->copy(runs, num - keep, num, work->ahead);
+        memmove(runs, runs + num - keep, keep * sizeof runs[0]);
+        num = keep;
+    } while (num || walker->left);
+}
+
 static void do_chunk(void *context, uint64_t chunk)
 {
     struct work *work = context;
-    struct run runs[BATCH];
     struct walker walker;
     uint64_t layer = chunk / work->chunks_per_layer;
     uint64_t begin = chunk % work->chunks_per_layer * work->chunk_steps;
     uint64_t count = work->steps_per_layer - begin;
     count = count < work->chunk_steps ? count : work->chunk_steps;
     start_at(&walker, work, layer * work->steps_per_layer + begin, count);
-    size_t num = 0;
-    do {
-        num = fill(&walker, runs, num);
-        size_t keep = walker.left ? (work->ahead < num ? work->ahead : num - 1) : 0;
-        work->copy(runs, num - keep, num, work->ahead);
-        memmove(runs, runs + num - keep, keep * sizeof runs[0]);
-        num = keep;
-    } while (num || walker.left);
+    if (work->tile) {
+        copy_tiles(work->tile, work->copy, &walker);
+    } else if (work->small) {
+        copy_small(&walker);
+    } else {
+        copy_batches(work, &walker);
+    }
 #if defined(__x86_64__)
     _mm_sfence(); /* streaming stores are weakly ordered: what follows must not overtake them */
 #endif
@@ -297,38 +314,63 @@ uint32_t rkv_leaf_copy_threads(const rkv_copy_job *job, uint32_t most)
     return worth < most ? (uint32_t)worth : most;
 }
 
+/* Share out the steps of work->job. 0 or ENOMEM. */
+static int run_work(struct work *work)
+{
+    const rkv_copy_job *job = work->job;
+    const uint64_t num_runs = count_runs(job), layers = job->steps_per_layer ? job->num_layers : 1;
+    work->pieces_per_run = (job->run_bytes + PIECE_BYTES - 1) / PIECE_BYTES;
+    work->num_steps = num_runs * work->pieces_per_run;
+    work->steps_per_layer = work->num_steps / layers;
+    const uint64_t step_bytes = job->run_bytes < PIECE_BYTES ? job->run_bytes : PIECE_BYTES;
+    work->chunk_steps = (CHUNK_BYTES + step_bytes - 1) / step_bytes;
+    work->chunks_per_layer = (work->steps_per_layer + work->chunk_steps - 1) / work->chunk_steps;
+    work->ahead = AHEAD_BYTES / job->run_bytes;
+    work->ahead = work->ahead < 1 ? 1 : work->ahead > MAX_AHEAD ? MAX_AHEAD : work->ahead;
+    if (job->progress && job->steps_per_layer) {
+        work->chunks_left = malloc(layers * sizeof(uint64_t));
+        if (!work->chunks_left) {
+            return ENOMEM;
+        }
+        for (uint64_t i = 0; i < layers; i++) {
+            work->chunks_left[i] = work->chunks_per_layer;
+        }
+    }
+    rkv_leaf_pool_run(do_chunk, work, layers * work->chunks_per_layer, job->num_threads);
+    free(work->chunks_left);
+    return 0;
+}
+
+/* By tiles, if the job has some. Not inlined: a tile is 40 KiB of stack. */
+static __attribute__((noinline)) int run_tiles(const rkv_copy_job *job, int *done)
+{
+    struct tile tile;
+    make_tile(&tile, job);
+    if (!(*done = tile.steps > 0)) {
+        return 0;
+    }
+    return run_work(&(struct work){.job = &tile.outer, .tile = &tile, .copy = lanes()->stream});
+}
+
 int rkv_leaf_copy(const rkv_copy_job *job)
 {
-    struct work work = {.job = job};
-    uint64_t num_runs = count_runs(job), layers = job->steps_per_layer ? job->num_layers : 1;
-    if (num_runs && job->run_bytes) {
-        uint64_t total = num_runs * job->run_bytes;
-        int stream = job->store == RKV_COPY_STREAM || (job->store == RKV_COPY_AUTO && total >= STREAM_BYTES);
-        work.copy = stream && job->run_bytes >= STREAM_RUN ? lanes()->stream : cached_runs;
-        work.pieces_per_run = (job->run_bytes + PIECE_BYTES - 1) / PIECE_BYTES;
-        work.num_steps = num_runs * work.pieces_per_run;
-        work.steps_per_layer = work.num_steps / layers;
-        uint64_t step_bytes = job->run_bytes < PIECE_BYTES ? job->run_bytes : PIECE_BYTES;
-        work.chunk_steps = (CHUNK_BYTES + step_bytes - 1) / step_bytes;
-        work.chunks_per_layer = (work.steps_per_layer + work.chunk_steps - 1) / work.chunk_steps;
-        work.ahead = AHEAD_BYTES / job->run_bytes;
-        work.ahead = work.ahead < 1 ? 1 : work.ahead > MAX_AHEAD ? MAX_AHEAD : work.ahead;
-        if (job->progress && job->steps_per_layer) {
-            work.chunks_left = malloc(layers * sizeof(uint64_t));
-            if (!work.chunks_left) {
-                return ENOMEM;
-            }
-            for (uint64_t i = 0; i < layers; i++) {
-                work.chunks_left[i] = work.chunks_per_layer;
-            }
+    const uint64_t total = count_runs(job) * job->run_bytes;
+    int error = 0, done = total == 0;
+    if (!done) {
+        const int stream = job->store == RKV_COPY_STREAM || (job->store == RKV_COPY_AUTO && total >= STREAM_BYTES);
+        if (stream && is_small(job) && job->run_bytes < STREAM_RUN) {
+            error = run_tiles(job, &done);
         }
-        rkv_leaf_pool_run(do_chunk, &work, layers * work.chunks_per_layer, job->num_threads);
+        if (!done) {
+            struct work work = {.job = job, .small = !stream && is_small(job)};
+            work.copy = stream && job->run_bytes >= STREAM_RUN ? lanes()->stream : cached_runs;
+            error = run_work(&work);
+        }
     }
-    if (job->progress) {
+    if (!error && job->progress) {
         rkv_leaf_progress_advance(job->progress, job->num_layers);
     }
-    free(work.chunks_left);
-    return 0;
+    return error;
 }
 
 /* ---- progress ---- */

@@ -42,7 +42,8 @@ class ControllerConfig:
         compute_ns_per_token: for "cost": ns to compute a token again. 50 us: 20,000 prefill tokens a second.
         load_base_ns, load_ns_per_token: for "cost": what a load costs, until loads have been measured. 100 us and 2 us.
         prefetch_policy: when finish_prefetch ends one that has not all of its pages. best_effort: at once;
-            wait_complete: never; timeout: after prefetch_timeout_base_s + its share of prefetch_timeout_per_ki_s.
+            wait_complete: never (but see prefetch_deadline_s); timeout: after prefetch_timeout_base_s + its share of
+            prefetch_timeout_per_ki_s.
         prefetch_threshold: tokens, >= 0; fewer (asked for, or in storage) are not worth a trip to storage. 256.
         prefetch_timeout_base_s: seconds, >= 0. 3, as engines know it.
         prefetch_timeout_per_ki_s: seconds more for each 1,024 tokens asked for. 0.25: 4,096 tokens a second.
@@ -56,7 +57,12 @@ class ControllerConfig:
             and 30: less than a restart of a server, more than a retry storm.
         storage_batch_pages: pages a storage call, >= 1: what a cancel waits for. 32.
         storage_timeout_s: seconds a storage call may take, > 0. 5.
-        copy_timeout_s: seconds, > 0, that an eviction waits for its write-back. 10: a copy takes milliseconds.
+        copy_timeout_s: seconds, > 0, that an eviction waits for its write-back, and a model for a layer of a load. 10:
+            a copy takes milliseconds.
+        write_timeout_s: seconds, > 0, that a backup may be in flight, the queue included, before it is given up and its
+            node unlocked. 30: so long a queue means that the link is not what it was.
+        prefetch_deadline_s: seconds, > 0, after which wait_complete waits no more. 60: a backend that keeps its own
+            deadlines has answered by then.
         settle_timeout_s: seconds, >= 0, that reset waits for the copies that run. 1. What is then still in flight keeps
             its pages until it ends.
         close_timeout_s: seconds, >= 0, that close waits for each worker. 5.
@@ -90,6 +96,8 @@ class ControllerConfig:
     storage_batch_pages: int = 32
     storage_timeout_s: float = 5.0
     copy_timeout_s: float = 10.0
+    write_timeout_s: float = 30.0
+    prefetch_deadline_s: float = 60.0
     settle_timeout_s: float = 1.0
     close_timeout_s: float = 5.0
     share_storage: bool | None = None
@@ -144,5 +152,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "prefetch_capacity_fraction": (0, _ANY), "prefetch_capacity_floor": (0, 1), "max_prefetches": (1, _ANY),
     "max_writes": (1, _ANY), "max_stores": (1, _ANY), "backoff_failures": (1, _ANY), "backoff_base_s": (0, _ANY),
     "backoff_max_s": (0, _ANY), "storage_batch_pages": (1, _ANY), "storage_timeout_s": (_TINY, _ANY),
-    "copy_timeout_s": (_TINY, _ANY), "settle_timeout_s": (0, _ANY), "close_timeout_s": (0, _ANY),
+    "copy_timeout_s": (_TINY, _ANY), "write_timeout_s": (_TINY, _ANY), "prefetch_deadline_s": (_TINY, _ANY),
+    "settle_timeout_s": (0, _ANY), "close_timeout_s": (0, _ANY),
 }  # fmt: skip

@@ -46,7 +46,7 @@ class Controller:
     In a group every rank makes the same calls in the same order with the same arguments; then every rank has the same
     tree. Which collectives run follows from what has been agreed before, never from a rank's own state: one in each
     poll, one in finish_prefetch while the prefetch is in flight, one a round of an eviction that writes back, one in
-    reset, attach_storage and the constructor.
+    reset and the constructor.
 
     Args:
         tree: empty; nobody else changes it from now on.
@@ -84,7 +84,7 @@ class Controller:
             raise InvalidArgumentError(f"pages of {tree.page_size} tokens in the tree, of {host.page_size} on the host")
         if len(tree):
             raise InvalidArgumentError(f"the tree has {len(tree)} nodes already")
-        self.config, self._closed, self._storage = config, False, None
+        self.config, self._closed, self._ended, self._storage = config, False, True, None
         geometry = getattr(host, "geometry", None)
         page_bytes = geometry.page_bytes if geometry is not None else 0
         shared = config.share_storage
@@ -93,7 +93,7 @@ class Controller:
         self._context = context = Context(
             tree, Ledger(device, host), mover, group or LocalGroup(), config, listener, clock, page_bytes
         )
-        self.layer_counter = LayerCounter(geometry.num_layers if geometry is not None else 1)
+        self.layer_counter = LayerCounter(geometry.num_layers if geometry is not None else 1, config.copy_timeout_s)
         hashes = PathHashes(tree)
         self._drains = Drains(context)
         self._writes = Writes(context, self._drains)
@@ -136,8 +136,8 @@ class Controller:
     def match(self, tokens: Tokens, extra_key: NamespacePart = None, cache_salt: NamespacePart = None) -> MatchResult:
         """Find the longest cached prefix, as tree.match.
 
-        If the result has loading_tokens, wait for ``layer_counter.latest`` before reading: it raises if these pages did
-        not arrive.
+        If the result has loading_tokens, start_loads, and wait for ``layer_counter.latest`` before reading: it raises
+        if these pages did not arrive.
         """
         return self.tree.match(tokens, extra_key, cache_salt)
 
@@ -335,17 +335,20 @@ class Controller:
         """
         self._settler.reset()
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Cancel everything and end all threads. The tree stays as it is; nothing else may be called afterwards. A
-        second call does nothing. No collective."""
-        if self._closed:
-            return
-        self._closed = True
-        edge, mover = self._stores.edge, self._context.mover if self._context.ledger.has_host else None
-        if edge is not None:
-            edge.close(self.config.close_timeout_s)
-        if mover is not None:
-            mover.close()
+        second call does nothing. No collective.
+
+        Returns: whether all threads have ended. If not, a call to storage hangs after close_timeout_s, and may still
+            read or write host pages: the host pool's memory must not be released.
+        """
+        if not self._closed:
+            self._closed = True
+            if self._stores.edge is not None:
+                self._ended = self._stores.edge.close(self.config.close_timeout_s)
+            if self._context.ledger.has_host:
+                self._context.mover.close()
+        return self._ended
 
     # ---- inspection --------------------------------------------------------------------------------------------------
     def stats(self) -> ControllerStats:

@@ -19,12 +19,13 @@ from typing import Any, Protocol
 
 from ..errors import DeviceUnavailableError, TransferError
 from ..pool.layout import KVGeometry, KVView
-from ..transfer.cpu import Progress
+from ..transfer.choose import Chooser, PathName
+from ..transfer.gpu import GpuTransfer, device_key
 from ..transfer.plan import CopyPlan, plan_copy
 from ..types import PageIds
 from .lanes import CopyLane, CopyTicket
 
-__all__ = ["CudaMover", "CudaProgress", "CupyStreams", "DeviceCopies", "Streams"]
+__all__ = ["CudaMover", "CupyStreams", "GpuTransfers", "StreamProgress", "StreamTransfer", "Streams"]
 
 
 class Streams(Protocol):
@@ -52,108 +53,82 @@ class CupyStreams:
 
     def __init__(self, device: int) -> None:
         try:
-            self._cupy: Any = importlib.import_module("cupy")
+            cupy: Any = importlib.import_module("cupy")
         except ImportError as error:
             raise DeviceUnavailableError(f"a GPU needs CuPy (radixkv[cuda12] or [cuda13]): {error}") from error
         self.device = device
+        self._cuda: Any = cupy.cuda
+        self._runtime: Any = cupy.cuda.runtime
         self._kept: list[Any] = []
 
     def new(self) -> int:
         """See Streams."""
-        with self._cupy.cuda.Device(self.device):
-            stream = self._cupy.cuda.Stream(non_blocking=True)
+        with self._cuda.Device(self.device):
+            stream = self._cuda.Stream(non_blocking=True)
         self._kept.append(stream)  # a CuPy stream ends with its object
         return int(stream.ptr)
 
     def record(self, stream: int) -> Any:
-        """See Streams."""
-        with self._cupy.cuda.Device(self.device):
-            event = self._cupy.cuda.Event(disable_timing=True)
-            event.record(self._cupy.cuda.ExternalStream(stream, self.device))
+        """See Streams. Raises: TransferError."""
+        try:
+            with self._cuda.Device(self.device):
+                event = self._cuda.Event(disable_timing=True)
+                self._runtime.eventRecord(event.ptr, stream)
+        except self._runtime.CUDARuntimeError as error:
+            raise TransferError(f"no event on a stream of cuda:{self.device}: {error}") from error
         return event
 
     def wait(self, stream: int, event: Any) -> None:
         """See Streams."""
-        with self._cupy.cuda.Device(self.device):
-            self._cupy.cuda.ExternalStream(stream, self.device).wait_event(event)
+        self._runtime.streamWaitEvent(stream, event.ptr)
 
     def finish(self, event: Any) -> None:
         """See Streams."""
         try:
-            event.synchronize()
-        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            self._runtime.eventSynchronize(event.ptr)
+        except self._runtime.CUDARuntimeError as error:
             raise TransferError(f"a copy on cuda:{self.device} failed: {error}") from error
 
 
-class DeviceCopies(Protocol):
-    """Puts copies on streams."""
+class StreamTransfer(Protocol):
+    """Puts copies on one stream: a GpuTransfer."""
 
-    def copy(self, plan: CopyPlan, stream: int) -> None:
-        """Put a whole copy on a stream."""
+    def copy(self, plan: CopyPlan) -> None:
+        """Put a whole copy on the stream."""
         ...
 
-    def copy_layers(self, plan: CopyPlan, stream: int, after_layer: Callable[[int], None]) -> None:
-        """Put a copy on a stream layer by layer; ``after_layer`` is called when one has been put there."""
+    def load_back(
+        self, host: KVView, device: KVView, host_pages: PageIds, device_pages: PageIds, progress: Any
+    ) -> None:
+        """Put a copy on the stream layer by layer, an event of ``progress`` behind each; fail it if that fails."""
+        ...
+
+    def make_progress(self) -> Any:
+        """For one load_back: a transfer.progress.CudaProgress."""
         ...
 
 
-class GpuCopies:
-    """By kernels or copy engine, as the chooser of a GpuTransfer says."""
-
-    def __init__(self, geometry: KVGeometry, device: int) -> None:
-        from ..transfer import gpu  # which needs no GPU to be imported, but makes sense with one only
-
-        self._gpu = gpu
-        self._transfer = gpu.GpuTransfer(geometry, device)
-
-    def copy(self, plan: CopyPlan, stream: int) -> None:
-        """See DeviceCopies."""
-        if plan.num_pages:
-            self._path(plan).run(plan, stream=stream)
-
-    def copy_layers(self, plan: CopyPlan, stream: int, after_layer: Callable[[int], None]) -> None:
-        """See DeviceCopies."""
-        path: Any = self._path(plan.layer(plan.layers.start))
-        if hasattr(path, "run_layers"):  # one upload of the page ids for all layers
-            path.run_layers(plan, stream=stream, after_layer=after_layer)
-            return
-        for layer in plan.layers:
-            path.run(plan.layer(layer), stream=stream)
-            after_layer(layer)
-
-    def _path(self, plan: CopyPlan) -> Any:
-        return self._transfer.paths[self._transfer.chooser.choose(*self._gpu.shape_of(plan))]
-
-
-class CudaProgress:
+class StreamProgress:
     """The layers of one batch of loads; see LayerProgress. ``wait`` blocks until a layer's copy has been put on the
-    load stream, and then makes the compute stream wait for it."""
+    load stream, and then makes the stream that computes wait for it."""
 
-    def __init__(self, num_layers: int, streams: Streams, compute_stream: Callable[[], int]) -> None:
-        self.issued = Progress(num_layers)
-        self._streams, self._compute_stream = streams, compute_stream
-        self.events: list[Any] = []
+    def __init__(self, events: Any, compute_stream: Callable[[], int]) -> None:
+        self.events = events
+        self._compute_stream = compute_stream
 
     @property
     def error(self) -> BaseException | None:
         """Why the batch failed."""
-        return self.issued.error
+        error: BaseException | None = self.events.error
+        return error
 
-    def fail(self, error: BaseException) -> bool:
+    def fail(self, error: BaseException) -> object:
         """See LayerProgress."""
-        return self.issued.fail(error)
-
-    def put(self, event: Any) -> None:
-        """The next layer is on the load stream, up to this event."""
-        self.events.append(event)
-        self.issued.advance(len(self.events))
+        return self.events.fail(error)
 
     def wait(self, layer: int, timeout_s: float | None = None) -> bool:
         """See LayerProgress."""
-        if not self.issued.wait(layer, timeout_s):
-            return False
-        self._streams.wait(self._compute_stream(), self.events[layer])
-        return True
+        return bool(self.events.wait_on_stream(layer, self._compute_stream(), timeout_s))
 
 
 class CudaMover:
@@ -164,7 +139,7 @@ class CudaMover:
         device_view, host_view: where the bytes lie; the host's must be page-locked.
         compute_stream: returns the stream that computes now, as a number (cudaStream_t); called on the thread that asks
             for a copy or waits for a layer. None: torch's current stream, or CuPy's without torch.
-        streams, copies: None: made for the device, now.
+        streams, transfer_on: None: made for the device, now; transfer_on gives what copies on a stream.
     Raises: DeviceUnavailableError that says what is missing.
     """
 
@@ -176,7 +151,7 @@ class CudaMover:
         compute_stream: Callable[[], int] | None = None,
         *,
         streams: Streams | None = None,
-        copies: DeviceCopies | None = None,
+        transfer_on: Callable[[int], StreamTransfer] | None = None,
     ) -> None:
         name, _, number = device_view.device.partition(":")
         if name != "cuda":
@@ -184,9 +159,10 @@ class CudaMover:
         device = int(number or 0)
         self._geometry, self._device, self._host = geometry, device_view, host_view
         self._streams: Streams = streams or CupyStreams(device)
-        self._copies: DeviceCopies = copies or GpuCopies(geometry, device)
         self._compute_stream = compute_stream or (lambda: current_stream(device))
         self._write_stream, self._load_stream = self._streams.new(), self._streams.new()
+        transfer_on = transfer_on or GpuTransfers(geometry, device).on
+        self._writer, self._loader = transfer_on(self._write_stream), transfer_on(self._load_stream)
         self._writes, self._loads = CopyLane("radixkv-write"), CopyLane("radixkv-load")
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> CopyTicket:
@@ -196,7 +172,7 @@ class CudaMover:
 
         def copy() -> None:
             self._streams.wait(self._write_stream, computed)
-            self._copies.copy(plan, self._write_stream)
+            self._writer.copy(plan)
             self._streams.finish(self._streams.record(self._write_stream))
 
         ticket = CopyTicket(copy)
@@ -205,29 +181,48 @@ class CudaMover:
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CopyTicket:
         """See Mover."""
-        plan = plan_copy(self._geometry, self._host, self._device, host_pages, device_pages)
         computed = self._streams.record(self._compute_stream())
 
         def copy() -> None:
-            progress.issued.begin(self._geometry.num_layers)
             self._streams.wait(self._load_stream, computed)
-            self._copies.copy_layers(
-                plan, self._load_stream, lambda layer: progress.put(self._streams.record(self._load_stream))
-            )
+            self._loader.load_back(self._host, self._device, host_pages, device_pages, progress.events)
             self._streams.finish(self._streams.record(self._load_stream))
 
         ticket = CopyTicket(copy, progress.fail)
         self._loads.put(ticket)
         return ticket
 
-    def new_progress(self) -> CudaProgress:
+    def new_progress(self) -> StreamProgress:
         """See Mover."""
-        return CudaProgress(self._geometry.num_layers, self._streams, self._compute_stream)
+        return StreamProgress(self._loader.make_progress(), self._compute_stream)
 
     def close(self) -> None:
         """See Mover. Waits for the copies that run."""
         self._writes.close()
         self._loads.close()
+
+
+class GpuTransfers:
+    """GpuTransfers on several streams of one device, with the same kernels, engine and chooser.
+
+    Args: path: "kernel" or "engine" for every copy; None: whichever was measured to be faster.
+    """
+
+    def __init__(self, geometry: KVGeometry, device: int, path: PathName | None = None) -> None:
+        self._geometry, self._device, self._path = geometry, device, path
+        self._first: GpuTransfer | None = None
+
+    def on(self, stream: int) -> GpuTransfer:
+        """One on a stream."""
+        first = self._first
+        if first is None:
+            chooser = Chooser(device_key(self._device), override=self._path) if self._path else None
+            self._first = GpuTransfer(self._geometry, self._device, stream=stream, chooser=chooser)
+            return self._first
+        return GpuTransfer(
+            self._geometry, self._device, stream=stream, kernels=first.paths["kernel"], engine=first.paths["engine"],
+            chooser=first.chooser,
+        )  # fmt: skip
 
 
 def current_stream(device: int) -> int:

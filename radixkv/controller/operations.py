@@ -13,8 +13,8 @@ clock, no tree: who owns which pages, and at which stage.
     any       -> CANCELLED: given up. What a worker may still touch becomes a Drain, which owns it until the worker has
               ended on every rank: DRAINING -> DONE
 
-``status`` is what a rank says of an operation: 0 it runs, else 1 + a number of which the least over the ranks counts
-(1 failed, 2 succeeded; of storage, see ``pages_status``).
+``status`` is what a rank says of an operation; the least over the ranks counts: 0 it runs, 1 it runs but is overdue, 2
+failed, 3 succeeded; of storage, see ``pages_status``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from ..key import NamespacePart
 from ..types import PageIds
 from .base import Digests, Kind, StorageJob, Ticket
 
-__all__ = ["FAILED", "RUNNING", "SUCCEEDED", "DrainOp", "LoadBatch", "LoadOp", "LoadPart", "Operation", "PrefetchOp"]
-__all__ += ["Stage", "StoreOp", "WriteOp", "copy_status", "pages_status", "progress_value", "read_pages_status"]
+__all__ = ["FAILED", "OVERDUE", "RUNNING", "SUCCEEDED", "DrainOp", "LoadBatch", "LoadOp", "LoadPart", "Operation"]
+__all__ += ["PrefetchOp", "Stage", "StoreOp", "WriteOp", "copy_status", "pages_status", "progress_value"]
+__all__ += ["read_pages_status"]
 
-RUNNING, FAILED, SUCCEEDED = 0, 1, 2
+RUNNING, OVERDUE, FAILED, SUCCEEDED = range(4)
 
 
 class Stage(Enum):
@@ -90,18 +91,24 @@ def _moves(**moves: str) -> dict[Stage, frozenset[Stage]]:
 class WriteOp(Operation):
     """A node is copied to the host. Owns ``host_pages``; ``device_pages`` are the tree's, locked."""
 
-    __slots__ = ("device_pages", "host_pages", "node", "ticket")
+    __slots__ = ("deadline_s", "device_pages", "host_pages", "node", "ticket")
     FIRST = Stage.COPYING
     MOVES = _moves(COPYING="DONE FAILED CANCELLED")
 
     def __init__(
-        self, op_id: int, started_s: float, node: int, device_pages: PageIds, host_pages: PageIds, ticket: Ticket
-    ) -> None:
+        self, op_id: int, started_s: float, deadline_s: float, node: int, device_pages: PageIds, host_pages: PageIds,
+        ticket: Ticket,
+    ) -> None:  # fmt: skip
         super().__init__(op_id, started_s)
+        self.deadline_s = deadline_s
         self.node, self.device_pages, self.host_pages, self.ticket = node, device_pages, host_pages, ticket
 
-    def status(self) -> int:
-        return copy_status(self.ticket)
+    def status(self, now_s: float) -> int:
+        """As copy_status; when the time is up it is cancelled, or overdue if it cannot be."""
+        status = copy_status(self.ticket)
+        if status == RUNNING and now_s >= self.deadline_s:
+            return FAILED if self.ticket.cancel() else OVERDUE
+        return status
 
 
 class LoadPart(NamedTuple):
@@ -138,7 +145,7 @@ class LoadBatch:
     ticket: Ticket
     num_pages: int
 
-    def status(self) -> int:
+    def status(self, now_s: float) -> int:
         return copy_status(self.ticket)
 
 
@@ -166,7 +173,7 @@ class StoreOp(Operation):
         """Of the node when it began."""
         return len(self.host_pages)
 
-    def status(self) -> int:
+    def status(self, now_s: float) -> int:
         return pages_status(self.job)
 
 
@@ -195,7 +202,7 @@ class PrefetchOp(Operation):
         self.num_pages = 0
         """Pages that are known to exist (FETCHING), that have arrived on all ranks (FETCHED)."""
 
-    def status(self) -> int:
+    def status(self, now_s: float) -> int:
         return pages_status(self.job)
 
 
@@ -236,5 +243,5 @@ class DrainOp(Operation):
         super().__init__(op_id, started_s)
         self.kind, self.work, self.device_pages, self.host_pages, self.node = kind, work, device_pages, host_pages, node
 
-    def status(self) -> int:
+    def status(self, now_s: float) -> int:
         return SUCCEEDED if self.work.done() else RUNNING

@@ -146,10 +146,10 @@ class Prefetches:
             return True
         if op.stage is Stage.FETCHING and op.job.done():
             return True
-        if config.prefetch_policy == "wait_complete":
-            return False
-        share = config.prefetch_timeout_per_ki_s * len(op.tokens) / 1024
-        return self.context.clock() - op.started_s >= config.prefetch_timeout_base_s + share
+        limit_s = config.prefetch_deadline_s
+        if config.prefetch_policy == "timeout":
+            limit_s = config.prefetch_timeout_base_s + config.prefetch_timeout_per_ki_s * len(op.tokens) / 1024
+        return self.context.clock() - op.started_s >= limit_s
 
     def finish(self, req_id: str) -> bool:
         """See Controller.finish_prefetch."""

@@ -56,7 +56,8 @@ class Settler:
             return Polled()
         values = [int(backoff.may_end()) for backoff in backoffs]
         values.append(-self.loads.measured_ns_per_token)
-        values += [operation.status() for operation in in_flight]
+        now_s = context.clock()
+        values += [operation.status(now_s) for operation in in_flight]
         agreed = context.agree(Where.POLL, values)
         for backoff, may_end in zip(backoffs, agreed, strict=False):
             if may_end:

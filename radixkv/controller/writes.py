@@ -10,7 +10,7 @@ from .base import Outcome, Ticket
 from .config import WRITING
 from .context import Context, Where
 from .drains import Drains
-from .operations import FAILED, RUNNING, SUCCEEDED, Stage, WriteOp, copy_status
+from .operations import FAILED, OVERDUE, RUNNING, SUCCEEDED, Stage, WriteOp, copy_status
 
 __all__ = ["Writes"]
 
@@ -47,13 +47,13 @@ class Writes:
         tree.lock(node)
         tree.mark(node, set=WRITING)
         ticket = context.begin_backup(pages, host_pages)
-        self.operations.append(
-            WriteOp(context.next_op_id(), context.clock(), node, pages, host_pages, ticket)
-        )
+        now_s = context.clock()
+        deadline_s = now_s + context.config.write_timeout_s
+        self.operations.append(WriteOp(context.next_op_id(), now_s, deadline_s, node, pages, host_pages, ticket))
         return len(pages) * context.page_size
 
     def settle(self, op: WriteOp, status: int) -> bool:
-        """The copy has ended on all ranks. Returns: whether the node has its host copy now."""
+        """The copy has ended on all ranks, or is overdue. Returns: whether the node has its host copy now."""
         context, tree = self.context, self.context.tree
         num_pages = len(op.host_pages)
         tree.mark(op.node, clear=WRITING, num_pages=num_pages)
@@ -66,8 +66,11 @@ class Writes:
             context.finished("backup", "done", num_pages, op.ticket.seconds, op.started_s)
         else:
             op.to(Stage.FAILED)
-            context.ledger.free_host(op.host_pages)
             context.counts["backup_failures"] += 1
+            if status == OVERDUE:  # on some rank it still writes these
+                self.drains.add("backup", op.ticket, host_pages=op.host_pages)
+            else:
+                context.ledger.free_host(op.host_pages)
             context.finished("backup", "failed", 0, op.ticket.seconds, op.started_s)
         tree.unlock(op.node)
         self.operations.remove(op)

@@ -1,5 +1,4 @@
-"""L1: one block of host memory for a pool: mapped, bound to a NUMA node, populated by threads, page-locked; and all
-that undone.
+"""L1: one block of host memory for a pool: mapped, bound to a NUMA node, populated, page-locked; and all that undone.
 
     1 map        huge pages of the reserved pool (MAP_HUGETLB), else transparent ones (MADV_HUGEPAGE), else plain
     2 bind       to a NUMA node, where there is more than one (preferred, not forced)
@@ -41,7 +40,7 @@ MAX_PIN_CHUNK_BYTES = 64 * GIB
 """cudaHostRegister of more in one call fails on some drivers."""
 
 _MAP_HUGETLB = 0x40000
-_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_MADV_DONTFORK, _MADV_DOFORK, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 10, 11, 14, 23
 _MPOL_PREFERRED = 1
 _MBIND = {"x86_64": 237, "aarch64": 235}
 _POPULATE_BYTES = 64 * MIB  # of one system call: small enough to share out evenly
@@ -56,9 +55,8 @@ class ArenaConfig:
         huge_pages: "auto" takes the best there is; "hugetlb" and "transparent" raise if it is not to be had;
             "none" = plain pages.
         populate: make every page resident at once. Off: at the first touch, or when page-locked.
-        populate_threads: 0 = one a CPU that this process may use, at most 8 (more do not help: the kernel zeroes
-        pages at the speed
-            of memory).
+        populate_threads: 0 = one a CPU that this process may use, at most 8 (more do not help: the kernel zeroes pages
+            at the speed of memory).
         numa_node: node to prefer, the GPU's for a pool that feeds one; None = leave it to the kernel.
     """
 
@@ -273,6 +271,9 @@ class Arena:
     def pin(self, registrar: Registrar, chunk_bytes: int = MAX_PIN_CHUNK_BYTES) -> None:
         """Page-lock all of the memory, chunk by chunk; if one fails, those before it are unlocked again.
 
+        A child of fork does not get the memory while it is locked (MADV_DONTFORK), and must not touch it: copy on write
+        would move a page from under the device, or the kernel would copy all of it at the fork.
+
         Args: chunk_bytes: 1 page .. 64 GiB, rounded down to 2 MiB (or to pages, below that).
         Raises: PageLockError with the chunk and the cause; StateError if closed or pinned already.
         """
@@ -288,6 +289,7 @@ class Arena:
         total = self.report.mapped_bytes
         chunks = [(self.address + at, min(step, total - at)) for at in range(0, total, step)]
         self._registrar = registrar
+        self._keep_from_children()
         for number, (address, num_bytes) in enumerate(chunks):
             try:
                 registrar.register(address, num_bytes)
@@ -325,14 +327,21 @@ class Arena:
                 causes.append(f"{address:#x}: {error}")
                 left.append((address, num_bytes))
         self.registered = left[::-1]
+        if not left and self._map is not None:
+            self._kernel.madvise(self.address, self.report.mapped_bytes, _MADV_DOFORK)
         return "; ".join(causes)
+
+    def _keep_from_children(self) -> None:
+        """A failure is noted: everything works until the process forks."""
+        code = self._kernel.madvise(self.address, self.report.mapped_bytes, _MADV_DONTFORK)
+        if code:
+            self.report.notes.append(f"children of fork get the locked memory: {os.strerror(code)}")
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Unlock and unmap. A second call does nothing.
 
-        Raises: PageLockError if a chunk stays locked; StateError if a view of ``data`` lives. The memory is still
-        mapped
+        Raises: PageLockError if a chunk stays locked; StateError if a view of ``data`` lives. The memory is still there
             then, and close may be called again.
         """
         if self._map is None:

@@ -46,16 +46,14 @@ class DevicePool:
     Args:
         size: tokens, a multiple of page_size. Slots are 0 .. size + page_size - 1.
         page_size: P.
-        dtype: of the KV: bf16, fp16, fp32, fp8 (e4m3fn, e5m2), by any name of these or a torch or numpy dtype;
-        "uint8" for
-            packed rows, whose width in bytes then stands for head_dim.
+        dtype: of the KV: bf16, fp16, fp32, fp8 (e4m3fn, e5m2), by any name of these or a torch or numpy dtype; "uint8"
+            for packed rows, whose width in bytes then stands for head_dim.
         geometry: of the tokens.
         layer_num: layers of this rank; ``start_layer`` is the model's number of the first.
         device: "cpu", "cuda" or "cuda:N".
         library: "torch", "cupy" or "numpy"; by default torch, or what there is without it.
     Raises: InvalidArgumentError; DeviceUnavailableError with what is missing for a GPU; MemoryError, or the library's
-    error
-        if the device has too little memory.
+        error if the device has too little memory.
     """
 
     def __init__(

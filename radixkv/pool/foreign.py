@@ -108,12 +108,11 @@ def view_of_tensors(
         values: V, if it is apart.
         kind: "mha" or "mla".
         page_size: P. Must be the tensors' own where they have pages, unless their slots are evenly spaced over all
-        pages.
+            pages.
         num_heads: H, if known: it tells K N P H D from K N H P D.
         num_layers: L, if known: it tells one layer's tensor from one for all layers.
-        dims: the letters of one tensor (with L, if it holds all layers). By default those of the table above that
-        fit, if it is
-            exactly one.
+        dims: the letters of one tensor (with L, if it holds all layers). By default those of the table above that fit,
+            if it is exactly one.
     Raises: UnsupportedLayoutError with the shapes and strides found; InvalidArgumentError for wrong letters.
     """
     apart = values is not None

@@ -157,8 +157,7 @@ class HostKVCache(HostSlots):
 
     @property
     def kv_buffer(self) -> PageBytes:
-        """All bytes: uint8 [halves, ...the layout's dimensions..., D]. A view; the pool cannot be closed while it
-        lives."""
+        """All bytes: uint8 [halves, ...the layout's dimensions..., D]. The pool cannot be closed while it lives."""
         if self._kv is None:
             raise StateError("the host pool is closed")
         return self._kv
@@ -314,8 +313,7 @@ class _HostPoolOfDevice(HostKVCache):
         pin_memory: page-lock, if the device pool is on a GPU or ``config`` has a registrar.
         device: must be "cpu".
     Raises: HostMemoryError, PageLockError, DeviceUnavailableError; InvalidArgumentError, UnsupportedLayoutError
-    (ValueErrors) for
-        other kinds of pools.
+        (ValueErrors) for other kinds of pools.
     """
 
     _kind: Kind

@@ -159,11 +159,12 @@ def view_of_layout(
 
 
 def contiguous_dims(geometry: KVGeometry, a: KVView, b: KVView) -> tuple[int, int, int]:
-    """How far a copy between two views coalesces: (run_bytes, runs a token, runs a page).
+    """How far a copy between two views coalesces: (run_bytes, runs a token, tokens to walk a page).
 
-    run_bytes: bytes that are contiguous on *both* sides. D when heads are apart on either; H * D when they are not; P
-    * H * D when tokens of a page follow each other on both. runs a token: H, 1, or 1; tokens to walk a page: P, P, or
-    * 1.
+        on both sides                               run_bytes   runs a token   tokens a page
+        heads apart, on one side or both            D           H              P
+        heads together                              H * D       1              P
+        tokens of a page follow each other, too     P * H * D   1              1
     """
     g = geometry
     if not (a.head_stride == b.head_stride == g.head_bytes or g.num_heads == 1):

@@ -150,11 +150,9 @@ class PagedTokenToKVPoolAllocator:
             pages.
             extend_num_tokens: sum(seq_lens - prefix_lens).
         Returns: int64 [extend_num_tokens], request by request, in the library and on the device of ``last_loc``; None
-        (nothing
-            changes) if there are too few pages.
+            (nothing changes) if there are too few pages.
         Raises: InvalidArgumentError for lengths that contradict each other or the slots; PageOwnershipError for a
-        last_loc whose
-            page is not in use, or which two requests would fill.
+            last_loc whose page is not in use, or which two requests would fill.
         """
         size = self.page_size
         before, after, last = (_ints(values, name) for values, name in (

@@ -98,9 +98,8 @@ class HostSlots:
 
         Args: indices: integers [n], whole pages as ``alloc`` returned them, in any order of pages.
         Returns: n.
-        Raises (nothing changes): PageOwnershipError for a page that is not allocated or given twice; StateError for
-        one that a
-            copy is reading or writing.
+        Raises (nothing changes): PageOwnershipError for a page that is not allocated or given twice; StateError for one
+            that a copy is reading or writing.
         """
         pages = self._pages(indices)
         self.free_pages(pages)
@@ -164,8 +163,10 @@ class HostSlots:
 
     # ---- states ------------------------------------------------------------------------------------------------------
     def get_state(self, indices: Any) -> MemoryStateInt:
-        """The one state of all these pages. Raises: StateError if they differ, InvalidArgumentError if there are
-        none."""
+        """The one state of all these pages.
+
+        Raises: StateError if they differ, InvalidArgumentError if there are none.
+        """
         pages = self._pages(indices)
         if not pages.size:
             raise InvalidArgumentError("the state of no pages")
@@ -194,8 +195,10 @@ class HostSlots:
         return self.get_state(indices) is _BACKUP
 
     def protect_write(self, indices: Any) -> None:
-        """A copy from the device begins: RESERVED to PROTECTED. Raises: StateError, and nothing changes (so do all of
-        these)."""
+        """A copy from the device begins: RESERVED to PROTECTED.
+
+        Raises: StateError, and nothing changes (so do all of these).
+        """
         self._move(indices, _PROTECTED, "be written", _RESERVED)
 
     def protect_load(self, indices: Any) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from .base import Storage
 from .memory import MemoryStorage
 from .namespace import PageNamespace
-from .pages import PageCounters, PageStore, host_page_parts
+from .pages import PageStore, host_page_parts
 from .registry import create_storage
+from .sealed import PageCounters, SealedStore
 
 __all__ = ["MemoryStorage", "PageCounters", "PageNamespace", "PageStore", "Storage", "create_storage"]
-__all__ += ["host_page_parts"]
+__all__ += ["SealedStore", "host_page_parts"]

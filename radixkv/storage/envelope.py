@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .base import Buffer, require_package
+from .base import Buffer, IntArray, require_package
 
 __all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Verdict", "seal", "verify"]
 
@@ -64,13 +64,14 @@ def _xxhash() -> Any:
     return require_package("xxhash", "xxhash", "radixkv.storage")
 
 
-def _headers(keys: Sequence[str], payload_bytes: int) -> Headers:
+def _headers(keys: Sequence[str], payload_bytes: IntArray) -> Headers:
     """All but the sums: a new uint8 [len(keys), 64]."""
     fingerprint = _xxhash().xxh3_128_digest
     first = np.zeros(1, HEADER)
     first["magic"], first["version"], first["header_bytes"] = np.void(MAGIC), FORMAT_VERSION, HEADER_BYTES
-    first["checksum"], first["payload_bytes"] = XXH3_64, payload_bytes
+    first["checksum"] = XXH3_64
     headers = np.repeat(first, len(keys))
+    headers["payload_bytes"] = payload_bytes
     headers["key"] = np.frombuffer(b"".join([fingerprint(key.encode()) for key in keys]), "V16")
     return headers.view(np.uint8).reshape(len(keys), HEADER_BYTES)
 
@@ -86,18 +87,20 @@ def _sums(headers: Headers, payloads: Iterable[Sequence[Buffer]]) -> list[int]:
     return sums
 
 
-def seal(keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: int) -> Headers:
-    """The headers of pages: a new uint8 [len(keys), 64]. Args: payload_bytes: of each payload."""
+def seal(keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: IntArray) -> Headers:
+    """The headers of pages: a new uint8 [len(keys), 64]. Args: payload_bytes: of each payload, int64 [len(keys)]."""
     headers = _headers(keys, payload_bytes)
     headers.view(HEADER)["sum"][:, 0] = np.array(_sums(headers, payloads), np.uint64)
     return headers
 
 
-def verify(headers: Headers, keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: int,
-           sizes: npt.NDArray[np.int64]) -> list[Verdict]:  # fmt: skip
+def verify(headers: Headers, keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: IntArray,
+           sizes: IntArray) -> list[Verdict]:  # fmt: skip
     """Judge pages that were read.
 
-    Args: headers: uint8 [len(keys), 64]; sizes: int64 [len(keys)], bytes of each stored value, header included.
+    Args:
+        headers: uint8 [len(keys), 64].
+        payload_bytes: int64 [len(keys)], what is expected. sizes: the same, of the stored values, header included.
     """
     expected = _headers(keys, payload_bytes)
     whole = sizes == HEADER_BYTES + payload_bytes

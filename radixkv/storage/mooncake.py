@@ -194,7 +194,10 @@ class MooncakeStorage(Storage):
             names = [self.prefix + keys[index] for index in batch.positions]
             codes = self._store.batch_put_from_multi_buffers(names, batch.addresses, batch.sizes)
             self._check(codes)
-            flags[batch.positions] = [code == 0 for code in codes]
+            # 0 also says "there already", of one that another put began and never ended
+            there = self._store.batch_is_exist(names)
+            self._check(there)
+            flags[batch.positions] = [code == 0 and seen == 1 for code, seen in zip(codes, there, strict=True)]
 
         self._in_batches(keys, views, put, deadline)
         self._count("refused", int((~flags).sum()))

@@ -61,7 +61,7 @@ class RedisStorage(RemoteStorage):
         self._count("refused", flags.count(False))
         return flags
 
-    def _get_chunk(self, keys: Sequence[str]) -> Sequence[Value | None]:
+    def _get_chunk(self, keys: Sequence[str], sizes: Sequence[int]) -> Sequence[Value | None]:
         values: list[bytes | None] = self._client.mget(keys)
         return values
 

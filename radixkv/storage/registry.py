@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InvalidArgumentError, StorageError
 from .base import Storage
+from .sglang_api import PluginStorage, is_plugin
 
 __all__ = ["BACKENDS", "create_storage"]
 
@@ -28,7 +29,7 @@ def create_storage(name: str | Storage, **options: Any) -> Storage:
 
     Args:
         name: one of BACKENDS; "dynamic" with the option ``path``, "module:Class"; "module:Class" itself; or a backend,
-            which is returned as it is.
+            which is returned as it is. The class is a Storage, or has SGLang's interface (sglang_api.py).
         options: keyword arguments of the backend's class.
     Raises: InvalidArgumentError for an unknown name, unknown options, or a class that is no Storage; StorageError if a
         package is missing (it is named) or the backend cannot be reached.
@@ -44,13 +45,16 @@ def create_storage(name: str | Storage, **options: Any) -> Storage:
         names = ", ".join(sorted(BACKENDS))
         raise InvalidArgumentError(f"unknown storage {name!r}: {names}, dynamic with path=, or module:Class")
     found = _load(path)
-    if isinstance(found, type) and not issubclass(found, Storage):
-        raise InvalidArgumentError(f"{path} is no radixkv.storage.Storage: its bases are {found.__mro__}")
+    plugin = isinstance(found, type) and not issubclass(found, Storage)
+    if plugin and not is_plugin(found):
+        raise InvalidArgumentError(f"{path} is no Storage, nor a HiCacheStorage: its bases are {found.__mro__}")
     try:
         inspect.signature(found).bind(**options)
     except TypeError as error:
         raise InvalidArgumentError(f"storage {name!r} does not take these options: {error}") from error
     made = found(**options)
+    if plugin:
+        return PluginStorage(made)
     if not isinstance(made, Storage):
         raise InvalidArgumentError(f"{path} returned no radixkv.storage.Storage but a {type(made).__name__}")
     return made

@@ -58,8 +58,8 @@ class RemoteStorage(Storage):
         """
 
     @abstractmethod
-    def _get_chunk(self, keys: Sequence[str]) -> Sequence[Value | None]:
-        """Values, None for a miss."""
+    def _get_chunk(self, keys: Sequence[str], sizes: Sequence[int]) -> Sequence[Value | None]:
+        """Values, None for a miss. Args: sizes: bytes that are expected; values may have others."""
 
     @abstractmethod
     def _exists_chunk(self, keys: Sequence[str]) -> Sequence[bool]:
@@ -99,7 +99,11 @@ class RemoteStorage(Storage):
         check_pairs(keys, parts)
         views = [byte_views(pieces, writable=True) for pieces in parts]
         chunks = self._chunks(views)
-        calls = (partial(self._get_chunk, [self.prefix + keys[i] for i in chunk]) for chunk in chunks)
+        room = [sum(map(len, pieces)) for pieces in views]
+        calls = (
+            partial(self._get_chunk, [self.prefix + keys[i] for i in chunk], [room[i] for i in chunk])
+            for chunk in chunks
+        )
         sizes = np.full(len(keys), MISS, np.int64)
         for chunk, values in zip(chunks, self._run("get_many", calls, timeout_s), strict=True):
             for index, value in zip(chunk, values, strict=True):

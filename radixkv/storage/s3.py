@@ -67,7 +67,7 @@ class S3Storage(RemoteStorage):
         self._obstore.put(self._store, key, value, use_multipart=False)
         return True
 
-    def _get_chunk(self, keys: Sequence[str]) -> Sequence[Value | None]:
+    def _get_chunk(self, keys: Sequence[str], sizes: Sequence[int]) -> Sequence[Value | None]:
         return [self._or_missing(self._get, key, None) for key in keys]
 
     def _get(self, key: str) -> Value:

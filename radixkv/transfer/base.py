@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -66,6 +66,26 @@ class Transfer(ABC):
     @abstractmethod
     def copy(self, plan: CopyPlan) -> None:
         """Run one checked copy. Raises: InvalidArgumentError if a view is on a device this path does not reach."""
+
+    @abstractmethod
+    def load_back(
+        self, host: KVView, device: KVView, host_pages: Pages, device_pages: Pages, progress: Any = None
+    ) -> None:
+        """Copy all layers of pages from the host to the device, layer by layer where somebody follows ``progress``.
+
+        Args:
+            progress: of ``make_progress``, or None.
+        """
+
+    def make_progress(self, num_layers: int | None = None) -> ProgressLike:
+        """What ``load_back`` of this path reports to.
+
+        Args:
+            num_layers: of the copy; None: all of the geometry.
+        """
+        from .cpu import Progress  # which imports this module
+
+        return Progress(self.geometry.num_layers if num_layers is None else num_layers)
 
     def plan(
         self, src: KVView, dst: KVView, src_pages: Pages, dst_pages: Pages, layers: range | None = None

@@ -5,7 +5,8 @@ faster depends on the direction, the bytes of a run and the number of runs, so a
 
     choose(direction, run_bytes, num_runs)
         1. an override (argument, else $RADIXKV_TRANSFER) decides
-        2. else the nearest point of the table (in powers of two) decides
+        2. else the nearest point of the table (in powers of two) decides; the engine wins if it takes at most
+           1 + margin times what the kernel takes
         3. else, untuned: the engine from DEFAULT_ENGINE_BYTES a run up
 """
 
@@ -25,7 +26,17 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from ..errors import InvalidArgumentError
 
-__all__ = ["DEFAULT_ENGINE_BYTES", "ENVIRONMENT", "Chooser", "Direction", "PathName", "Timer", "cache_folder"]
+__all__ = [
+    "DEFAULT_ENGINE_BYTES",
+    "DEFAULT_MARGIN",
+    "ENVIRONMENT",
+    "MARGIN_ENVIRONMENT",
+    "Chooser",
+    "Direction",
+    "PathName",
+    "Timer",
+    "cache_folder",
+]
 
 PathName: TypeAlias = Literal["kernel", "engine"]
 Direction: TypeAlias = Literal["device_to_host", "host_to_device", "device_to_device"]
@@ -35,6 +46,11 @@ Timer: TypeAlias = Callable[[PathName, Direction, int, int], float]
 ENVIRONMENT = "RADIXKV_TRANSFER"
 DEFAULT_ENGINE_BYTES = 28 << 10
 """Where the batched engine of an H100 comes to speed, as published: 6.7 GB/s at 24 KiB, 39.9 at 28 KiB."""
+
+MARGIN_ENVIRONMENT = "RADIXKV_TRANSFER_MARGIN"
+DEFAULT_MARGIN = 0.1
+"""How much longer the engine may take: a kernel's 4 SMs are 3 % of an H100 for that time, and its reads and writes pass
+through the L2 cache that the model uses. Up: more copies leave the SMs alone. Down, to 0: the faster path always."""
 
 RUN_BYTES = tuple(1 << bits for bits in range(9, 23))
 """512 B .. 4 MiB."""
@@ -69,16 +85,26 @@ class Chooser:
             (PCIe generation, SMs given to kernels).
         folder: None: ``cache_folder()``. A measurement in it that is of this device and version is used.
         override: always this path; None: $RADIXKV_TRANSFER if it is set and not "auto", else the table.
+        margin: the engine wins if it takes at most 1 + margin times the kernel's time; None:
+            $RADIXKV_TRANSFER_MARGIN if it is set, else DEFAULT_MARGIN.
     Attributes:
         caches_ignored: cache files that were there and could not be used, each with a log line.
         writes_failed: measurements that could not be kept, each with a log line.
-    Raises: InvalidArgumentError for an override that is no path.
+    Raises: InvalidArgumentError for an override that is no path, a margin below 0.
     """
 
-    def __init__(self, device: str, *, folder: Path | None = None, override: PathName | None = None) -> None:
+    def __init__(
+        self,
+        device: str,
+        *,
+        folder: Path | None = None,
+        override: PathName | None = None,
+        margin: float | None = None,
+    ) -> None:
         self.device = device
         self.path = (folder or cache_folder()) / f"transfer-{hashlib.sha256(device.encode()).hexdigest()[:16]}.json"
         self.override = _override(override)
+        self.margin = _margin(margin)
         self.caches_ignored = 0
         self.writes_failed = 0
         self._table: dict[_Point, dict[PathName, float]] = {}
@@ -97,7 +123,7 @@ class Chooser:
         if point not in self._table:
             return "engine" if run_bytes >= DEFAULT_ENGINE_BYTES else "kernel"
         seconds = self._table[point]
-        return "engine" if seconds["engine"] <= seconds["kernel"] else "kernel"
+        return "engine" if seconds["engine"] <= seconds["kernel"] * (1 + self.margin) else "kernel"
 
     def tune(self, timer: Timer, *, repeats: int = 3, again: bool = False) -> bool:
         """Measure the table and keep it on disk. Nothing is measured if there is a table already.
@@ -164,6 +190,19 @@ def _override(argument: str | None) -> PathName | None:
     if given not in get_args(PathName):
         raise InvalidArgumentError(f"{source} is {given!r}; one of {', '.join(get_args(PathName))}")
     return cast(PathName, given)
+
+
+def _margin(argument: float | None) -> float:
+    given, source = argument, "margin"
+    if given is None:
+        text, source = os.environ.get(MARGIN_ENVIRONMENT) or str(DEFAULT_MARGIN), f"${MARGIN_ENVIRONMENT}"
+        try:
+            given = float(text)
+        except ValueError:
+            raise InvalidArgumentError(f"{source} is {text!r}; a number of 0 or more") from None
+    if not given >= 0:
+        raise InvalidArgumentError(f"{source} is {given}; a number of 0 or more")
+    return given
 
 
 def _nearest(direction: Direction, run_bytes: int, num_runs: int) -> _Point:

@@ -107,12 +107,15 @@ cdef class Progress:
     def begin(self, int num_layers):
         """Take this progress for a copy of ``num_layers``, which then calls ``advance`` or ``fail``.
 
-        Raises: StateError if a copy has taken it or it has failed; InvalidArgumentError for another number of layers.
+        Raises: StateError if a copy has taken it or it has failed; InvalidArgumentError for another number of layers, and
+            it fails with that.
         """
         if self.used:
             raise StateError(f"a progress is of one copy, and this one had its own ({self.layers_done} layers done)")
         if num_layers != self.num_layers:
-            raise InvalidArgumentError(f"progress over {self.num_layers} layers for a copy of {num_layers}")
+            error = InvalidArgumentError(f"progress over {self.num_layers} layers for a copy of {num_layers}")
+            self.fail(error)
+            raise error
         self.used = True
 
     def advance(self, int layers_done):

@@ -13,7 +13,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import numpy as np
 
 from ..errors import DeviceUnavailableError, InvalidArgumentError, TransferError
 from ..pool.layout import KVView
-from .launch import DEFAULT_CTAS, Addresses, Family, Launch, common_ids, first_of_run, launches_of
+from .launch import DEFAULT_CTAS, Addresses, Family, Launch, common_ids, first_of_run, launches_of, layer_launches
 from .plan import CopyPlan
+from .staging import UploadRing
 
 __all__ = ["CudaKernels", "kernel_folder", "kernel_source"]
 
@@ -82,6 +83,7 @@ class CudaKernels:
         self._module: Any = None
         self._functions: dict[str, int] = {}
         self._tables: OrderedDict[bytes, int] = OrderedDict()
+        self._uploads = UploadRing(self._runtime)
         self._lock = threading.Lock()  # a table in use must not be dropped for another thread's
 
     def run(
@@ -92,6 +94,7 @@ class CudaKernels:
         family: Family = "auto",
         ctas: int = DEFAULT_CTAS,
         vector_bytes: int | None = None,
+        runs: object = None,
     ) -> list[Launch]:
         """Put a copy on a stream and return; bytes may be read, and sources changed, once the stream has passed it.
 
@@ -99,12 +102,14 @@ class CudaKernels:
             stream: a cudaStream_t as a number (torch: ``stream.cuda_stream``; CuPy: ``stream.ptr``); 0: the legacy
                 default stream.
             family, ctas, vector_bytes: see ``launches_of``.
+            runs: not needed here; see ``Runner``.
         Returns: what was launched; empty for no pages.
         Raises: InvalidArgumentError for views of another device, host memory that is not page-locked, or a family that
             the device or the plan does not allow, all before any launch. DeviceUnavailableError if the kernels cannot
             be compiled. TransferError if CUDA refuses a step.
         """
-        return self._run([plan], stream, family, ctas, vector_bytes)
+        groups = [launches_of(plan, family=family, ctas=ctas, vector_bytes=vector_bytes)]
+        return self._run(plan, groups, stream, family, None)
 
     def run_layers(
         self,
@@ -114,6 +119,7 @@ class CudaKernels:
         family: Family = "auto",
         ctas: int = DEFAULT_CTAS,
         after_layer: Callable[[int], None] | None = None,
+        runs: object = None,
     ) -> list[Launch]:
         """Load back: ``run`` layer after layer of the plan, the page ids uploaded once for all of them.
 
@@ -122,44 +128,40 @@ class CudaKernels:
                 use these kernels.
         Raises: as ``run``, all of it before the first layer but for TransferError.
         """
-        return self._run([plan.layer(layer) for layer in plan.layers], stream, family, ctas, None, after_layer)
+        return self._run(plan, layer_launches(plan, family=family, ctas=ctas), stream, family, after_layer)
 
     def _run(
         self,
-        parts: list[CopyPlan],
+        plan: CopyPlan,
+        groups: list[list[Launch]],
         stream: int,
         family: Family,
-        ctas: int,
-        vector_bytes: int | None,
-        after_layer: Callable[[int], None] | None = None,
+        after_layer: Callable[[int], None] | None,
     ) -> list[Launch]:
-        """Copies that differ in their layers only, with one upload of page ids. See ``run``."""
-        plan = parts[0]
+        """Groups of launches of a plan, with one upload of page ids. See ``run``."""
         self._check_devices(plan)
         if family == "bulk" and self.capability < 90:
             raise InvalidArgumentError(f"bulk copies need sm_90, and GPU {self.device} is sm_{self.capability}")
-        groups = [launches_of(part, family=family, ctas=ctas, vector_bytes=vector_bytes) for part in parts]
-        if not plan.num_pages:
-            return []
         try:
             with self._lock, self._cupy.cuda.Device(self.device):
-                for group in groups:
-                    for launch in group:
-                        self._function(launch.kernel)  # whatever must be compiled, before anything is launched
-                with self._tables_of(plan, stream) as addresses:
-                    for part, group in zip(parts, groups, strict=True):
+                for name in {launch.kernel for group in groups for launch in group}:
+                    self._function(name)  # whatever must be compiled, before anything is launched
+                with self._tables_of(plan, stream) if plan.num_pages else nullcontext() as addresses:
+                    for layer, group in enumerate(groups, plan.layers.start):
                         for launch in group:
                             self._launch(launch, addresses, stream)
                         if after_layer is not None:
-                            after_layer(part.layers.start)
+                            after_layer(layer)
         except (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError) as error:
-            what = f"{groups[0][0].kernel} of {plan.num_pages} pages on {self._name}"
+            kernel = groups[0][0].kernel if plan.num_pages else "an event behind a copy"
+            what = f"{kernel} of {plan.num_pages} pages on {self._name}"
             raise TransferError(f"{what}: {error}") from error
         return [launch for group in groups for launch in group]
 
     def close(self) -> None:
-        """Free the tables on the device. Waits for it. The object may be used again."""
+        """Free what is kept on the device. Waits for it. The object may be used again."""
         with self._lock, self._cupy.cuda.Device(self.device):
+            self._uploads.close()
             while self._tables:
                 self._runtime.free(self._tables.popitem()[1])
 
@@ -204,25 +206,18 @@ class CudaKernels:
 
     @contextmanager
     def _tables_of(self, plan: CopyPlan, stream: int) -> Iterator[Addresses]:
-        """The tables that a plan's launches read: bases, which stay, and page ids, freed in stream order."""
+        """The tables that a plan's launches read: bases, which stay, and page ids, in a slot of the ring."""
         bases = self._bases(plan.src), self._bases(plan.dst)
         ids = common_ids(plan)
         uploads = [side for side in (0, 1) if first_of_run(ids[side]) is None]
-        memory = int(self._runtime.mallocAsync(sum(ids[side].nbytes for side in uploads), stream)) if uploads else 0
-        try:
-            pages, at = [0, 0], memory
-            for side in uploads:
-                # from pageable memory: the driver has read it all when this returns
-                size, kind = ids[side].nbytes, self._runtime.memcpyHostToDevice
-                self._runtime.memcpyAsync(at, ids[side].ctypes.data, size, kind, stream)
-                pages[side] = at
-                at += size
-            yield Addresses(src_bases=bases[0], dst_bases=bases[1], src_pages=pages[0], dst_pages=pages[1])
-        finally:
-            if memory:
-                self._runtime.freeAsync(memory, stream)
+        with self._uploads.upload([ids[side] for side in uploads], stream) as addresses:
+            pages = dict(zip(uploads, addresses, strict=True))
+            yield Addresses(
+                src_bases=bases[0], dst_bases=bases[1], src_pages=pages.get(0, 0), dst_pages=pages.get(1, 0)
+            )
 
-    def _launch(self, launch: Launch, addresses: Addresses, stream: int) -> None:
+    def _launch(self, launch: Launch, addresses: Addresses | None, stream: int) -> None:
+        assert addresses is not None, "launches are of pages, and pages have tables"
         params = launch.bind(addresses)
         args = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         grid, block = (launch.grid, 1, 1), (launch.block, 1, 1)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..errors import DeviceUnavailableError, InvalidArgumentError, TransferError
+from .launch import DEFAULT_CTAS
 from .loops import Runs, expand, loops_of
 from .plan import CopyPlan
 
-__all__ = ["MAX_BATCH", "CopyEngine", "CudaRuntime", "EngineWork", "Runtime", "batches_of"]
+__all__ = ["MAX_BATCH", "CopyEngine", "CudaRuntime", "EngineWork", "LayerRuns", "Runtime", "batches_of"]
 
 MAX_BATCH = 8192
 """Copies a driver call: 192 KiB of addresses and sizes."""
@@ -51,11 +53,47 @@ class Runtime(Protocol):
         ...
 
 
-def batches_of(plan: CopyPlan, max_batch: int = MAX_BATCH) -> Iterator[Runs]:
-    """Cut a plan into batches: uint64 arrays of 1 .. max_batch runs, together every byte of the plan once."""
+class LayerRuns:
+    """The runs of a plan, layer by layer: expanded once for all layers, which differ in their bases alone.
+
+    Where a view has boundaries that no run may span, each layer is expanded by itself: they lie elsewhere in each.
+
+    Attributes:
+        runs_a_layer: runs of one layer, consecutive pages merged.
+    """
+
+    def __init__(self, plan: CopyPlan) -> None:
+        self._plan, self._layers = plan, plan.layers
+        self._seams = any(getattr(view, "boundaries", ()) for view in (plan.src, plan.dst))
+        self._halves = plan.geometry.halves
+        loops = loops_of(plan, outer_layers=True, sort_pages=True)
+        self._src = loops.src[0] + np.uint64(loops.src_base)  # [layers * halves]
+        self._dst = loops.dst[0] + np.uint64(loops.dst_base)
+        one = replace(loops, src_base=0, dst_base=0, src=loops.src[1:], dst=loops.dst[1:], steps_per_layer=0)
+        self._inner = expand(one)
+        self._sizes = np.tile(self._inner.num_bytes, self._halves)
+        self.runs_a_layer = len(self._sizes)
+
+    def of(self, layer: int) -> Runs:
+        """The runs of one of the plan's layers: uint64 arrays of ``runs_a_layer``, or more where some are cut."""
+        if self._seams:
+            return expand(loops_of(self._plan.layer(layer), sort_pages=True))
+        first = self._layers.index(layer) * self._halves
+        part = slice(first, first + self._halves)
+        src = (self._src[part, None] + self._inner.src).ravel()
+        dst = (self._dst[part, None] + self._inner.dst).ravel()
+        return Runs(src, dst, self._sizes)
+
+
+def batches_of(plan: CopyPlan, max_batch: int = MAX_BATCH, runs: Runs | None = None) -> Iterator[Runs]:
+    """Cut a plan into batches: uint64 arrays of 1 .. max_batch runs, together every byte of the plan once.
+
+    Args:
+        runs: the plan's, if they have been expanded already.
+    """
     if not plan.num_pages:
         return
-    runs = expand(loops_of(plan, sort_pages=True))
+    runs = expand(loops_of(plan, sort_pages=True)) if runs is None else runs
     for start in range(0, len(runs.src), max_batch):
         yield Runs(*(part[start : start + max_batch] for part in runs))
 
@@ -78,33 +116,64 @@ class CopyEngine:
         self.max_batch = max_batch
         self._runtime = CudaRuntime(device) if runtime is None else runtime
 
-    def run(self, plan: CopyPlan, *, stream: int = 0) -> EngineWork:
+    def run(self, plan: CopyPlan, *, stream: int = 0, ctas: int = DEFAULT_CTAS, runs: Runs | None = None) -> EngineWork:
         """Put a copy on a stream and return; bytes may be read, and sources changed, once the stream has passed it.
 
         Args:
             stream: a cudaStream_t as a number. On the legacy default stream (0) each run is a call of its own.
+            ctas: not needed here: no block of threads takes part.
+            runs: the plan's, all layers together, if they have been expanded already.
         Raises: InvalidArgumentError for views of another device, before anything is put on the stream; TransferError.
         """
+        self._check_devices(plan)
+        work = EngineWork(0, 0, 0)
+        for batch in batches_of(plan, self.max_batch, runs):
+            work = self._put(batch, stream, work)
+        return work
+
+    def run_layers(
+        self,
+        plan: CopyPlan,
+        *,
+        stream: int = 0,
+        ctas: int = DEFAULT_CTAS,
+        after_layer: Callable[[int], None] | None = None,
+        runs: LayerRuns | None = None,
+    ) -> EngineWork:
+        """Load back: ``run`` layer after layer of the plan, expanded once for all of them.
+
+        Args:
+            after_layer: called with each layer once its copy is on the stream, to record an event there.
+            runs: the plan's, if they have been expanded already.
+        Raises: as ``run``.
+        """
+        self._check_devices(plan)
+        runs = LayerRuns(plan) if runs is None and plan.num_pages else runs
+        work = EngineWork(0, 0, 0)
+        for layer in plan.layers:
+            for batch in batches_of(plan, self.max_batch, runs.of(layer)) if runs is not None else ():
+                work = self._put(batch, stream, work)
+            if after_layer is not None:
+                after_layer(layer)
+        return work
+
+    def _check_devices(self, plan: CopyPlan) -> None:
         here = f"cuda:{self.device}"
         for side, view in (("src", plan.src), ("dst", plan.dst)):
             if view.device not in ("cpu", here):
                 raise InvalidArgumentError(f"{side} is on {view.device}, and this engine is of {here}")
         if here not in (plan.src.device, plan.dst.device):
             raise InvalidArgumentError(f"neither side is on {here}: copy on the CPU path")
-        calls = copies = num_bytes = 0
-        for runs in batches_of(plan, self.max_batch):
-            calls += self._put(runs, stream)
-            copies += len(runs.src)
-            num_bytes += int(runs.num_bytes.sum())
-        return EngineWork(calls, copies, num_bytes)
 
-    def _put(self, runs: Runs, stream: int) -> int:
-        """Put one batch on the stream. Returns: driver calls."""
-        if len(runs.src) > 1 and stream not in LEGACY_STREAMS and self._runtime.copy_batch(runs, stream):
-            return 1
-        for src, dst, num_bytes in zip(*(part.tolist() for part in runs), strict=True):
-            self._runtime.copy(src, dst, num_bytes, stream)
-        return len(runs.src)
+    def _put(self, runs: Runs, stream: int, before: EngineWork) -> EngineWork:
+        """Put one batch on the stream. Returns: the work with it."""
+        calls = copies = len(runs.src)
+        if copies > 1 and stream not in LEGACY_STREAMS and self._runtime.copy_batch(runs, stream):
+            calls = 1
+        else:
+            for src, dst, num_bytes in zip(*(part.tolist() for part in runs), strict=True):
+                self._runtime.copy(src, dst, num_bytes, stream)
+        return EngineWork(before.calls + calls, before.copies + copies, before.num_bytes + int(runs.num_bytes.sum()))
 
 
 class _Location(ctypes.Structure):

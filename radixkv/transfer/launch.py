@@ -12,7 +12,7 @@ Nothing here touches a device: addresses are numbers.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -23,6 +23,7 @@ from .plan import CopyPlan, Ids
 
 __all__ = [
     "BULK_SLOT_BYTES",
+    "DEFAULT_CTAS",
     "TILE_BYTES",
     "VECTOR_BYTES",
     "Addresses",
@@ -33,6 +34,7 @@ __all__ = [
     "common_ids",
     "first_of_run",
     "launches_of",
+    "layer_launches",
     "vector_bytes_of",
 ]
 
@@ -41,6 +43,7 @@ Family: TypeAlias = Literal["auto", "copy", "relayout", "bulk"]
 VECTOR_BYTES = (16, 8, 4, 2, 1)
 VECS_IN_FLIGHT = 8  # RKV_COPY_VECS_IN_FLIGHT: a thread's registers between loads and stores, over both halves
 TILE_BYTES = 32768  # RKV_TILE_BYTES
+RELAYOUT_BLOCK = 512  # threads: with 4 vectors of 16 bytes each, a whole tile is in flight
 BULK_SLOT_BYTES = 4096  # RKV_BULK_SLOT_BYTES
 MAX_UNITS = 2**31 - 1  # what rkv_split can divide
 DEFAULT_CTAS = 4
@@ -168,6 +171,12 @@ class Launch:
             side.pages = pages + skip if pages else 0
         return bound
 
+    def of_layer(self, layer: int) -> Launch:
+        """The launch of one layer, for another one."""
+        params = type(self.params).from_buffer_copy(self.params)
+        params.first_layer = layer
+        return replace(self, params=params)
+
 
 def common_ids(plan: CopyPlan) -> tuple[Ids, Ids]:
     """Both page lists in one dtype, the wider of the two; the kernels take one."""
@@ -221,6 +230,23 @@ def launches_of(
     if family == "relayout":
         return _relayout_launches(plan, ctas, vector_bytes)
     return _copy_launches(plan, family == "bulk", ctas, vector_bytes)
+
+
+def layer_launches(plan: CopyPlan, *, family: Family = "auto", ctas: int = DEFAULT_CTAS) -> list[list[Launch]]:
+    """``launches_of`` each layer of a plan by itself.
+
+    Layers differ in their bases alone, so that one layer's launches serve all where bases are aligned alike, as those
+    of a pool are.
+    """
+    if not plan.num_pages:
+        return [[] for _ in plan.layers]
+    first = launches_of(plan.layer(plan.layers.start), family=family, ctas=ctas)
+    part = slice(plan.layers.start, plan.layers.stop)
+    shifts = [view.bases[:, part] % np.uint64(VECTOR_BYTES[0]) for view in (plan.src, plan.dst)]
+    if all((shift == shift[:, :1]).all() for shift in shifts):
+        return [first, *([launch.of_layer(layer) for launch in first] for layer in plan.layers[1:])]
+    rest = (launches_of(plan.layer(layer), family=family, ctas=ctas) for layer in plan.layers[1:])
+    return [first, *rest]
 
 
 def _choose_vector(plan: CopyPlan, dims: _Triple, asked: int | None) -> int:
@@ -427,5 +453,5 @@ def _relayout_launches(plan: CopyPlan, ctas: int, asked: int | None) -> list[Lau
         )
         kernel = f"rkv_relayout_v{vector}_i{src_ids.itemsize * 8}"
         grid = min(ctas, params.num_tiles)
-        launches.append(_launch(kernel, grid, 256, params, first, count, src_ids.itemsize))
+        launches.append(_launch(kernel, grid, RELAYOUT_BLOCK, params, first, count, src_ids.itemsize))
     return launches

@@ -3,7 +3,9 @@
 A plan is halves x layers x pages x tokens x heads, D bytes each. Two steps make it short:
 1. merge: a loop whose steps are the run's own length on both sides only makes the run longer. page_first_direct to
    itself: a page's L * P * H * D bytes are one run; layer_first to page_first: H * D; page_head on one side: D.
-2. order: the loops that are left go by falling destination stride, so that writes move forward through memory.
+2. order: the loops that are left go by falling destination stride, so that writes move forward through memory. Runs
+   shorter than a cache line go by the smaller of both strides: what shares a line with a run, on either side, follows
+   soon. (Load back of 16 B runs from page_first, layer by layer, would read each line four times from memory.)
 Consecutive page ids on both sides are merged by whoever walks (``expand`` here, copy.c there): they depend on the ids.
 """
 
@@ -20,15 +22,22 @@ from .plan import CopyPlan
 __all__ = ["Loops", "Runs", "expand", "loops_of"]
 
 Table = npt.NDArray[np.uint64]
+LINE_BYTES = 64
 _Steps = npt.NDArray[np.signedinteger]
 
 
 class _Loop(NamedTuple):
-    """One loop: what step i adds to the address on each side; the distance of the first two in dst, to order by."""
+    """One loop: what step i adds to the address on each side; the distance of the first two there, to order by."""
 
     src: Table
     dst: Table
+    src_stride: int
     dst_stride: int
+
+    def order(self, run_bytes: int) -> tuple[int, int]:
+        """What loops are sorted by, falling."""
+        near, far = sorted((self.src_stride, self.dst_stride))
+        return (near, far) if run_bytes < LINE_BYTES else (self.dst_stride, 0)
 
     def lengthens(self, run_bytes: int) -> bool:
         """Whether its steps follow each other without a gap on both sides."""
@@ -104,7 +113,7 @@ def loops_of(plan: CopyPlan, outer_layers: bool = False, sort_pages: bool = Fals
     while mergeable := [loop for loop in rest if loop.lengthens(run_bytes)]:
         run_bytes *= len(mergeable[0].src)
         rest = [loop for loop in rest if loop is not mergeable[0]]
-    rest.sort(key=lambda loop: loop.dst_stride, reverse=True)
+    rest.sort(key=lambda loop: loop.order(run_bytes), reverse=True)
     return Loops(
         src_base=src_base % 2**64,
         dst_base=dst_base % 2**64,
@@ -178,12 +187,13 @@ def _base_loops(plan: CopyPlan, outer_layers: bool) -> tuple[int, int, list[_Loo
 
 def _table(src: Table, dst: Table) -> _Loop:
     """A loop over any addresses."""
-    return _Loop(src, dst, abs(int(dst[1]) - int(dst[0])) if len(dst) > 1 else 0)
+    src_stride, dst_stride = (abs(int(side[1]) - int(side[0])) if len(side) > 1 else 0 for side in (src, dst))
+    return _Loop(src, dst, src_stride, dst_stride)
 
 
 def _strided(src_steps: _Steps, dst_steps: _Steps, src_stride: int, dst_stride: int) -> _Loop:
     """A loop over multiples of a stride on each side."""
-    return _Loop(_times(src_steps, src_stride), _times(dst_steps, dst_stride), dst_stride)
+    return _Loop(_times(src_steps, src_stride), _times(dst_steps, dst_stride), src_stride, dst_stride)
 
 
 def _times(steps: _Steps, stride: int) -> Table:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ..errors import ArgumentTypeError, InvalidArgumentError, PageOwnershipError
 from ..pool.layout import KVGeometry, KVView
 
-__all__ = ["CopyPlan", "Ids", "Overlap", "overlap_of", "pages_of_slots", "plan_copy", "staging_view"]
+__all__ = ["CopyPlan", "Ids", "Overlap", "overlap_of", "pages_of_slots", "plan_copy", "reach_of", "staging_view"]
 
 Overlap: TypeAlias = Literal["none", "pages", "bytes"]
 Ids: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
@@ -248,11 +248,17 @@ def _check_ids(name: str, given: Any, num_pages: int) -> Ids:
     return ids
 
 
+def reach_of(geometry: KVGeometry, view: KVView) -> int:
+    """Bytes from a base of a checked view to the end of all that lies behind it."""
+    g = geometry
+    last = (view.num_slots // g.page_size - 1) * view.page_stride + (g.page_size - 1) * view.token_stride
+    return last + (g.num_heads - 1) * view.head_stride + g.head_bytes
+
+
 def _extent(g: KVGeometry, view: KVView, layers: range) -> tuple[int, int]:
     """First and one past last address that a view may reach in these layers."""
     bases = view.bases[:, layers.start : layers.stop]
-    last = (view.num_slots // g.page_size - 1) * view.page_stride + (g.page_size - 1) * view.token_stride
-    return int(bases.min()), int(bases.max()) + last + (g.num_heads - 1) * view.head_stride + g.head_bytes
+    return int(bases.min()), int(bases.max()) + reach_of(g, view)
 
 
 def overlap_of(plan: CopyPlan) -> Overlap:

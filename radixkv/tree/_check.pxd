@@ -246,7 +246,8 @@ cdef inline rkv_status check_totals(const Tree *t, const Audit *a) noexcept nogi
 cdef inline rkv_status check_tier(const Tree *t, const PageSet *owned, const rkv_tier_check *tier, const char *name) noexcept nogil:
     """tree + free = capacity, and no id on both sides."""
     cdef PageSet free_ids
-    cdef uint64_t k, added = 0
+    cdef uint64_t k, added = 0, both = 0
+    cdef int32_t first = 0
     cdef rkv_status status = RKV_OK
     if tier == NULL or tier.capacity_pages < 0:
         return RKV_OK
@@ -254,8 +255,11 @@ cdef inline rkv_status check_tier(const Tree *t, const PageSet *owned, const rkv
     free_ids.allocator = owned.allocator
     for k in range(tier.num_free_pages):
         if tier.free_page_ids[k] >= 0 and pageset_has(owned, tier.free_page_ids[k]):
-            status = fail(RKV_ERR_INTEGRITY, b"%s page %d is free and in the tree", name, tier.free_page_ids[k])
-            break
+            first = tier.free_page_ids[k] if both == 0 or tier.free_page_ids[k] < first else first
+            both += 1
+    if both:
+        status = fail(RKV_ERR_INTEGRITY, b"%llu %s page ids are in the tree and free, the first is %d", <unsigned long long>both, name,
+                      first)
     if status == RKV_OK and pageset_add(&free_ids, tier.free_page_ids, tier.num_free_pages, &added) != ADD_OK:
         status = fail(RKV_ERR_INTEGRITY, b"%s page %d is free twice, or negative", name, tier.free_page_ids[added])
     if status == RKV_OK and owned.size + tier.num_free_pages != <uint64_t>tier.capacity_pages:

@@ -4,7 +4,8 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from radixkv.tree._abi cimport (
     RKV_ERR_ARGUMENT, RKV_ERR_LOCK, RKV_ERR_NO_MEMORY, RKV_ERR_STATE, RKV_EVENT_CLEARED, RKV_EVENT_REMOVED,
-    RKV_MEDIUM_DEVICE, RKV_MEDIUM_HOST, RKV_OK, Entry, before, fail, prefetch, rkv_allocator, rkv_backup, rkv_event, rkv_freed, rkv_status,
+    RKV_MEDIUM_DEVICE, RKV_MEDIUM_HOST, RKV_OK, Entry, before, fail, prefetch, rkv_allocator, rkv_backup, rkv_event, rkv_freed, rkv_node,
+    rkv_status,
 )
 from radixkv.tree._events cimport emit, push_event
 from radixkv.tree._memory cimport drop, grow, reallocate
@@ -122,7 +123,7 @@ cdef inline rkv_status protect_host(Tree *t, uint32_t i) noexcept nogil:
 cdef inline rkv_status release_host(Tree *t, uint32_t i) noexcept nogil:
     cdef Node *n = &t.nodes[i]
     if n.host_ref == 0:
-        return fail(RKV_ERR_LOCK, b"release_host: node %#llx is not protected", <unsigned long long>handle_of(t, i))
+        return fail(RKV_ERR_LOCK, b"release_host: node %#llx has host_ref 0", <unsigned long long>handle_of(t, i))
     n.host_ref -= 1
     t.host_evictable += host_evictable(n)
     if n.host_ref == 0:
@@ -337,7 +338,7 @@ cdef inline rkv_status evict(Tree *t, int64_t num_tokens, bint backup, rkv_freed
     cdef Node *n
     cdef bint fits
     if num_tokens < 0:
-        return fail(RKV_ERR_ARGUMENT, b"evict: num_tokens is %lld", <long long>num_tokens)
+        return fail(RKV_ERR_ARGUMENT, b"evict: num_tokens is %lld, less than 0", <long long>num_tokens)
     freed_begin(t, out)
     while out.num_tokens + <int64_t>out.num_backup_pages * t.page_size < num_tokens:
         i = first_in_order(t, backup)
@@ -366,7 +367,7 @@ cdef inline rkv_status evict_host(Tree *t, int64_t num_tokens, rkv_freed *out) n
     cdef uint32_t i, root
     cdef Node *n
     if num_tokens < 0:
-        return fail(RKV_ERR_ARGUMENT, b"evict_host: num_tokens is %lld", <long long>num_tokens)
+        return fail(RKV_ERR_ARGUMENT, b"evict_host: num_tokens is %lld, less than 0", <long long>num_tokens)
     freed_begin(t, out)
     while <int64_t>out.num_host_pages * t.page_size < num_tokens and t.orders[HOST_LEAF].end > HEAP_ROOT:
         i = t.orders[HOST_LEAF].entries[HEAP_ROOT].node
@@ -473,18 +474,20 @@ cdef inline rkv_status mark(Tree *t, uint32_t i, uint32_t set_, uint32_t clear, 
 
 
 cdef inline rkv_status set_host(Tree *t, uint32_t i, const int32_t *ids, uint64_t num_ids) noexcept nogil:
-    cdef uint32_t k = i, above = NO_INDEX
+    cdef uint32_t k = i, above = NO_INDEX, culprit = NO_INDEX
     cdef const char *state
     cdef rkv_status status = above_last_pages(t, i, num_ids, b"set_host", &above)
     if status != RKV_OK:
         return status
     while k != above:
         if not t.nodes[k].flags & DEVICE or t.nodes[k].flags & (HOST | PENDING):
-            state = (b"pending" if t.nodes[k].flags & PENDING else
-                     b"on the host already" if t.nodes[k].flags & DEVICE else b"host-only")
-            return fail(RKV_ERR_STATE, b"set_host: node %#llx, covered by the %llu host pages, is %s",
-                        <unsigned long long>handle_of(t, k), <unsigned long long>num_ids, state)
+            culprit = k
         k = t.nodes[k].parent
+    if culprit != NO_INDEX:
+        state = (b"pending" if t.nodes[culprit].flags & PENDING else
+                 b"on the host already" if t.nodes[culprit].flags & DEVICE else b"host-only")
+        return fail(RKV_ERR_STATE, b"set_host: node %#llx, covered by the %llu host pages, is %s",
+                    <unsigned long long>handle_of(t, culprit), <unsigned long long>num_ids, state)
     status = claim(&t.host_ids, ids, num_ids, b"set_host")
     if status != RKV_OK:
         return status
@@ -498,7 +501,8 @@ cdef inline rkv_status set_device(Tree *t, uint32_t i, const int32_t *ids, uint6
     if n.flags & DEVICE:
         return fail(RKV_ERR_STATE, b"set_device: node %#llx has device pages", <unsigned long long>handle_of(t, i))
     if not t.nodes[n.parent].flags & DEVICE:
-        return fail(RKV_ERR_STATE, b"set_device: the parent of node %#llx is host-only", <unsigned long long>handle_of(t, i))
+        return fail(RKV_ERR_STATE, b"set_device: the parent %#llx of node %#llx is host-only",
+                    <unsigned long long>handle_of(t, n.parent), <unsigned long long>handle_of(t, i))
     if num_ids != n.num_pages:
         return fail(RKV_ERR_ARGUMENT, b"set_device: %llu page ids for %u pages", <unsigned long long>num_ids, n.num_pages)
     status = claim(&t.device_ids, ids, num_ids, b"set_device")
@@ -517,11 +521,13 @@ cdef inline rkv_status check_unused(const Tree *t, uint32_t i, uint64_t left) no
     """A failed load: nobody may hold its pages, and nothing else may hang on them."""
     cdef const Node *n
     cdef uint32_t below = 0
+    cdef rkv_node head = handle_of(t, i)
     while left > 0:
         n = &t.nodes[i]
         if n.lock_ref or n.num_device_children != below:
-            return fail(RKV_ERR_LOCK, b"finish_load: node %#llx failed to load but is in use: %u locks, %u device children",
-                        <unsigned long long>handle_of(t, i), n.lock_ref, n.num_device_children - below)
+            return fail(RKV_ERR_LOCK,
+                        b"finish_load: the load of node %#llx failed, but its part %#llx has %u locks and %u children on the device",
+                        <unsigned long long>head, <unsigned long long>handle_of(t, i), n.lock_ref, n.num_device_children - below)
         left -= n.num_pages
         below = 1
         i = n.parent
@@ -576,13 +582,14 @@ cdef inline void drop_pins(Tree *t, uint32_t top, uint32_t pins) noexcept nogil:
 
 cdef inline rkv_status prepare_delete(Tree *t, uint32_t top, rkv_freed *out) noexcept nogil:
     """Refuse if anything in the subtree is in use; make room for all its pages; drop its pins."""
-    cdef uint64_t in_use = 0, pages = 0, host_pages = 0
+    cdef uint64_t in_use = 0, nodes = 0, pages = 0, host_pages = 0
     cdef uint32_t pins = 0
     cdef uint32_t i = top
     cdef const Node *n
     while i != NO_INDEX:
         n = &t.nodes[i]
         if not n.flags & ROOT_NODE:
+            nodes += 1
             if n.lock_ref or n.host_ref or n.flags & (LOADING | PENDING):
                 in_use += 1
             if n.flags & DEVICE:
@@ -592,7 +599,8 @@ cdef inline rkv_status prepare_delete(Tree *t, uint32_t top, rkv_freed *out) noe
             pins += n.pin_slot != 0
         i = next_after(t, i, top)
     if in_use:
-        return fail(RKV_ERR_LOCK, b"delete: %llu nodes are locked, protected, loading or pending", <unsigned long long>in_use)
+        return fail(RKV_ERR_LOCK, b"delete: %llu of %llu nodes are locked, host-protected, loading or pending",
+                    <unsigned long long>in_use, <unsigned long long>nodes)
     freed_begin(t, out)
     if not freed_reserve(out, pages, host_pages, 0, 0):
         return fail(RKV_ERR_NO_MEMORY, b"delete: no memory for the list of freed pages")

@@ -375,12 +375,20 @@ cdef inline void gain_host_path(Tree *t, uint32_t i, const int32_t *ids, uint64_
         i = next_
 
 
-cdef inline rkv_status claim_failed(int verdict, const char *what, int32_t id_) noexcept nogil:
+cdef inline rkv_status claim_failed(int verdict, const char *what, const int32_t *ids, uint64_t n, uint64_t at) noexcept nogil:
+    """Say what is wrong with ids[at]."""
+    cdef uint64_t k
     if verdict == ADD_NEGATIVE:
-        return fail(RKV_ERR_ARGUMENT, b"%s: page id %d is negative", what, id_)
+        return fail(RKV_ERR_ARGUMENT, b"%s: page id %d, at %llu of %llu, is negative", what, ids[at], <unsigned long long>at,
+                    <unsigned long long>n)
     if verdict == ADD_NO_MEMORY:
-        return fail(RKV_ERR_NO_MEMORY, b"%s: no memory to record the owner of page id %d", what, id_)
-    return fail(RKV_ERR_OWNERSHIP, b"%s: page id %d is owned by the tree already, or appears twice", what, id_)
+        return fail(RKV_ERR_NO_MEMORY, b"%s: no memory to record the owner of page id %d", what, ids[at])
+    for k in range(n):
+        if ids[k] == ids[at] and k != at:
+            return fail(RKV_ERR_OWNERSHIP, b"%s: page id %d appears twice in one call, again at %llu of %llu", what, ids[at],
+                        <unsigned long long>(at if at > k else k), <unsigned long long>n)
+    return fail(RKV_ERR_OWNERSHIP, b"%s: page id %d, at %llu of %llu, is owned by the tree elsewhere", what, ids[at],
+                <unsigned long long>at, <unsigned long long>n)
 
 
 cdef inline rkv_status claim(PageSet *set_, const int32_t *ids, uint64_t n, const char *what) noexcept nogil:
@@ -390,7 +398,7 @@ cdef inline rkv_status claim(PageSet *set_, const int32_t *ids, uint64_t n, cons
     if verdict == ADD_OK:
         return RKV_OK
     pageset_remove(set_, ids, added)
-    return claim_failed(verdict, what, ids[added])
+    return claim_failed(verdict, what, ids, n, added)
 
 
 # ---- insert ----------------------------------------------------------------------------------------------------------
@@ -421,7 +429,7 @@ cdef inline const int32_t *ids_of(const Tree *t, const Adding *a, const Node *n)
 
 
 cdef inline int claim_run(PageSet *set_, const int32_t *mine, const int32_t *ids, uint64_t n, uint64_t *claimed,
-                          uint64_t limit, bint undo, int32_t *culprit) noexcept nogil:
+                          uint64_t limit, bint undo, const int32_t **culprit) noexcept nogil:
     """Claim (or, undoing, release) ids[k] where mine is NULL or mine[k] differs; stop when ``claimed`` reaches limit."""
     cdef uint64_t k, one
     cdef int verdict
@@ -436,7 +444,7 @@ cdef inline int claim_run(PageSet *set_, const int32_t *mine, const int32_t *ids
         one = 0
         verdict = pageset_add(set_, ids, n, &one)
         claimed[0] += one
-        culprit[0] = ids[one] if verdict != ADD_OK else 0
+        culprit[0] = ids + one
         return verdict
     for k in range(n):
         if mine[k] == ids[k]:
@@ -450,13 +458,13 @@ cdef inline int claim_run(PageSet *set_, const int32_t *mine, const int32_t *ids
         verdict = pageset_add(set_, ids + k, 1, &one)
         claimed[0] += one
         if verdict != ADD_OK:
-            culprit[0] = ids[k]
+            culprit[0] = ids + k
             return verdict
     return ADD_OK
 
 
 cdef inline int claim_path(Tree *t, const Adding *a, uint64_t *claimed, uint64_t limit, bint undo,
-                           int32_t *culprit) noexcept nogil:
+                           const int32_t **culprit) noexcept nogil:
     """Claim every id of the call that is not the tree's at its own position: first the new tail, then the path upwards.
 
     Ids that will be duplicates are claimed too, for as long as the call is being checked: one that is owned elsewhere, or given
@@ -478,13 +486,14 @@ cdef inline int claim_path(Tree *t, const Adding *a, uint64_t *claimed, uint64_t
 
 
 cdef inline rkv_status claim_insert(Tree *t, const Adding *a) noexcept nogil:
-    cdef uint64_t claimed = 0, undone = 0
-    cdef int32_t culprit = 0
+    cdef uint64_t claimed = 0, undone = 0, at
+    cdef const int32_t *culprit = a.ids
     cdef int verdict = claim_path(t, a, &claimed, 0, False, &culprit)
     if verdict == ADD_OK:
         return RKV_OK
+    at = culprit - a.ids
     claim_path(t, a, &undone, claimed, True, &culprit)
-    return claim_failed(verdict, b"insert" if a.tier == DEVICE else b"insert_host", culprit)
+    return claim_failed(verdict, b"insert" if a.tier == DEVICE else b"insert_host", a.ids, a.pages, at)
 
 
 cdef inline rkv_status reserve_insert(Tree *t, Adding *a, uint64_t space) noexcept nogil:

@@ -80,8 +80,8 @@ cdef rkv_status no_tree() noexcept nogil:
     return fail(RKV_ERR_ARGUMENT, b"the tree is NULL")
 
 
-cdef rkv_status bad_handle(rkv_node node) noexcept nogil:
-    return fail(RKV_ERR_HANDLE, b"node %#llx is stale, or of another tree", <unsigned long long>node)
+cdef rkv_status bad_handle(const Tree *t, rkv_node node) noexcept nogil:
+    return fail(RKV_ERR_HANDLE, b"node %#llx is stale or of another tree (%u nodes here)", <unsigned long long>node, t.num_nodes)
 
 
 cdef rkv_status root_refused(const char *what) noexcept nogil:
@@ -281,7 +281,7 @@ cdef rkv_status protect_locked(Tree *t, rkv_node node, int op, int64_t until_ns,
     if node == 0:
         return root_refused(b"pin") if op == OP_PIN else RKV_OK
     if i == NO_INDEX:
-        return bad_handle(node)
+        return bad_handle(t, node)
     if op == OP_LOCK:
         return lock(t, i, delta)
     if op == OP_UNLOCK:
@@ -399,7 +399,7 @@ cdef rkv_status settle(Tree *t, rkv_node node, int op, const int32_t *ids, size_
     rwlock_write(&t.lock)
     i = index_of(t, node)
     if i == NO_INDEX:
-        status = bad_handle(node)
+        status = bad_handle(t, node)
     elif op == OP_FINISH_BACKUP:
         status = finish_backup(t, i, ids, num_pages, out)
     elif op == OP_SET_HOST:
@@ -453,7 +453,7 @@ cdef rkv_status mark_locked(Tree *t, rkv_node node, uint32_t set_, uint32_t clea
     if node == 0:
         return root_refused(b"mark")
     if i == NO_INDEX:
-        return bad_handle(node)
+        return bad_handle(t, node)
     return mark(t, i, set_, clear, num_pages)
 
 
@@ -478,7 +478,7 @@ cdef rkv_status list_locked(const Tree *t, rkv_node node, int what, uint64_t min
     if node == 0:
         return RKV_OK
     if i == NO_INDEX:
-        return bad_handle(node)
+        return bad_handle(t, node)
     num_nodes[0] = list_path(t, i, what, min_hits, without_marks, nodes, max_nodes)
     if max_nodes > 0 and num_nodes[0] > max_nodes:
         return fail(RKV_ERR_CAPACITY, b"path, host_path, due: room for %zu of %zu nodes", max_nodes, num_nodes[0])
@@ -529,7 +529,7 @@ cdef public rkv_status rkv_tree_split_at(rkv_tree *tree, rkv_node node, int64_t 
     rwlock_write(&t.lock)
     i = index_of(t, node)
     if i == NO_INDEX:
-        status = bad_handle(node)
+        status = bad_handle(t, node)
     elif num_tokens <= 0 or num_tokens % t.page_size or num_tokens >= <int64_t>t.nodes[i].num_pages * t.page_size:
         status = fail(RKV_ERR_ARGUMENT, b"split_at: %lld of the node's %llu tokens (page size %u)", <long long>num_tokens,
                       <unsigned long long>t.nodes[i].num_pages * t.page_size, t.page_size)
@@ -610,7 +610,7 @@ cdef rkv_status copy_digests(Tree *t, rkv_node node, uint64_t *keys, uint8_t *di
     rwlock_write(&t.lock)
     i = index_of(t, node)
     if i == NO_INDEX:
-        status = bad_handle(node)
+        status = bad_handle(t, node)
     else:
         n = &t.nodes[i]
         num_pages[0] = n.num_pages
@@ -678,7 +678,7 @@ cdef public rkv_status rkv_tree_node_info(rkv_tree *tree, rkv_node node, rkv_nod
     rwlock_read(&t.lock)
     i = index_of(t, node)
     if i == NO_INDEX:
-        status = bad_handle(node)
+        status = bad_handle(t, node)
     else:
         fill_info(t, i, out)
     rwlock_release(&t.lock)
@@ -698,7 +698,7 @@ cdef public rkv_status rkv_tree_node_data(rkv_tree *tree, rkv_node node, size_t 
     rwlock_read(&t.lock)
     i = index_of(t, node)
     if i == NO_INDEX:
-        status = bad_handle(node)
+        status = bad_handle(t, node)
     elif t.nodes[i].num_pages > max_pages:
         status = fail(RKV_ERR_CAPACITY, b"node_data: room for %zu of %u pages", max_pages, t.nodes[i].num_pages)
     else:
@@ -728,7 +728,7 @@ cdef public rkv_status rkv_tree_node_namespace(rkv_tree *tree, rkv_node node, vo
     rwlock_read(&t.lock)
     i = index_of(t, node)
     if i == NO_INDEX:
-        status = bad_handle(node)
+        status = bad_handle(t, node)
     else:
         space = &t.spaces[t.nodes[t.nodes[i].root].start]
         ns_bytes[0] = space.name_bytes
@@ -909,7 +909,7 @@ cdef rkv_status take_snapshot(Tree *t, rkv_node only, Snapshot *s) noexcept nogi
     cdef uint32_t i
     rwlock_read(&t.lock)
     i = index_of(t, only)
-    status = bad_handle(only) if only != 0 and i == NO_INDEX else snapshot_locked(t, i, s)
+    status = bad_handle(t, only) if only != 0 and i == NO_INDEX else snapshot_locked(t, i, s)
     rwlock_release(&t.lock)
     return status
 
@@ -1361,7 +1361,7 @@ cdef class RadixTree:
         cdef int64_t wanted = read_int64(priority, "priority")
         cdef rkv_status status
         if wanted < -0x80000000 or wanted > 0x7fffffff:
-            raise InvalidArgumentError(f"priority {wanted} does not fit int32")
+            raise InvalidArgumentError(f"priority is {wanted}, outside {-0x80000000} .. {0x7fffffff}")
         if match is not None:
             hint = &self.own_match(match).found
         if extra_key is not None or cache_salt is not None:
@@ -1547,7 +1547,7 @@ cdef class RadixTree:
         if num_pages is not None:
             pages = read_int64(num_pages, "num_pages")
             if pages < 1:
-                raise InvalidArgumentError(f"mark: {pages} pages")
+                raise InvalidArgumentError(f"mark: num_pages is {pages}, less than 1")
         if self.try_lock(0):
             status = mark_locked(<Tree *>self.c, handle, on, off, pages)
             self.release()
@@ -1595,7 +1595,7 @@ cdef class RadixTree:
         if tier not in ("host", "storage"):
             raise InvalidArgumentError(f"due: tier is {tier!r}, not 'host' or 'storage'")
         if hits < 0:
-            raise InvalidArgumentError(f"min_hits is {hits}")
+            raise InvalidArgumentError(f"min_hits is {hits}, less than 0")
         return self.nodes_of_path(node, LIST_DUE_FOR_HOST if tier == "host" else LIST_DUE_FOR_STORAGE, hits, marks)
 
     def path(self, node):
@@ -1658,7 +1658,7 @@ cdef class RadixTree:
         cdef int64_t most = self.stats().queued_events
         if max_events is not None:
             if read_int64(max_events, "max_events") < 0:
-                raise InvalidArgumentError(f"max_events is {max_events}")
+                raise InvalidArgumentError(f"max_events is {max_events}, less than 0")
             most = min(most, read_int64(max_events, "max_events"))
         capacity = most
         try:
@@ -1816,7 +1816,7 @@ cdef int fill_tier(rkv_tier_check *tier, TokenView *view, object capacity, objec
         return 0
     tier.capacity_pages = read_int64(capacity, "capacity")
     if tier.capacity_pages < 0:  # to the C function this means "do not check", which must be said with None here
-        raise InvalidArgumentError(f"capacity is {tier.capacity_pages} pages")
+        raise InvalidArgumentError(f"capacity is {tier.capacity_pages} pages, less than 0")
     read_tokens(() if free_page_ids is None else free_page_ids, view)
     tier.free_page_ids = view.data
     tier.num_free_pages = view.n

@@ -47,7 +47,11 @@ static void make_nest(nest *n, uint64_t *random, unsigned max_run)
     uint64_t extent;
     memset(n, 0, sizeof *n);
     job->num_loops = below(random, RKV_COPY_MAX_LOOPS + 1);
-    job->run_bytes = below(random, 4) ? 1 + below(random, max_run) : 64u * (1 + below(random, 4));
+    switch (below(random, 4)) {
+    case 0: job->run_bytes = 64u * (1 + below(random, 4)); break;
+    case 1: job->run_bytes = 8u << below(random, 4); break; /* sizes with copiers of their own */
+    default: job->run_bytes = 1 + below(random, max_run);
+    }
     if (below(random, 100) == 0) { /* longer than the pieces that threads share */
         job->num_loops = below(random, 2);
         job->run_bytes = 500000 + below(random, 100000);

@@ -140,6 +140,7 @@ class Soak:
             "write_through_threshold_storage": int(self.random.integers(1, 3)),
             "max_writes": int(self.random.integers(2, 8)), "max_stores": int(self.random.integers(2, 8)),
             "prefetch_capacity_floor": 0.5, "settle_timeout_s": 0.0, "copy_timeout_s": 1e-6, "share_storage": shared,
+            "write_timeout_s": 0.5, "prefetch_deadline_s": 2.0,
         }  # fmt: skip
         self.device_pages = int(self.random.integers(16, 40))
         self.host_pages = int(self.random.integers(8, 60))

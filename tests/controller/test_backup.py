@@ -129,6 +129,27 @@ def test_writes_in_flight_are_bounded() -> None:
     stack.check()
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["not begun", "begun"])
+def test_a_pending_write_has_a_deadline(begun: bool) -> None:
+    now_s = [0.0]
+    stack = Stack(write_timeout_s=5.0, clock=lambda: now_s[0])
+    stack.mover.begins = begun
+    node = stack.compute(prompt(1, 3))
+    now_s[0] = 4.9
+    assert not stack.controller.poll()
+    now_s[0] = 5.0
+    assert stack.controller.poll().failed == 1
+    info = stack.tree.node_info(node)
+    assert (info.lock_ref, info.marks, info.host_page_ids) == (0, 0, None)
+    assert stack.controller.stats().stuck_pages == (3 if begun else 0)  # what runs may still write them
+    stack.check()
+    assert stack.controller.evict(3 * P) == 3 * P
+    stack.mover.run()
+    stack.controller.poll()
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+
+
 def test_pressure_raises_an_adaptive_threshold() -> None:
     stack = Stack(adaptive_thresholds=True, max_writes=4, host_pages=64)
     policy = stack.controller._policy

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from radixkv.controller import LocalGroup, TorchGroup
-from radixkv.errors import GroupError, InvalidArgumentError, TransferError
+from radixkv.errors import GroupError, InvalidArgumentError, LoadError, TransferError
 from radixkv.storage import MemoryStorage
 from radixkv.tree.page_hash import sha256_chain
 
@@ -48,6 +48,31 @@ def test_a_copy_that_fails_on_one_rank_has_failed() -> None:
 
     results = on_ranks(2, run)
     assert results[0] == results[1] == (1, True, 64 * P)
+
+
+def test_a_load_has_ended_when_it_has_ended_everywhere() -> None:
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(group=group)
+        stack.compute(prompt(1, 3))
+        stack.settle()
+        stack.controller.evict(3 * P)
+        node = stack.controller.match(prompt(1, 3)).host_node
+        stack.controller.load(node)
+        index = stack.controller.start_loads()
+        if group.rank == 1:
+            stack.mover.fail = lambda kind: TransferError("rank 1 has a broken link")
+        else:
+            stack.mover.run()
+        assert not stack.controller.poll()
+        assert stack.tree.node_info(node).loading
+        stack.mover.run()
+        assert stack.controller.poll().failed == 1
+        with pytest.raises(LoadError):  # on the rank where it went well, too: it is not in the tree
+            stack.controller.layer_counter.wait(0, 0.0, index)
+        stack.check()
+        return stack.controller.match(prompt(1, 3)).host_num_tokens
+
+    assert on_ranks(2, run) == [3 * P, 3 * P]
 
 
 def test_ranks_take_what_all_of_them_have_from_storage() -> None:

@@ -13,7 +13,7 @@ from radixkv.errors import InvalidArgumentError, LoadError, LockError, TransferE
 from radixkv.pool.states import MemoryStateInt
 from radixkv.transfer.cpu import Progress
 
-from .kit import GEOMETRY, P, Stack, prompt
+from .kit import GEOMETRY, P, Stack, content_of, prompt
 
 
 def refuse(kind: str) -> BaseException:
@@ -155,6 +155,55 @@ def test_a_load_can_be_taken_back_until_it_is_started() -> None:
     assert isinstance(load, Load)
     assert not stack.controller.cancel_load(load)
     stack.settle()
+    stack.check()
+
+
+def test_what_is_computed_again_is_in_sync_with_its_host_copy() -> None:
+    stack = Stack()
+    tokens = prompt(1, 6)
+    stack.compute(tokens[: 2 * P])
+    on_host(stack, tokens)
+    stack.compute(tokens[: 4 * P])  # adopts the first node, and half of the second
+    stack.check()
+    assert stack.controller.stats().writes_in_flight == 0
+    match = stack.controller.match(tokens)
+    assert (match.num_tokens, match.host_num_tokens) == (4 * P, 2 * P)
+    assert stack.controller.evict(4 * P) == 4 * P  # without another copy
+    assert stack.controller.match(tokens).host_num_tokens == 6 * P
+    stack.check()
+
+
+def test_an_insert_does_not_free_what_a_copy_is_filling() -> None:
+    stack = Stack()
+    tokens = prompt(1, 3)
+    [node] = on_host(stack, tokens)
+    load = stack.controller.load(node)
+    assert load is not None
+    stack.controller.start_loads()
+    pages = stack.device.alloc(3)
+    assert pages is not None
+    stack.device.data[pages] = content_of(tokens)
+    result = stack.controller.insert(tokens, pages)  # somebody has computed it meanwhile
+    assert result.duplicate_page_ids.tolist() == pages.tolist()
+    stack.device.free(result.duplicate_page_ids)
+    stack.check()
+    stack.settle()
+    assert np.array_equal(stack.controller.match(tokens).page_ids(), load.page_ids)
+    assert stack.serve(tokens) == 3 * P
+    stack.check()
+
+
+def test_a_request_that_goes_away_during_its_load_leaks_nothing() -> None:
+    stack = Stack()
+    [node] = on_host(stack, prompt(1, 3))
+    stack.controller.load(node)
+    stack.controller.lock(node)
+    stack.controller.start_loads()
+    stack.controller.unlock(node)  # it is gone
+    assert stack.controller.evict(3 * P) == 0  # the copy is not
+    stack.settle()
+    assert stack.controller.evict(3 * P) == 3 * P
+    assert stack.device.available == stack.device.capacity
     stack.check()
 
 

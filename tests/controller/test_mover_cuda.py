@@ -1,20 +1,21 @@
-"""The mover for GPUs, on streams that only write down what is asked of them. On a GPU: tests/kernels/on_gpu.py."""
+"""The mover for GPUs, on streams that only write down what is asked of them. On a GPU: test_on_gpu.py."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from radixkv.controller import CudaMover
-from radixkv.controller.mover_cuda import CudaProgress, CupyStreams, current_stream
+from radixkv.controller import CudaMover, mover_cuda
+from radixkv.controller.mover_cuda import CupyStreams, GpuTransfers, current_stream
 from radixkv.errors import DeviceUnavailableError, TransferError
 from radixkv.pool.layout import KVView
+from radixkv.transfer.cpu import Progress
 from radixkv.transfer.plan import CopyPlan, staging_view
 
 from .kit import GEOMETRY
@@ -48,20 +49,49 @@ class FakeStreams:
         self.log.append(("finish", event))
 
 
-class FakeCopies:
-    def __init__(self, log: list[tuple[Any, ...]]) -> None:
-        self.log = log
+class FakeProgress:
+    """A CudaProgress whose events are those of FakeStreams."""
+
+    def __init__(self, streams: FakeStreams) -> None:
+        self.streams, self.issued = streams, Progress(GEOMETRY.num_layers)
+        self.events: list[Any] = []
+        self.fail = self.issued.fail
+
+    @property
+    def error(self) -> BaseException | None:
+        return self.issued.error
+
+    def record(self, stream: int) -> None:
+        self.events.append(self.streams.record(stream))
+        self.issued.advance(len(self.events))
+
+    def wait_on_stream(self, layer: int, stream: int, timeout_s: float | None = None) -> bool:
+        if not self.issued.wait(layer, timeout_s):
+            return False
+        self.streams.wait(stream, self.events[layer])
+        return True
+
+
+class FakeTransfer:
+    """Copies on one stream, in the log. ``gate``: it stops after each layer."""
+
+    def __init__(self, streams: FakeStreams, stream: int) -> None:
+        self.streams, self.stream, self.log = streams, stream, streams.log
         self.gate = threading.Event()
         self.gate.set()
 
-    def copy(self, plan: CopyPlan, stream: int) -> None:
-        self.log.append(("copy", stream, plan.src_pages.tolist(), plan.dst_pages.tolist()))
+    def copy(self, plan: CopyPlan) -> None:
+        self.log.append(("copy", self.stream, plan.src_pages.tolist(), plan.dst_pages.tolist()))
 
-    def copy_layers(self, plan: CopyPlan, stream: int, after_layer: Callable[[int], None]) -> None:
-        for layer in plan.layers:
-            self.log.append(("copy layer", stream, layer))
-            after_layer(layer)
+    def load_back(self, host: Any, device: Any, host_pages: Any, device_pages: Any, progress: FakeProgress) -> None:
+        progress.issued.begin(GEOMETRY.num_layers)
+        for layer in range(GEOMETRY.num_layers):
+            self.log.append(("copy layer", self.stream, layer))
+            progress.record(self.stream)
             assert self.gate.wait(30)
+
+    def make_progress(self) -> FakeProgress:
+        return FakeProgress(self.streams)
 
 
 def views() -> tuple[KVView, KVView]:
@@ -70,10 +100,17 @@ def views() -> tuple[KVView, KVView]:
     return device, staging_view(GEOMETRY, memory[1].ctypes.data, 8)
 
 
-def make() -> tuple[CudaMover, FakeStreams, FakeCopies]:
+def make() -> tuple[CudaMover, FakeStreams, FakeTransfer]:
+    """A mover, its streams, and what loads."""
     streams = FakeStreams()
-    copies = FakeCopies(streams.log)
-    return CudaMover(GEOMETRY, *views(), lambda: COMPUTE, streams=streams, copies=copies), streams, copies
+    transfers: list[FakeTransfer] = []
+
+    def transfer_on(stream: int) -> FakeTransfer:
+        transfers.append(FakeTransfer(streams, stream))
+        return transfers[-1]
+
+    mover = CudaMover(GEOMETRY, *views(), lambda: COMPUTE, streams=streams, transfer_on=transfer_on)
+    return mover, streams, transfers[1]
 
 
 def ids(*pages: int) -> Any:
@@ -94,30 +131,30 @@ def test_a_backup_waits_for_what_computes() -> None:
 
 
 def test_each_layer_that_computes_waits_for_its_load() -> None:
-    mover, streams, copies = make()
-    copies.gate.clear()
+    mover, streams, loader = make()
+    loader.gate.clear()
     progress = mover.new_progress()
     ticket = mover.load(ids(3), ids(1), progress)
     assert progress.wait(0, 30.0)  # layer 0 is on the load stream
     assert not progress.wait(1, 0.0)  # layer 1 is not: the compute stream must not go on
-    assert streams.log[-1] == ("wait", COMPUTE, progress.events[0])
-    copies.gate.set()
+    assert streams.log[-1] == ("wait", COMPUTE, progress.events.events[0])
+    loader.gate.set()
     assert progress.wait(1, 30.0)
-    assert ("wait", COMPUTE, progress.events[1]) in streams.log
+    assert ("wait", COMPUTE, progress.events.events[1]) in streams.log
     assert ticket.wait(30)
     assert streams.log[:2] == [("record", COMPUTE, "e0 of 7"), ("wait", LOAD, "e0 of 7")]
     mover.close()
 
 
 def test_a_load_that_fails_wakes_who_waits() -> None:
-    mover, streams, _ = make()
+    mover, streams, loader = make()
     streams.broken = True
     progress = mover.new_progress()
 
     def refuse(*_: Any) -> None:
         raise TransferError("no kernel")
 
-    mover._copies = SimpleNamespace(copy_layers=refuse, copy=lambda plan, stream: None)
+    loader.load_back = refuse  # type: ignore[method-assign]
     ticket = mover.load(ids(3), ids(1), progress)
     with pytest.raises(TransferError):
         progress.wait(1, 30.0)
@@ -131,11 +168,30 @@ def test_a_load_that_fails_wakes_who_waits() -> None:
 
 
 def test_a_cancelled_load_wakes_who_waits() -> None:
-    streams = FakeStreams()
-    progress = CudaProgress(2, streams, lambda: COMPUTE)
+    mover, _, _ = make()
+    progress = mover.new_progress()
     progress.fail(TransferError("cancelled"))
     with pytest.raises(TransferError):
         progress.wait(0)
+
+
+def test_both_streams_share_what_was_compiled_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    def transfer(geometry: Any, device: int, **options: Any) -> Any:
+        made.append(options)
+        return SimpleNamespace(paths={"kernel": "k", "engine": "e"}, chooser="c")
+
+    monkeypatch.setattr(mover_cuda, "GpuTransfer", transfer)
+    transfers = GpuTransfers(GEOMETRY, 0)
+    transfers.on(1)
+    transfers.on(2)
+    assert made == [
+        {"stream": 1, "chooser": None}, {"stream": 2, "kernels": "k", "engine": "e", "chooser": "c"}
+    ]  # fmt: skip
+    monkeypatch.setattr(mover_cuda, "device_key", lambda device: f"GPU {device}")
+    GpuTransfers(GEOMETRY, 0, "engine").on(3)
+    assert made[-1]["chooser"].choose("device_to_host", 1 << 20, 1) == "engine"
 
 
 def test_it_needs_a_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,55 +203,47 @@ def test_it_needs_a_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         CudaMover(GEOMETRY, *views())
 
 
-class FakeCupy:
-    """Just enough of CuPy's streams and events."""
+class Broken(RuntimeError):
+    pass
 
-    class CUDARuntimeError(RuntimeError):
-        pass
 
-    def __init__(self) -> None:
-        self.log: list[Any] = []
-        self.devices: list[int] = []
-        self.cuda = SimpleNamespace(
-            Device=self._device, Stream=self._stream, ExternalStream=lambda ptr, device: SimpleNamespace(
-                ptr=ptr, wait_event=lambda event: self.log.append(("wait", ptr, event))
-            ),
-            Event=self._event, runtime=SimpleNamespace(CUDARuntimeError=self.CUDARuntimeError),
-            get_current_stream=lambda: SimpleNamespace(ptr=55),
-        )  # fmt: skip
+def fake_cupy(log: list[Any]) -> Any:
+    """Just enough of CuPy's streams and events, which fail when they are waited for."""
 
-    def _device(self, number: int) -> Any:
-        import contextlib
+    def refuse(*_: Any) -> None:
+        raise Broken("an illegal address")
 
-        self.devices.append(number)
-        return contextlib.nullcontext()
-
-    def _stream(self, non_blocking: bool) -> Any:
-        assert non_blocking
-        return SimpleNamespace(ptr=40 + len(self.log))
-
-    def _event(self, disable_timing: bool) -> Any:
-        def fail() -> None:
-            raise self.CUDARuntimeError("an illegal address")
-
-        return SimpleNamespace(record=lambda stream: self.log.append(("record", stream.ptr)), synchronize=fail)
+    runtime = SimpleNamespace(
+        CUDARuntimeError=Broken, eventSynchronize=refuse,
+        eventRecord=lambda event, stream: log.append(("record", event, stream)),
+        streamWaitEvent=lambda stream, event: log.append(("wait", stream, event)),
+    )  # fmt: skip
+    cuda = SimpleNamespace(
+        runtime=runtime, Device=lambda number: contextlib.nullcontext(log.append(("device", number))),
+        Stream=lambda non_blocking: SimpleNamespace(ptr=40), Event=lambda disable_timing: SimpleNamespace(ptr=50),
+        get_current_stream=lambda: SimpleNamespace(ptr=55),
+    )  # fmt: skip
+    return SimpleNamespace(cuda=cuda)
 
 
 def test_streams_by_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = FakeCupy()
+    log: list[Any] = []
+    cupy = fake_cupy(log)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     streams = CupyStreams(3)
     stream = streams.new()
     event = streams.record(stream)
     streams.wait(9, event)
-    assert cupy.log == [("record", stream), ("wait", 9, event)]
-    assert set(cupy.devices) == {3}
+    assert log == [("device", 3), ("device", 3), ("record", 50, 40), ("wait", 9, 50)]
     with pytest.raises(TransferError, match="cuda:3 failed: an illegal address"):
         streams.finish(event)
+    cupy.cuda.runtime.eventRecord = cupy.cuda.runtime.eventSynchronize
+    with pytest.raises(TransferError, match="no event"):
+        streams.record(stream)
 
 
 def test_the_current_stream_is_torchs_or_cupys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", FakeCupy())
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy([]))
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert current_stream(0) == 55
     cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=66 + device))

@@ -13,6 +13,7 @@ from radixkv.controller.backoff import BackOff
 from radixkv.controller.lanes import FailedTicket
 from radixkv.controller.ledger import Ledger
 from radixkv.controller.operations import (
+    OVERDUE,
     DrainOp,
     LoadOp,
     Operation,
@@ -84,7 +85,7 @@ class Work:
 
 def test_the_least_status_is_what_all_ranks_can_stand_for() -> None:
     running, failed, good = (copy_status(work) for work in (Work(False), Work(True, OSError()), Work(True)))
-    assert 0 == running < failed < good
+    assert 0 == running < OVERDUE < failed < good
     assert copy_status(FailedTicket(OSError())) == failed
     assert pages_status(Work(False, pages=9)) == running
     statuses = [pages_status(Work(True, error, pages)) for pages in range(4) for error in (OSError(), None)]

@@ -412,6 +412,18 @@ def test_a_look_up_that_never_answers_is_ended_by_the_timeout() -> None:
     stack.check()
 
 
+def test_wait_complete_does_not_wait_for_ever() -> None:
+    clock = Clock()
+    stack = half_fetched("wait_complete", clock, prefetch_deadline_s=7.0)
+    clock.now_s += 6.9
+    assert not stack.controller.finish_prefetch("req")
+    clock.now_s += 0.2
+    assert stack.controller.finish_prefetch("req")
+    assert stack.controller.match(prompt(1, 6)).host_num_tokens == 2 * P
+    stack.settle()
+    stack.check()
+
+
 @pytest.mark.parametrize("steps", range(8))
 def test_a_cancel_at_any_point_frees_every_page_once(steps: int) -> None:
     stack = stored(prompt(1, 6))

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-import pytest
 
 from radixkv.errors import DeviceUnavailableError
-from radixkv.transfer.launch import Family, Launch
+from radixkv.transfer.launch import Family, Launch, launches_of
 from radixkv.transfer.plan import CopyPlan
 
 from . import simulator
@@ -88,7 +87,9 @@ class HostSim:
 class Cuda:
     """Device memory from cudaMalloc, host memory page-locked; launched through radixkv.transfer.cuda.
 
-    RADIXKV_TEST_NVRTC=1 compiles the kernels with NVRTC, even where the build left a fatbin.
+    RADIXKV_TEST_NVRTC=1 compiles the kernels with NVRTC, even where the build left a fatbin. RADIXKV_TEST_PATH=kernel
+    or engine copies through GpuTransfer with that path, load backs layer by layer; what comes back is then what the
+    kernels would have launched.
     """
 
     name = "cuda"
@@ -99,6 +100,7 @@ class Cuda:
 
         self._kernels = CudaKernels(prebuilt=os.environ.get("RADIXKV_TEST_NVRTC") != "1")
         self._guard = GUARD if guarded else 0
+        self._path = os.environ.get("RADIXKV_TEST_PATH")
         import cupy
 
         self._cupy: Any = cupy
@@ -128,9 +130,26 @@ class Cuda:
     ) -> list[Launch]:
         stream = self._cupy.cuda.Stream(non_blocking=True)
         self._cupy.cuda.Device(self._kernels.device).synchronize()
+        if self._path:
+            self._transfer(plan, stream.ptr)
+            stream.synchronize()
+            return launches_of(plan, family=family, ctas=ctas, vector_bytes=vector_bytes)
         launches = self._kernels.run(plan, stream=stream.ptr, family=family, ctas=ctas, vector_bytes=vector_bytes)
         stream.synchronize()
         return launches
+
+
+    def _transfer(self, plan: CopyPlan, stream: int) -> None:
+        from radixkv.transfer.choose import Chooser
+        from radixkv.transfer.gpu import GpuTransfer
+
+        chooser = Chooser("tests", override=self._path)  # type: ignore[arg-type]
+        transfer = GpuTransfer(plan.geometry, stream=stream, kernels=self._kernels, chooser=chooser)
+        if plan.src.device == "cpu":
+            transfer.copy_layers(plan)
+        else:
+            transfer.copy(plan)
+        assert transfer.copies == {"kernel": 0, "engine": 0} | {self._path: int(plan.num_pages > 0)}
 
 
 @functools.cache
@@ -146,6 +165,8 @@ def backend(name: str) -> Backend:
     """A backend by name; skips the test where the machine has none, unless RADIXKV_REQUIRE_GPU=1."""
     if name == "hostsim":
         return HostSim(simulator.plain())
+    import pytest  # not at the top: on_gpu.py does without
+
     found = _cuda()
     if isinstance(found, str):
         if os.environ.get("RADIXKV_REQUIRE_GPU") == "1":

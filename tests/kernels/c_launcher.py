@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ctypes as c
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from .cases import Case, plan_of, same
 from .oracle import expect_copy
 from .simulator import KERNELS, ROOT
 
-OK, ARGUMENT, RANGE, OVERLAP, NO_DRIVER, NO_DEVICE, NO_KERNELS, DRIVER, NO_MEMORY = range(0, -9, -1)
+OK, ARGUMENT, RANGE, OVERLAP, NO_DRIVER, NO_DEVICE, NO_KERNELS, DRIVER, NO_MEMORY, UNREACHABLE = range(0, -10, -1)
 
 
 class Geometry(c.Structure):
@@ -71,6 +74,23 @@ class Launch(c.Structure):
     )
 
 
+LayerFn = c.CFUNCTYPE(None, c.c_uint32, c.c_void_p)
+
+
+class Api(c.Structure):
+    _fields_ = (
+        ("struct_size", c.c_uint32),
+        ("abi_version", c.c_uint32),
+        ("status_string", c.CFUNCTYPE(c.c_char_p, c.c_int32)),
+        ("last_error", c.CFUNCTYPE(c.c_char_p)),
+        ("plan", c.CFUNCTYPE(c.c_int32, c.c_void_p, c.c_uint64, c.c_void_p)),
+        ("open", c.CFUNCTYPE(c.c_int32, c.c_int32, c.c_void_p)),
+        ("close", c.CFUNCTYPE(None, c.c_void_p)),
+        ("copy_pages", c.CFUNCTYPE(c.c_int32, c.c_void_p, c.c_void_p, c.c_void_p)),
+        ("copy_layers", c.CFUNCTYPE(c.c_int32, c.c_void_p, c.c_void_p, c.c_void_p, LayerFn, c.c_void_p)),
+    )
+
+
 def geometry_of(g: KVGeometry) -> Geometry:
     return Geometry(c.sizeof(Geometry), g.halves, g.num_layers, g.num_heads, g.head_bytes, g.page_size)
 
@@ -109,6 +129,8 @@ class Library:
         self._library.rkv_cuda_close.argtypes = (c.c_void_p,)
         self._library.rkv_cuda_copy_pages.argtypes = (c.c_void_p, c.c_void_p, c.c_void_p)
         self._library.rkv_cuda_plan.argtypes = (c.c_void_p, c.c_uint64, c.c_void_p)
+        self._library.rkv_cuda_copy_layers.argtypes = (c.c_void_p, c.c_void_p, c.c_void_p, LayerFn, c.c_void_p)
+        self._library.rkv_cuda_get_api.restype = c.POINTER(Api)
         self.close = self._library.rkv_cuda_close
 
     def plan(self, copy: Copy | None, first: int = 0) -> tuple[int, Launch]:
@@ -123,6 +145,14 @@ class Library:
     def copy_pages(self, handle: Any, copy: Copy) -> int:
         return int(self._library.rkv_cuda_copy_pages(handle, c.byref(copy), None))
 
+    def copy_layers(self, handle: Any, copy: Copy, after_layer: Callable[[int], None] | None) -> int:
+        call = LayerFn() if after_layer is None else LayerFn(lambda layer, _: after_layer(layer))
+        return int(self._library.rkv_cuda_copy_layers(handle, c.byref(copy), None, call, None))
+
+    def api(self, version: int) -> Api | None:
+        table = self._library.rkv_cuda_get_api(version)
+        return table.contents if table else None
+
     def error(self) -> str:
         return str(self._library.rkv_cuda_last_error().decode())
 
@@ -136,7 +166,7 @@ def build(folder: Path, *flags: str) -> Path:
     stub.write_text("const unsigned char rkv_cuda_fatbin[16] = {0};\n")
     sources = [ROOT / "csrc" / "cuda" / "plan.c", ROOT / "csrc" / "cuda" / "launch.c", stub]
     command = ["gcc", "-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-DRKV_BUILDING"]
-    command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{KERNELS}", *flags, *map(str, sources), "-o", str(library)]
+    command += [*flags, f"-I{ROOT / 'csrc' / 'include'}", f"-I{KERNELS}", *map(str, sources), "-o", str(library)]
     subprocess.run([*command, "-pthread", "-ldl", "-Wl,-soname,libradixkv_cuda.so.1"], check=True)
     return library
 
@@ -162,9 +192,13 @@ def main(path: str) -> None:
     small = Case()
     memory = _memory(small)
     plan = plan_of(small, *memory[2:])
+    _check_layers(library, handle, fake)
+    _check_reach(library, handle, fake)
+    assert held() == at_rest
     for name, code, expected in (
         ("cuCtxPushCurrent_v2", 201, DRIVER), ("cuMemAllocAsync", 2, NO_MEMORY), ("cuMemcpyHtoDAsync_v2", 700, DRIVER),
         ("cuModuleGetFunction", 500, DRIVER), ("cuLaunchKernel", 719, DRIVER),
+        ("cuPointerGetAttribute", 700, DRIVER),
     ):  # fmt: skip
         os.environ["FAKE_CUDA_FAIL"] = f"{name}:{code}"
         assert library.copy_pages(handle, copy_of(plan)) == expected, name
@@ -194,6 +228,76 @@ def _memory(case: Case) -> tuple[Any, Any, list[int], list[int]]:
     src = np.random.default_rng(2).integers(0, 256, (g.halves, (case.pages + 3) * half), dtype=np.uint8)
     dst = np.full((g.halves, (case.pages + 2) * half), 0xEE, dtype=np.uint8)
     return src, dst, [int(h.ctypes.data) for h in src], [int(h.ctypes.data) for h in dst]
+
+
+def _check_layers(library: Library, handle: Any, fake: Any) -> None:
+    """One upload for all layers; each is in place when its call comes, and none after it."""
+    _follow_layers(library, handle, fake, Case(layers=5, only=(1, 4)))
+    _follow_layers(library, handle, fake, Case(kind="mla", dst="page_head", pattern="contiguous"))
+    case = Case(kind="mla", only=(1, 3))
+    memory = _memory(case)
+    plan, empty = (plan_of(replace(case, pattern=pattern), *memory[2:]) for pattern in ("random", "empty"))
+    assert library.copy_layers(handle, copy_of(plan), None) == OK
+    calls: list[int] = []
+    assert library.copy_layers(handle, copy_of(empty), calls.append) == OK
+    assert calls == [1, 2]
+    calls.clear()
+    os.environ["FAKE_CUDA_FAIL"] = "cuLaunchKernel:719"
+    assert library.copy_layers(handle, copy_of(plan), calls.append) == DRIVER
+    assert calls == []
+    del os.environ["FAKE_CUDA_FAIL"]
+
+
+def _follow_layers(library: Library, handle: Any, fake: Any, case: Case) -> None:
+    src, dst, src_at, dst_at = _memory(case)
+    plan = plan_of(case, src_at, dst_at)
+    g = case.geometry
+    sizes = ((case.pages + 3) * g.page_size, (case.pages + 2) * g.page_size)
+    lists = plan.src_pages.tolist(), plan.dst_pages.tolist()
+    before = dst.copy()
+    seen = []
+
+    def after(layer: int) -> None:
+        done = range(case.layer_range.start, layer + 1)
+        expected = expect_copy(g, (case.src, sizes[0], src), (case.dst, sizes[1], before), *lists, done)
+        seen.append((layer, bool((dst == expected).all()), fake.fake_cuda_balance(2)))
+
+    uploads = fake.fake_cuda_balance(5)
+    assert library.copy_layers(handle, copy_of(plan), after) == OK, library.error()
+    assert fake.fake_cuda_balance(5) == uploads + 1
+    assert seen == [(layer, True, 1) for layer in case.layer_range]  # with the context current
+
+
+def _check_reach(library: Library, handle: Any, fake: Any) -> None:
+    """Memory that the driver does not know, in the first chunk, one in the middle and the last, on each side."""
+    case = Case(pages=40, head_bytes=512, dst="layer_first")
+    memory = _memory(case)
+    plan = plan_of(case, *memory[2:])
+    for chunk in ("65536", "4096", "0", "1048576"):
+        os.environ["FAKE_CUDA_CHUNK"] = chunk
+        launches, asked = fake.fake_cuda_balance(4), fake.fake_cuda_balance(6)
+        assert library.copy_pages(handle, copy_of(plan)) == OK, library.error()
+        if chunk == "1048576":  # a pool in one or two chunks is three questions a chunk, not some for each layer
+            assert fake.fake_cuda_balance(6) - asked <= 2 * 2 * 2 * 3
+        assert fake.fake_cuda_balance(4) == launches + 1
+        for side, view in (("src", plan.src), ("dst", plan.dst)):
+            first = int(view.bases.min())
+            last = int(view.bases.max()) + (view.num_slots // case.page_size) * view.page_stride - 1
+            middle = [(first + last) // 2] if chunk != "0" else []
+            for address in (first, last, *middle):
+                os.environ["FAKE_CUDA_HOLE"] = str(address)
+                launches = fake.fake_cuda_balance(4)
+                assert library.copy_pages(handle, copy_of(plan)) == UNREACHABLE
+                either = side if chunk == "0" else "src|dst"  # both may lie in one chunk
+                said = rf"({either}): 0x[0-9a-f]+ is memory that the driver does not know; page-lock host pools first"
+                assert re.fullmatch(said, library.error())
+                assert fake.fake_cuda_balance(4) == launches
+            del os.environ["FAKE_CUDA_HOLE"]
+            os.environ["FAKE_CUDA_MOVED"] = str(first)
+            assert library.copy_pages(handle, copy_of(plan)) == UNREACHABLE
+            assert library.error() == f"{side}: {first:#x} is at {first + 4096:#x} on the device"
+            del os.environ["FAKE_CUDA_MOVED"]
+    del os.environ["FAKE_CUDA_CHUNK"]
 
 
 def _check(library: Library, handle: Any, case: Case) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from radixkv.pool.layout import Kind, KVGeometry, Layout, view_of_layout
+from radixkv.pool.layout import LAYOUTS, Kind, KVGeometry, Layout, view_of_layout
 from radixkv.transfer.launch import Launch
 from radixkv.transfer.plan import CopyPlan, Ids, plan_copy
 
@@ -123,3 +123,18 @@ def plan_of(case: Case, src_addresses: list[int], dst_addresses: list[int]) -> C
         case.layer_range,
     )
 
+
+def few(family: str) -> list[Case]:
+    """A few of each path through the kernels of a family, small enough for a thread per thread."""
+    options = {"family": family, "ctas": 2}
+    found = [Case(src=src, dst=dst, options=options) for src in LAYOUTS for dst in LAYOUTS]
+    for dtype in ("int32", "int64"):
+        for pattern in ("contiguous", "random"):
+            for kind in ("mha", "mla"):
+                found.append(
+                    Case(kind=kind, src_dtype=dtype, dst_dtype=dtype, pattern=pattern, head_bytes=4112, options=options)
+                )
+    if family != "bulk":
+        for shift in (1, 2, 4, 8):
+            found.append(Case(shift=shift, head_bytes=40, options=options))
+    return found

@@ -2,8 +2,12 @@
  *
  *     FAKE_CUDA_FAIL     "cuMemAllocAsync:2": that function returns that code
  *     FAKE_CUDA_DEVICES  how many GPUs there are; 1 if unset
+ *     FAKE_CUDA_CHUNK    bytes of each page-locked chunk; 0: the driver tells no ranges; 1 MiB if unset
+ *     FAKE_CUDA_HOLE     an address (decimal) whose chunk the driver does not know
+ *     FAKE_CUDA_MOVED    an address (decimal) that lies elsewhere on the device
  *
- * fake_cuda_balance() tells what is held: allocations, contexts retained and pushed, modules. */
+ * fake_cuda_balance() tells what is held: allocations, contexts retained and pushed, modules; and how many launches,
+ * uploads and questions about pointers there were. */
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -13,7 +17,7 @@ extern "C" {
 
 const char *rkv_sim_launch(const char *name, unsigned grid, unsigned block, void **args, int mode, unsigned seed);
 
-static long allocations, retained, pushed, modules, launches;
+static long allocations, retained, pushed, modules, launches, uploads, asked;
 
 static int failing(const char *name)
 {
@@ -96,6 +100,30 @@ int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *)
 {
     FAIL_OR("cuMemcpyHtoDAsync_v2");
     std::memcpy((void *)to, from, bytes);
+    uploads++;
+    return 0;
+}
+
+static uint64_t given(const char *name, uint64_t otherwise)
+{
+    const char *value = std::getenv(name);
+    return value == nullptr ? otherwise : std::strtoull(value, nullptr, 10);
+}
+
+int cuPointerGetAttribute(void *data, int attribute, uint64_t address)
+{
+    FAIL_OR("cuPointerGetAttribute");
+    asked++;
+    const uint64_t chunk = given("FAKE_CUDA_CHUNK", 1 << 20), hole = given("FAKE_CUDA_HOLE", 0);
+    if (hole && (chunk ? hole / chunk == address / chunk : hole == address)) return 1;
+    if (attribute == 3) {
+        *(uint64_t *)data = address + (address == given("FAKE_CUDA_MOVED", 0) ? 4096 : 0);
+        return 0;
+    }
+    if (!chunk) return 1;
+    if (attribute == 11) *(uint64_t *)data = address / chunk * chunk;
+    else if (attribute == 12) *(size_t *)data = chunk;
+    else return 1;
     return 0;
 }
 
@@ -113,7 +141,7 @@ int cuStreamSynchronize(void *) { return 0; }
 
 long fake_cuda_balance(int what)
 {
-    const long all[] = {allocations, retained, pushed, modules, launches};
+    const long all[] = {allocations, retained, pushed, modules, launches, uploads, asked};
     return all[what];
 }
 

@@ -1,13 +1,17 @@
 """What the compilers make of the kernels: resources from ptxas, instructions from nvdisasm, and NVRTC without a driver.
 
-    python -m tests.kernels.gates        records the registers of this nvcc in registers.json
+    python -m tests.kernels.gates        records the registers of this nvcc in registers.json, beside those of others
+
+nvcc: $RKV_NVCC, else the one on PATH, else that of NVIDIA's PyPI packages (pip install radixkv[gates]).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -43,11 +47,18 @@ def find_nvdisasm() -> Path | None:
     return next(iter([Path(on_path)] if on_path else packaged("*/bin/nvdisasm")), None)
 
 
+@functools.cache
+def find_nvcc() -> Path | None:
+    named = os.environ.get("RKV_NVCC") or shutil.which("nvcc")
+    return next(iter([Path(named)] if named else packaged("*/bin/nvcc")), None)
+
+
 def nvcc_release() -> str | None:
     """ "13.0", or None without an nvcc."""
-    if shutil.which("nvcc") is None:
+    nvcc = find_nvcc()
+    if nvcc is None:
         return None
-    said = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     found = re.search(r"release (\d+\.\d+)", said)
     assert found is not None, said
     return found[1]
@@ -56,7 +67,7 @@ def nvcc_release() -> str | None:
 def compile_cubin(arch: str, cubin: Path, source: Path = KERNELS / "all.cu") -> dict[str, Resources]:
     """Compile every kernel of a source for one architecture. Returns: what each takes. Fails on any warning."""
     flags = ["-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings"]
-    command = ["nvcc", *flags, f"-I{KERNELS}", "-o", str(cubin), str(source)]
+    command = [str(find_nvcc()), *flags, f"-I{KERNELS}", "-o", str(cubin), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     blocks = re.split(r"Compiling entry function '", done.stdout + done.stderr)[1:]
@@ -122,7 +133,8 @@ def main() -> None:
             arch: {name: found.registers for name, found in sorted(compile_cubin(arch, Path(folder) / "all").items())}
             for arch in ARCHS
         }
-    RECORD.write_text(json.dumps({"nvcc": nvcc_release(), "registers": registers}, indent=1) + "\n")
+    recorded = json.loads(RECORD.read_text()) | {nvcc_release(): registers}
+    RECORD.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,13 @@ import pytest
 
 from bench import bench_kernels
 from bench.bench_kernels import DIRECTIONS, Case, cases, geometry_of, measure, run
+from radixkv.transfer import choose, engine
+from radixkv.transfer import gpu as gpu_path
+from radixkv.transfer.choose import PathName
 from radixkv.transfer.launch import Family, Launch
 from radixkv.transfer.plan import CopyPlan
 
+from .fake_cupy import FakeCupy
 from .simulator import ROOT, Simulator, plain
 
 
@@ -28,6 +32,7 @@ class SimulatedGpu:
         self.held: dict[int, npt.NDArray[np.uint8]] = {}
         self.copied: list[int] = []
         self.layers: list[range] = []
+        self.engine_runs: list[bool] = []
         self._clock = 0.0
 
     def allocate(self, tier: str, content: npt.NDArray[np.uint8], num_bytes: int) -> int:
@@ -62,10 +67,16 @@ class SimulatedGpu:
                 memory[::2] ^= 1
         return launches
 
-    def seconds(self, function: Callable[[], object], repeats: int) -> float:
+    def engine(self, plan: CopyPlan, by_layer: bool) -> Callable[[], object] | None:
+        return lambda: self.engine_runs.append(by_layer)
+
+    def pick(self, plan: CopyPlan, by_layer: bool) -> PathName:
+        return "engine" if by_layer else "kernel"
+
+    def seconds(self, function: Callable[[], object], repeats: int) -> tuple[float, float]:
         function()
         self._clock += 1
-        return self._clock
+        return self._clock, 0.001
 
 
 @pytest.mark.parametrize("case", list(cases(quick=True, sms=2)), ids=str)
@@ -76,13 +87,49 @@ def test_a_line_says_what_was_measured(case: Case) -> None:
     assert case.family in line["kernel"]
     assert line["blocks"] <= case.ctas
     assert line["bytes"] == pool // 2
-    # contiguous before (1 s) and after (3 s), the kernel between (2 s): the faster contiguous run is the limit
+    # contiguous before (1 s) and after, the kernel between (2 s): the faster contiguous run is the limit
     assert (line["gb_per_s"], line["memcpy_gb_per_s"]) == (pool / 2 / 2 / 1e9, pool / 2 / 1e9)
     assert line["ratio"] == 0.5
     assert gpu.copied == [pool // 4] * 4, "both halves, before and after"
     by_layer = [range(i, i + 1) for i in range(bench_kernels.LAYERS)] * 2
     assert gpu.layers == (by_layer if case.direction == "load_back" else [range(bench_kernels.LAYERS)] * 2)
     assert not gpu.held
+    by_layer = case.direction == "load_back"
+    if case.family == "copy" and case.ctas == 4:
+        assert gpu.engine_runs == [by_layer]
+        assert (line["engine_gb_per_s"], line["engine_call_ms"]) == (pool / 2 / 3 / 1e9, 1.0)
+        assert (line["picked"], line["picked_ratio"]) == (("engine", 1 / 3) if by_layer else ("kernel", 0.5))
+    else:
+        assert not gpu.engine_runs
+        assert "picked" not in line
+
+
+def test_aims_get_verdicts(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(direction: str, ratio: float, page_bytes: int = 16384, **more: object) -> dict[str, object]:
+        shape = {"layout": "page_first", "page_size": page_bytes // 1024, "row_bytes": 1024, "order": "random"}
+        of_line = {"kind": "mha", "family": "copy", "ctas": 4, "ratio": ratio}
+        return {"direction": direction, "contiguous_bytes_a_page_and_layer": page_bytes, **shape, **of_line, **more}
+
+    lines = [
+        line("backup", 0.5, picked="engine", picked_ratio=0.96),
+        line("backup", 0.99, ctas=16),  # more SMs than the aim allows: no verdict
+        line("load_back", 0.94, picked="kernel", picked_ratio=0.94),
+        line("load_back", 0.94, page_bytes=8192, picked="kernel", picked_ratio=0.94),  # below 16 KiB: no aim
+        line("backup", 0.5, page_bytes=65536, picked="engine", picked_ratio=None),
+        line("gather", 0.2),
+        line("gather", 0.86, ctas=264),
+        line("gather", 0.9) | {"refused": "no"},
+    ]
+    found = {(one["direction"], one["page_size"]): one for one in bench_kernels.verdicts(lines)}
+    assert {key: one["verdict"] for key, one in found.items()} == {
+        ("backup", 16): "pass", ("load_back", 16): "SHORT", ("backup", 64): "absent", ("gather", 16): "pass",
+    }  # fmt: skip
+    assert found["backup", 16]["kernel_ratio"] == 0.5
+    assert found["gather", 16]["by"] == "copy, 264 CTAs"
+    bench_kernels.print_verdicts(list(found.values()))
+    said = capsys.readouterr().out
+    assert "4 shapes with an aim, 1 SHORT" in said
+    assert said.count("https://") == len(bench_kernels.PUBLISHED)
 
 
 def test_a_wrong_copy_is_no_figure() -> None:
@@ -116,3 +163,24 @@ def test_without_cupy_it_is_skipped_and_says_why(monkeypatch: pytest.MonkeyPatch
     code = "import sys; sys.modules['cupy'] = None; sys.argv[1:] = []; from bench import bench_kernels as b; b.main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("skipped: CuPy cannot be imported")
+
+
+def test_the_real_device_class_runs_on_a_simulated_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call that the benchmark makes of CuPy, tuning included, and right bytes behind it."""
+    fake = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(engine, "_find_batch", lambda driver: (fake.batched_copies, "cuMemcpyBatchAsync_v2"))
+    monkeypatch.setattr(choose, "RUN_BYTES", (512, 1024))
+    monkeypatch.setattr(choose, "NUM_RUNS", (1, 16))
+    monkeypatch.setattr(gpu_path.CudaTimer.__init__, "__defaults__", (64 << 10,))
+    monkeypatch.setattr(bench_kernels, "BUSY_BYTES", 4096)
+    gpu = bench_kernels.CudaGpu()
+    assert (gpu.name, gpu.sms) == ("Fake 100", 8)
+    assert gpu._chooser.tuned
+    for direction in DIRECTIONS:
+        options = {"layout": "page_first_direct", "page_size": 16, "row_bytes": 1024, "order": "random", "ctas": 4}
+        case = Case(direction=direction, family="copy", **options)  # type: ignore[arg-type]
+        [line] = run(gpu, iter([case]), 4 * geometry_of(case).page_bytes, repeats=1)
+        assert line["engine_ratio"] > 0
+        assert line["picked"] in ("kernel", "engine")
+    assert {entry[0] for entry in fake.log} >= {"launch", "batch", "memcpyAsync", "hostAlloc"}

@@ -71,7 +71,8 @@ def test_the_header_is_strict(tmp_path: Path, compiler: str, standard: str) -> N
 
 
 def test_ctypes_mirrors_the_header(tmp_path: Path) -> None:
-    structs = {"geometry": c_launcher.Geometry, "view": c_launcher.View, "copy": Copy, "launch": Launch}
+    structs = {"geometry": c_launcher.Geometry, "view": c_launcher.View, "copy": Copy, "launch": Launch,
+               "api": c_launcher.Api}  # fmt: skip
     fields = [(name, field[0]) for name, struct in structs.items() for field in struct._fields_]
     prints = [f'printf("%zu ", offsetof(rkv_cuda_{name}, {field}));' for name, field in fields]
     prints += [f'printf("%zu ", sizeof(rkv_cuda_{name}));' for name in structs]
@@ -103,7 +104,42 @@ def test_the_export_map_is_the_header() -> None:
     text = (ROOT / "csrc" / "cuda" / "export.map").read_text()
     exported = re.findall(r"^\s+(rkv_cuda_\w+);", text, flags=re.MULTILINE)
     assert exported == sorted(functions())
-    assert len(exported) == 6
+    assert len(exported) == 8
+
+
+def test_the_table_is_the_header(lib: Library) -> None:
+    table = lib.api(1)
+    assert table is not None
+    assert (table.struct_size, table.abi_version) == (c.sizeof(c_launcher.Api), 1)
+    assert [name for name, _ in table._fields_[2:]] == [
+        name.removeprefix("rkv_cuda_") for name in functions() if name != "rkv_cuda_get_api"
+    ]
+    for name in table._fields_[2:]:
+        function = getattr(table, name[0])
+        exported = getattr(lib._library, f"rkv_cuda_{name[0]}")
+        assert c.cast(function, c.c_void_p).value == c.cast(exported, c.c_void_p).value
+    assert (lib.api(0), lib.api(2)) == (None, None)
+
+
+def test_a_library_whose_structs_have_grown_serves_an_old_host(tmp_path: Path) -> None:
+    """Built against a header of the future; called with the structs of today."""
+    include, header = tmp_path / "include" / "radixkv", HEADER.read_text()
+    for name in ("geometry", "view", "copy", "launch"):
+        header, grown = re.subn(rf"(\n}} rkv_cuda_{name};)", r"\n    uint64_t later[4];\1", header)
+        assert grown == 1
+    include.mkdir(parents=True)
+    (include / "radixkv_cuda.h").write_text(header)
+    future = Library(c_launcher.build(tmp_path, f"-I{include.parent}"))
+    plan = case_plan(Case())
+    copy = copy_of(plan)
+    guarded = (c.c_ubyte * (c.sizeof(Launch) + 64))(*[0xEE] * (c.sizeof(Launch) + 64))
+    launch = Launch.from_buffer(guarded)
+    launch.struct_size = c.sizeof(Launch)
+    assert future._library.rkv_cuda_plan(c.byref(copy), 0, c.byref(launch)) == OK, future.error()
+    assert launch.num_pages == plan.num_pages
+    assert bytes(guarded[c.sizeof(Launch) :]) == b"\xee" * 64
+    _set("copy.struct_size", 71)(copy)
+    assert future.plan(copy)[0] == ARGUMENT
 
 
 def test_every_status_has_a_string(lib: Library) -> None:
@@ -178,6 +214,7 @@ WRONG = [
     (_set("geometry.head_bytes", 1 << 31), ARGUMENT, "2 GiB"),
     (_set("src.bases", None), ARGUMENT, "without bases"),
     (_set("src.struct_size", 1), ARGUMENT, "no src view, a small one"),
+    (_set("copy.struct_size", 71), ARGUMENT, "no copy, or a small one"),
     (_set("src.token_stride", 8), ARGUMENT, "a stride of 8"),
     (_set("dst.page_stride", 1 << 60), ARGUMENT, "a stride of"),
     (_set("dst.num_pages", 1 << 40), ARGUMENT, "dst has"),

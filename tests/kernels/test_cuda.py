@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 
 from radixkv.errors import DeviceUnavailableError, InvalidArgumentError, TransferError
 from radixkv.pool.layout import KVGeometry, view_of_layout
-from radixkv.transfer import cuda
+from radixkv.transfer import cuda, staging
 from radixkv.transfer.cuda import CudaKernels
+from radixkv.transfer.launch import launches_of, layer_launches
 from radixkv.transfer.plan import CopyPlan, plan_copy
 
 from .fake_cupy import FakeCupy
@@ -68,13 +71,11 @@ def test_a_copy_goes_on_the_callers_stream_in_order(cupy: FakeCupy) -> None:
     assert cupy.log.index(("streamSynchronize",)) < cupy.log.index(("launch", launch.kernel, STREAM))
     ordered = [entry for entry in cupy.log if entry[-1] == STREAM]
     assert ordered == [
-        ("mallocAsync", 48, STREAM),
-        ("memcpyAsync", 24, STREAM),
-        ("memcpyAsync", 24, STREAM),
+        ("memcpyAsync", 32 + 24, STREAM),  # three ids of 8 bytes, on a 16-byte boundary; three more
         ("launch", launch.kernel, STREAM),
-        ("freeAsync", STREAM),
+        ("eventRecord", STREAM),
     ]
-    assert cupy.allocated == 2, "the two tables of bases stay"
+    assert cupy.allocated == 2 + 2, "the two tables of bases, and a slot for page ids, stay"
     kernels.close()
     assert cupy.allocated == 0
 
@@ -84,10 +85,10 @@ def test_what_is_uploaded_once_stays(cupy: FakeCupy) -> None:
     kernels.run(pools.backup([5, 1, 7], [2, 0, 6]), stream=STREAM)
     cupy.log.clear()
     kernels.run(pools.backup([3, 6, 0], [1, 4, 7]), stream=STREAM)
-    assert [entry[0] for entry in cupy.log] == ["mallocAsync", "memcpyAsync", "memcpyAsync", "launch", "freeAsync"]
+    assert [entry[0] for entry in cupy.log] == ["memcpyAsync", "launch", "eventRecord"]
 
 
-@pytest.mark.parametrize("call", ["malloc", "memcpy", "mallocAsync", "memcpyAsync", "launchKernel"])
+@pytest.mark.parametrize("call", ["malloc", "memcpy", "hostAlloc", "memcpyAsync", "launchKernel", "eventRecord"])
 def test_what_cuda_refuses_leaves_nothing_behind(cupy: FakeCupy, call: str) -> None:
     pools, kernels = Pools(cupy), CudaKernels()
     cupy.failing = call
@@ -133,9 +134,61 @@ def test_layer_after_layer_uploads_once(cupy: FakeCupy) -> None:
     assert (pools.host == whole).all()
     assert (seen, len(launches)) == ([0, 1, 2], 3)
     names = [entry[0] for entry in cupy.log if entry[-1] == STREAM or entry[0] == "event"]
-    assert names == ["mallocAsync", "memcpyAsync", "memcpyAsync", *["launch", "event"] * 3, "freeAsync"]
-    assert kernels.run_layers(pools.backup([], []), stream=STREAM, after_layer=after) == []
-    assert seen == [0, 1, 2]
+    assert names == ["memcpyAsync", *["launch", "event"] * 3, "eventRecord"]
+    seen.clear()
+    assert kernels.run_layers(pools.backup([], []), stream=STREAM, after_layer=seen.append) == []
+    assert seen == [0, 1, 2], "whoever waits for the layers of no pages must not wait for ever"
+
+
+def test_page_ids_under_way_are_not_overwritten(cupy: FakeCupy) -> None:
+    """On streams that do nothing until they are waited for, more copies than the ring has slots."""
+    kernels, rng = CudaKernels(), np.random.default_rng(1)
+    pools = [Pools(cupy) for _ in range(3 * staging.MAX_SLOTS)]
+    ids = [[rng.permutation(SLOTS // 4)[:3].tolist() for _ in range(2)] for _ in pools]
+    for pool in pools:
+        kernels.run(pool.backup([0], [0]), stream=STREAM)  # tables of bases are uploaded, and waited for
+        pool.host[:] = 0xEE
+    cupy.lazy = True
+    for i, (pool, (src, dst)) in enumerate(zip(pools, ids, strict=True)):
+        kernels.run(pool.backup(src, dst), stream=STREAM + i % 3)
+    assert len(kernels._uploads) == staging.MAX_SLOTS
+    assert kernels._uploads.waits == 2 * staging.MAX_SLOTS
+    assert (pools[-1].host == 0xEE).all(), "nobody has waited for the last ones"
+    cupy.finish()
+    for pool, (src, dst) in zip(pools, ids, strict=True):
+        assert (pool.host == pool.expected(src, dst)).all()
+    kernels.close()
+    assert cupy.allocated == 0
+
+
+def test_slots_grow_and_are_used_again(cupy: FakeCupy) -> None:
+    ring, ids = staging.UploadRing(cupy.cuda.runtime), np.arange(100_000)[::-1].copy()
+    for count in (10, 20_000, 100_000, 5, 100_000):
+        with ring.upload([ids[:count], ids[:3]], STREAM) as (first, second):
+            for address, wanted in ((first, ids[:count]), (second, ids[:3])):
+                assert address % 16 == 0
+                read = np.frombuffer(ctypes.string_at(address, wanted.nbytes), np.int64)
+                assert (read == wanted).all()
+    assert len(ring) == 1
+    assert ring.waits == 0
+    assert cupy.allocated == 2
+    with ring.upload([], STREAM) as none:
+        assert none == []
+
+
+def test_layers_with_bases_of_their_own_alignment_get_their_own_vectors(cupy: FakeCupy) -> None:
+    pools = Pools(cupy)
+    plan = pools.backup([5, 1, 7], [2, 0, 6])
+    assert {launch.kernel for [launch] in layer_launches(plan)} == {launches_of(plan.layer(0))[0].kernel}
+    bases = plan.src.bases.copy()
+    bases[:, 1] += np.uint64(4)
+    shifted = replace(plan, src=replace(plan.src, bases=bases))
+    for layer, launches in zip(plan.layers, layer_launches(shifted), strict=True):
+        [got], [wanted] = launches, launches_of(shifted.layer(layer))
+        assert (got.kernel, bytes(got.params)) == (wanted.kernel, bytes(wanted.params))
+    for layer, launches in zip(plan.layers, layer_launches(plan), strict=True):
+        [got], [wanted] = launches, launches_of(plan.layer(layer))
+        assert (got, bytes(got.params)) == (replace(wanted, params=got.params), bytes(wanted.params))
 
 
 def test_no_pages_launch_nothing(cupy: FakeCupy) -> None:
@@ -147,8 +200,8 @@ def test_a_full_table_cache_drops_the_oldest(cupy: FakeCupy, monkeypatch: pytest
     monkeypatch.setattr(cuda, "CACHED_TABLES", 2)
     kernels, pools = CudaKernels(), [Pools(cupy) for _ in range(2)]
     for pool in (*pools, pools[0]):
-        kernels.run(pool.backup([5, 1], [2, 0]))
-        assert (pool.host == pool.expected([5, 1], [2, 0])).all()
+        kernels.run(pool.backup([5, 6], [2, 3]))  # runs: no ids are uploaded
+        assert (pool.host == pool.expected([5, 6], [2, 3])).all()
         assert cupy.allocated == 2
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +29,7 @@ def gpu() -> ModuleType:
 
 def test_every_step_runs_what_there_is(gpu: ModuleType, tmp_path: Path) -> None:
     for step in gpu.STEPS:
-        for command, _ in gpu.commands(step, True, tmp_path / "bench.json"):
+        for command, _ in gpu.commands(step, True, tmp_path):
             assert sys.executable in command
             if "-m" in command:
                 assert importlib.util.find_spec(command[command.index("-m") + 1]) is not None
@@ -47,8 +49,8 @@ def test_a_run_keeps_status_and_last_lines(gpu: ModuleType) -> None:
 def test_the_result_names_device_driver_date_and_commit(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def commands(step: str, quick: bool, bench_json: Path) -> list[tuple[list[str], dict[str, str]]]:
-        write = f"open({str(bench_json)!r}, 'w').write('[1]')"
+    def commands(step: str, quick: bool, folder: Path) -> list[tuple[list[str], dict[str, str]]]:
+        write = f"open({str(folder / 'bench.json')!r}, 'w').write('[1]')"
         return [([sys.executable, "-c", write if step == "bench" else "raise SystemExit(1)"], {})]
 
     monkeypatch.setattr(gpu, "NEEDED", ("numpy",))
@@ -65,6 +67,71 @@ def test_the_result_names_device_driver_date_and_commit(
         assert (found["device"], found["driver"], found["commit"], found["bench"]) == ("Fake GPU", "580.1", "abc", [1])
         assert found["date"].endswith("Z")
         assert list(found["steps"]) == steps.split(",")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--steps", "bench"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    [written] = (tmp_path / "out").iterdir()
+    assert written.name.startswith("gpu-Fake-GPU-20")
+
+
+def test_a_step_that_takes_too_long_is_stopped_with_its_children(gpu: ModuleType, tmp_path: Path) -> None:
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    said = gpu.run([sys.executable, "-c", f"{code}; print('begun', flush=True); time.sleep(60)"], {}, 1.0)
+    assert said["seconds"] < 30, "the child holds the pipe, too"
+    assert (said["exit_status"], said["stopped_after_s"]) == (-signal.SIGKILL, 1.0)
+
+
+def test_a_budget_leaves_out_what_does_not_fit(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "NEEDED", ("numpy",))
+    monkeypatch.setattr(gpu, "device", lambda: ("Fake GPU", "580.1"))
+    monkeypatch.setattr(gpu, "commands", lambda *_: [([sys.executable, "-c", "pass"], {})])
+    result = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--steps", "bench", "--budget", "0", "--json", str(result)])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1
+    assert json.loads(result.read_text())["steps"]["bench"][0]["tail"] == ["no time was left"]
+
+
+def test_without_pytest_the_rest_runs(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "NEEDED", ("numpy",))
+    monkeypatch.setattr(gpu, "TO_TEST", ("no_such_pytest",))
+    monkeypatch.setattr(gpu, "TO_BUILD", {"no_such_cython": 3})
+    monkeypatch.setattr(gpu, "device", lambda: ("Fake GPU", "580.1"))
+    monkeypatch.setattr(gpu, "commands", lambda *_: [([sys.executable, "-c", "pass"], {})])
+    result = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", str(result)])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    found = json.loads(result.read_text())
+    assert ended.value.code == 0
+    assert list(found["steps"]) == ["checks", "sanitizer", "bench"]
+    assert found["not_run"]["tests"] == "no no_such_pytest"
+    assert "has been built before" in found["not_run"]["build"]
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="not built for it: bring a folder of wheels"):
+        gpu.main()
+
+
+def test_wheels_bring_what_is_missing(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, check: asked.append(command))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "before")
+    gpu.add_wheels(tmp_path, tmp_path / "site")
+    assert not asked
+    (tmp_path / "x-1-py3-none-any.whl").touch()
+    gpu.add_wheels(tmp_path, tmp_path / "site")
+    assert asked[0][-1].endswith("x-1-py3-none-any.whl")
+    assert "--no-index" in asked[0]
+    assert sys.path[0] == str(tmp_path / "site")
+    assert os.environ["PYTHONPATH"] == f"{tmp_path / 'site'}{os.pathsep}before"
+    assert gpu.unfit_to_build() == []
+    monkeypatch.setattr(gpu, "TO_BUILD", {"numpy": 99, "no_such_module": 1})
+    assert gpu.unfit_to_build() == ["no_such_module", "numpy>=99"]
 
 
 def test_what_is_missing_is_named(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,11 @@ def test_constants_are_those_of_params_h() -> None:
     assert values["COPY_VECS_IN_FLIGHT"] == launch.VECS_IN_FLIGHT
     assert values["TILE_BYTES"] == launch.TILE_BYTES
     assert values["BULK_SLOT_BYTES"] == launch.BULK_SLOT_BYTES
+    in_flight = launch.RELAYOUT_BLOCK * values["RELAYOUT_VECS_IN_FLIGHT"] * max(launch.VECTOR_BYTES)
+    assert in_flight == launch.TILE_BYTES, "with the widest vectors a whole tile is in flight"
+    ring = values["BULK_SLOTS"] * (launch.BULK_SLOT_BYTES + 16 + 8)
+    assert values["BULK_AHEAD"] < values["BULK_SLOTS"]
+    assert ring <= 48 << 10, "what a kernel has of shared memory without asking for more"
 
 
 @given(divisor=st.integers(1, 2**31 - 1), n=st.integers(0, 2**31 - 1))

@@ -63,6 +63,15 @@ class Plugged(MemoryStorage):
     name = "plugged"
 
 
+class PluginSite(Site):
+    """A class with SGLang's interface, by its path."""
+
+    name = "plugin"
+
+    def open(self, **options: Any) -> Storage:
+        return create_storage("tests.storage.plugin:Plugin", folder=self.folder / "plugin", **options)
+
+
 class FileSite(Site):
     name = "file"
 
@@ -214,5 +223,5 @@ class MooncakeSite(Site):
         self.master.kill()
 
 
-KINDS = (MemorySite, DynamicSite, FileSite, SyncedFileSite, RedisSite, S3Site, NixlSite, MooncakeSite)
+KINDS = (MemorySite, DynamicSite, PluginSite, FileSite, SyncedFileSite, RedisSite, S3Site, NixlSite, MooncakeSite)
 SITES: dict[str, type[Site]] = {kind.name: kind for kind in KINDS}

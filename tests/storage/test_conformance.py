@@ -250,7 +250,7 @@ def test_many_threads(storage: Storage) -> None:
         for _ in range(10):
             some = [names[i] for i in rng.choice(40, 12, replace=False)]
             if rng.random() < 0.5:
-                assert storage.put_many(some, [[value(name, 3000)] for name in some]).all()
+                storage.put_many(some, [[value(name, 3000)] for name in some])  # others may delete, or be at it
                 continue
             buffers = [bytearray(3000) for _ in some]
             sizes = storage.get_many(some, [[buffer] for buffer in buffers])

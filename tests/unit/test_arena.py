@@ -7,6 +7,7 @@ import ctypes
 import errno
 import gc
 import mmap
+import os
 import sys
 import threading
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from radixkv.errors import DeviceUnavailableError, HostMemoryError, InvalidArgumentError, PageLockError, StateError
 from radixkv.pool import pinning
 from radixkv.pool.arena import Arena, ArenaConfig, Kernel, online_nodes
-from radixkv.pool.memory import host_memory, require_host_memory
+from radixkv.pool.memory import host_memory, require_host_memory, usable_cpus
 from radixkv.pool.pinning import CudaRegistrar, cuda_registrar, numa_node_of
 
 MIB = 1024**2
@@ -281,6 +282,52 @@ CHUNK = 2 * mmap.PAGESIZE
 
 def small(pages: int = 7) -> Arena:
     return Arena(pages * mmap.PAGESIZE, ArenaConfig(huge_pages="none"))
+
+
+def test_cpus_where_the_system_does_not_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_cpus() >= 1
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert usable_cpus() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cpus() == 1
+
+
+def flags_of(arena: Arena) -> set[str]:
+    """The VmFlags of the mapping that the arena begins in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name = line.partition(" ")[0]
+        if "-" in name and not name.endswith(":"):
+            first, last = (int(part, 16) for part in name.split("-"))
+            inside = first <= arena.address < last
+        elif inside and name == "VmFlags:":
+            return set(line.split()[1:])
+    pytest.skip("this kernel's smaps has no VmFlags")
+
+
+def test_a_child_of_fork_does_not_get_locked_memory() -> None:
+    """dc: do not copy on fork."""
+    with small() as arena:
+        assert "dc" not in flags_of(arena)
+        arena.pin(FakeRegistrar(), CHUNK)
+        assert "dc" in flags_of(arena)
+        arena.unpin()
+        assert "dc" not in flags_of(arena)
+        with pytest.raises(PageLockError):
+            arena.pin(FakeRegistrar(fail_at=2), CHUNK)
+        assert "dc" not in flags_of(arena)
+
+
+def test_memory_that_children_get_all_the_same_is_noted() -> None:
+    class Old(Kernel):
+        def madvise(self, address: int, num_bytes: int, advice: int) -> int:
+            return errno.EINVAL if advice == 10 else super().madvise(address, num_bytes, advice)
+
+    with Arena(3 * CHUNK, ArenaConfig(huge_pages="none"), Old()) as arena:
+        arena.pin(FakeRegistrar(), CHUNK)
+        assert arena.pinned
+        assert "children of fork get the locked memory: Invalid argument" in arena.report.notes
 
 
 def test_all_of_it_is_locked_in_chunks() -> None:

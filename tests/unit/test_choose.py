@@ -14,7 +14,15 @@ import pytest
 
 from radixkv.errors import InvalidArgumentError
 from radixkv.transfer import choose
-from radixkv.transfer.choose import DEFAULT_ENGINE_BYTES, ENVIRONMENT, Chooser, Direction, PathName, cache_folder
+from radixkv.transfer.choose import (
+    DEFAULT_ENGINE_BYTES,
+    ENVIRONMENT,
+    MARGIN_ENVIRONMENT,
+    Chooser,
+    Direction,
+    PathName,
+    cache_folder,
+)
 
 DEVICE = "NVIDIA H200, driver 570.1"
 CROSSOVER = 32 << 10
@@ -38,6 +46,7 @@ class FakeTimer:
 @pytest.fixture(autouse=True)
 def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(MARGIN_ENVIRONMENT, raising=False)
 
 
 def tuned(folder: Path, **options: Any) -> Chooser:
@@ -74,6 +83,23 @@ def test_a_tie_spares_the_sms(tmp_path: Path) -> None:
     chooser = Chooser(DEVICE, folder=tmp_path)
     chooser.tune(lambda *_: 1.0)
     assert chooser.choose("device_to_host", 512, 1) == "engine"
+
+
+def test_the_engine_may_be_slower_by_the_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Chooser(DEVICE, folder=tmp_path).tune(lambda path, *_: 1.0 if path == "kernel" else 1.08)
+    shape = "device_to_host", 512, 1
+    assert Chooser(DEVICE, folder=tmp_path).choose(*shape) == "engine"
+    assert Chooser(DEVICE, folder=tmp_path, margin=0.05).choose(*shape) == "kernel"
+    assert Chooser(DEVICE, folder=tmp_path, margin=0).choose(*shape) == "kernel"
+    monkeypatch.setenv(MARGIN_ENVIRONMENT, "0.07")
+    assert Chooser(DEVICE, folder=tmp_path).choose(*shape) == "kernel"
+    assert Chooser(DEVICE, folder=tmp_path, margin=0.5).choose(*shape) == "engine"
+    for text in ("-1", "much", "nan"):
+        monkeypatch.setenv(MARGIN_ENVIRONMENT, text)
+        with pytest.raises(InvalidArgumentError, match=r"\$RADIXKV_TRANSFER_MARGIN is .*; a number of 0 or more"):
+            Chooser(DEVICE, folder=tmp_path)
+    with pytest.raises(InvalidArgumentError, match=r"margin is -0\.1"):
+        Chooser(DEVICE, folder=tmp_path, margin=-0.1)
 
 
 def test_paths_take_turns_and_the_median_counts(tmp_path: Path) -> None:

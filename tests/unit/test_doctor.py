@@ -15,6 +15,8 @@ import pytest
 from radixkv import cli, doctor
 from radixkv.doctor import Choice, Diagnosis, Finding, Machine, decide, diagnose
 from radixkv.errors import DeviceUnavailableError
+from radixkv.transfer.choose import Chooser
+from radixkv.transfer.cuda import FATBIN
 
 ROOT = Path(__file__).parents[2]
 GIB = 1024**3
@@ -33,6 +35,8 @@ class Bare(Machine):
         self.libraries: dict[str, Any] = {}
         self.registrar: str | None = None
         self.limit = 8 * 1024**2
+        self.variables: dict[str, str] = {}
+        self.device: str | None = None
 
     def which(self, program: str) -> str | None:
         return f"/bin/{program}" if program in self.programs else None
@@ -50,6 +54,18 @@ class Bare(Machine):
             if name in self.libraries:
                 return self.libraries[name]
         raise OSError(f"{names[-1]}: no such file")
+
+    def environment(self, name: str) -> str:
+        return self.variables.get(name, "")
+
+    def shipped(self, name: str) -> Path | None:
+        path = self.root / "lib" / name
+        return path if path.exists() else None
+
+    def chooser(self) -> Chooser:
+        if self.device is None:
+            raise ImportError("No module named 'cupy'")
+        return Chooser(self.device, folder=self.root / "cache", override="kernel")
 
     def memlock_bytes(self) -> int:
         return self.limit
@@ -134,7 +150,8 @@ def test_a_machine_with_nothing(tmp_path: Path) -> None:
     diagnosis = diagnose(Bare(tmp_path))
     findings, choices = found(diagnosis), chosen(diagnosis)
     assert set(findings) == set(doctor.PROBES) | set(doctor.MEASUREMENTS)
-    missing = {"gpu", "driver", "torch", "cupy", "nvrtc", "nvcc", "huge pages", "page-locking", "link bandwidth"}
+    missing = {"gpu", "driver", "torch", "cupy", "nvrtc", "nvcc", "huge pages", "page-locking", "link bandwidth",
+               "kernels", "C launcher", "tuning"}  # fmt: skip
     assert {name for name, finding in findings.items() if finding.status == "missing"} == missing
     assert not [finding for finding in findings.values() if finding.status == "failed"]
     assert choices["copies"].uses == "the CPU path"
@@ -168,12 +185,36 @@ def equipped(root: Path) -> Bare:
     }
     machine.registrar = "torch"
     machine.limit = -1
+    (root / "lib").mkdir()
+    (root / "lib" / FATBIN).write_bytes(bytes(4096))
     return machine
 
 
-def test_a_machine_with_everything(tmp_path: Path) -> None:
+@pytest.fixture
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A C launcher that speaks one version of the ABI."""
+    from ..abi.toolchain import run, tool
+
+    def build(version: int, root: Path) -> None:
+        source = tmp_path_factory.mktemp("launcher") / "launcher.c"
+        source.write_text(f"int x; void *rkv_cuda_get_api(unsigned v) {{ return v == {version} ? &x : 0; }}\n")
+        run([tool("gcc"), "-shared", "-fPIC", source, "-o", root / "lib" / doctor.C_LAUNCHER])
+
+    return build
+
+
+def tuned(machine: Bare) -> None:
+    """Give it a GPU whose measurement is kept on disk."""
+    machine.device = "Fast GPU"
+    machine.chooser().tune(lambda *_: 1.0)
+
+
+def test_a_machine_with_everything(tmp_path: Path, launcher: Any) -> None:
     FakeTensor.copies.clear()
-    diagnosis = diagnose(equipped(tmp_path))
+    machine = equipped(tmp_path)
+    launcher(1, tmp_path)
+    tuned(machine)
+    diagnosis = diagnose(machine)
     findings, choices = found(diagnosis), chosen(diagnosis)
     assert {finding.status for finding in findings.values()} == {"ok"}
     assert findings["gpu"].data == {"count": 2}
@@ -188,6 +229,10 @@ def test_a_machine_with_everything(tmp_path: Path) -> None:
     assert "no limit" in findings["page-locking"].value
     assert set(FakeTensor.copies) == {("pinned", "cuda"), ("cuda", "pinned")}
     assert choices["copies"].uses == "CUDA kernels and the copy engine through CuPy"
+    assert choices["copies"].reason == "prebuilt kernels; chosen measured on this device"
+    assert findings["kernels"].value.startswith("prebuilt, 4 KiB, ")
+    assert findings["C launcher"].value.startswith("ABI version 1, ")
+    assert findings["tuning"].value.startswith("Fast GPU, ")
     assert choices["device pools"].uses == "torch tensors on the GPU"
     assert choices["host memory"].uses == "reserved huge pages"
     assert choices["page-locking"].uses == "torch, in chunks of at most 64 GiB"
@@ -241,6 +286,57 @@ def test_each_probe_may_break(tmp_path: Path, name: str, monkeypatch: pytest.Mon
     assert len(diagnosis.choices) == 6
 
 
+def test_a_launcher_of_another_abi(tmp_path: Path, launcher: Any) -> None:
+    machine = equipped(tmp_path)
+    launcher(2, tmp_path)
+    finding = found(diagnose(machine, measure=False))["C launcher"]
+    assert finding.status == "failed"
+    assert finding.value.endswith("does not speak ABI version 1")
+
+
+def test_the_tuning_cache(tmp_path: Path) -> None:
+    machine = equipped(tmp_path)
+    machine.device = "Fast GPU"
+    diagnosis = diagnose(machine, measure=False)
+    assert found(diagnosis)["tuning"].status == "missing"
+    assert "Fast GPU has not been measured" in found(diagnosis)["tuning"].value
+    assert chosen(diagnosis)["copies"].reason == "prebuilt kernels; chosen by default figures, untuned"
+    tuned(machine)
+    path = machine.chooser().path
+    assert found(diagnose(machine, measure=False))["tuning"].data == {
+        "tuned": True, "path": str(path), "device": "Fast GPU"}  # fmt: skip
+    path.write_text("{")
+    finding = found(diagnose(machine, measure=False))["tuning"]
+    assert (finding.status, finding.data["tuned"]) == ("failed", False)
+
+
+@pytest.mark.parametrize(("value", "status", "uses", "reason"), [
+    ("auto", "ok", "CUDA kernels and the copy engine through CuPy", "prebuilt kernels; chosen by"),
+    ("kernel", "ok", "CUDA kernels through CuPy", "$RADIXKV_TRANSFER is 'kernel'; prebuilt kernels"),
+    ("engine", "ok", "the copy engine through CuPy", "$RADIXKV_TRANSFER is 'engine'; prebuilt kernels"),
+    ("fast", "failed", "the CPU path", "$RADIXKV_TRANSFER is 'fast', and must be auto, kernel or engine"),
+])  # fmt: skip
+def test_the_transfer_path_of_the_environment(
+    tmp_path: Path, value: str, status: str, uses: str, reason: str
+) -> None:
+    machine = equipped(tmp_path)
+    machine.variables["RADIXKV_TRANSFER"] = value
+    diagnosis = diagnose(machine, measure=False)
+    assert found(diagnosis)["transfer path"].status == status
+    assert chosen(diagnosis)["copies"].uses == uses
+    assert reason in chosen(diagnosis)["copies"].reason
+
+
+def test_torch_on_a_gpu_without_cupy_gets_no_pool_that_nothing_can_copy(tmp_path: Path) -> None:
+    machine = equipped(tmp_path)
+    del machine.modules["cupy"]
+    choices = chosen(diagnose(machine, measure=False))
+    assert choices["copies"].uses == "the CPU path"
+    assert "torch sees a GPU, but nothing copies to it without CuPy: cupy: No module" in choices["copies"].reason
+    assert choices["device pools"].uses == "torch tensors in host memory"
+    assert "copies to and from a GPU need CuPy: cupy: No module" in choices["device pools"].reason
+
+
 def test_nvrtc_of_the_wheels_is_found_through_cupy(tmp_path: Path) -> None:
     machine = Bare(tmp_path)
     machine.modules["cupy.cuda.nvrtc"] = SimpleNamespace(getVersion=lambda: (12, 9))
@@ -269,6 +365,9 @@ def huge(setting: str) -> Finding:
 @pytest.mark.parametrize(("findings", "purpose", "uses", "reason"), [
     ([CUPY, missing("nvrtc")], "copies", ENGINE, "nvrtc: no nvrtc"),
     ([CUPY, NVRTC], "copies", KERNELS, "NVRTC 13.1"),
+    ([CUPY, missing("nvrtc"), ok("kernels", path="x")], "copies", KERNELS, "prebuilt kernels"),
+    ([ok("torch", devices=1), ok("cupy", devices=0)], "device pools", "torch tensors in host memory", "sees no GPU"),
+    ([ok("torch", devices=1), CUPY], "device pools", "torch tensors on the GPU", "torch sees a GPU"),
     ([ok("cupy", devices=0), ok("gpu", count=0)], "copies", "the CPU path", "CuPy sees no GPU"),
     ([missing("gpu"), missing("cupy")], "copies", "the CPU path", "gpu: no gpu; cupy: no cupy"),
     ([missing("torch"), CUPY], "device pools", "CuPy arrays on the GPU", "torch: no torch"),
@@ -338,9 +437,14 @@ sys.exit(main(["doctor", "--no-bandwidth"]))
     assert "numpy arrays in host memory" in done.stdout or "on the GPU" in done.stdout
 
 
-def test_this_machine() -> None:
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RADIXKV_TRANSFER", raising=False)
     diagnosis = diagnose(measure=False)
     findings = found(diagnosis)
+    assert findings["transfer path"].value == "$RADIXKV_TRANSFER is not set"
+    assert findings["C launcher"].status in ("ok", "missing")
+    assert findings["kernels"].status in ("ok", "missing")
+    assert not [f for f in findings.values() if "NameError" in f.value or "AttributeError" in f.value]
     assert findings["cpu"].data["cpus"] >= 1
     assert findings["host memory"].data["available_bytes"] > 0
     assert "failed" not in {findings[name].status for name in ("cpu", "host memory", "huge pages", "numa")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,14 +16,16 @@ import numpy as np
 import pytest
 
 from radixkv.errors import InvalidArgumentError, TransferError
+from radixkv.pool.layout import LAYOUTS, KVGeometry, Layout
 from radixkv.transfer import choose, gpu
 from radixkv.transfer.choose import Chooser
+from radixkv.transfer.engine import CopyEngine, LayerRuns
 from radixkv.transfer.gpu import CudaTimer, GpuTransfer, device_key, shape_of
-from radixkv.transfer.loops import expand, loops_of
+from radixkv.transfer.loops import Runs, expand, loops_of
 from radixkv.transfer.plan import CopyPlan, plan_copy
 from radixkv.transfer.reference import copy_views
 
-from .transfer_kit import INDICES, PAGES, HostPool, geometry, on_device
+from .transfer_kit import INDICES, PAGES, SHAPES, HostPool, geometry, on_device, shape_name
 
 BIG = geometry("mla", layers=2, head_bytes=4096, page_size=16)  # 64 KiB a page and layer
 SMALL = geometry("mha", layers=2, heads=2, head_bytes=24, page_size=4)
@@ -39,11 +43,20 @@ class FakePath:
     plans: list[tuple[CopyPlan, int]] = field(default_factory=list)
     copies: bool = True
 
-    def run(self, plan: CopyPlan, *, stream: int = 0) -> None:
+    def run(self, plan: CopyPlan, *, stream: int = 0, ctas: int = 4, runs: Any = None) -> None:
         self.plans.append((plan, stream))
         if self.copies:
             here = [on_device(view, "cpu") for view in (plan.src, plan.dst)]
             copy_views(plan_copy(plan.geometry, *here, plan.src_pages, plan.dst_pages, plan.layers))
+
+
+    def run_layers(
+        self, plan: CopyPlan, *, stream: int = 0, ctas: int = 4, after_layer: Any = None, runs: Any = None
+    ) -> None:
+        for layer in plan.layers:
+            self.run(plan.layer(layer), stream=stream, ctas=ctas)
+            if after_layer is not None:
+                after_layer(layer)
 
 
 def transfer_of(g: Any, folder: Path, **options: Any) -> tuple[GpuTransfer, FakePath, FakePath]:
@@ -111,6 +124,43 @@ def test_the_shape_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         shape_of(plan_copy(g, a.view, b.view, [0], [0]))
 
 
+@pytest.mark.parametrize("g", SHAPES, ids=shape_name)
+def test_the_engine_goes_layer_by_layer(g: KVGeometry) -> None:
+    """Every pair of layouts: after each layer its bytes, and no others, are in place."""
+    for layouts in itertools.product(LAYOUTS, LAYOUTS):
+        check_layer_by_layer(g, *layouts)
+
+
+def check_layer_by_layer(g: KVGeometry, src_layout: Layout, dst_layout: Layout) -> None:
+    src = HostPool.make(g, src_layout, PAGES, seed=1)
+    dst, want = HostPool.make(g, dst_layout, PAGES), HostPool.make(g, dst_layout, PAGES)
+    plan = plan_copy(g, src.view, on_device(dst.view), *INDICES["runs"])
+    engine, last = CopyEngine(0, MemmoveRuntime(), max_batch=50), g.num_layers - 1
+
+    def check(layer: int) -> None:
+        copy_views(plan_copy(g, src.view, want.view, *INDICES["runs"], range(layer, layer + 1)))
+        if layer in (0, 1, last):
+            assert np.array_equal(dst.whole, want.whole), (src_layout, dst_layout, layer)
+
+    work = engine.run_layers(plan, stream=7, after_layer=check)
+    assert work.num_bytes == plan.total_bytes
+    assert work.copies == LayerRuns(plan).runs_a_layer * g.num_layers
+    alone = [engine.run(plan.layer(layer), stream=7).copies for layer in (0, last)]
+    assert LayerRuns(plan).runs_a_layer >= max(alone), "by itself, a layer's halves may be merged, too"
+
+
+class MemmoveRuntime:
+    """Copies at once, batches too."""
+
+    def copy(self, src: int, dst: int, num_bytes: int, stream: int) -> None:
+        ctypes.memmove(dst, src, num_bytes)
+
+    def copy_batch(self, runs: Runs, stream: int) -> bool:
+        for run in zip(*(part.tolist() for part in runs), strict=True):
+            self.copy(*run, stream)
+        return True
+
+
 # ---- the timer ----
 class FakeError(Exception):
     pass
@@ -123,6 +173,7 @@ class FakeCupy(ModuleType):
         super().__init__("cupy")
         self.clock_ms, self.step_ms, self.allocations = 0.0, 2.0, 0
         self.fail_after = 100
+        self.busy: list[tuple[int, int]] = []  # copies that keep the stream busy
         self.memory: dict[int, Any] = {}
         self.freed: list[str] = []
         properties = {"name": b"Fake 100", "multiProcessorCount": 8, "asyncEngineCount": 3}
@@ -131,6 +182,8 @@ class FakeCupy(ModuleType):
             hostAlloc=lambda size, flags: self._allocate(size, "host"),
             free=lambda address: self._free(address, "device"),
             freeHost=lambda address: self._free(address, "host"),
+            memcpyAsync=lambda to, come, size, kind, stream: self.busy.append((size, stream)),
+            memcpyHostToDevice=1,
             CUDARuntimeError=FakeError,
             getDeviceProperties=lambda device: properties,
             driverGetVersion=lambda: 12080,
@@ -173,7 +226,7 @@ class TimedPath(FakePath):
         super().__init__(copies=False)
         self.cupy = cupy
 
-    def run(self, plan: CopyPlan, *, stream: int = 0) -> None:
+    def run(self, plan: CopyPlan, *, stream: int = 0, ctas: int = 4, runs: Any = None) -> None:
         super().run(plan, stream=stream)
         self.cupy.clock_ms += self.cupy.step_ms
 
@@ -186,6 +239,7 @@ def test_the_timer_times_the_second_of_two_copies(cupy: FakeCupy) -> None:
             path.plans.clear()
             assert timer.seconds("kernel", direction, 512, 16) == pytest.approx(2e-3)  # type: ignore[arg-type]
             assert [stream for _, stream in path.plans] == [99, 99]
+            assert cupy.busy.pop() == (1 << 16, 99)
             plan = path.plans[0][0]
             assert (plan.src.device, plan.dst.device) == devices
             assert int(plan.src.bases[0, 0]) != int(plan.dst.bases[0, 0])
@@ -204,7 +258,7 @@ def test_tuning_measures_once(cupy: FakeCupy, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(choose, "NUM_RUNS", (1, 16))
     slow, fast = TimedPath(cupy), TimedPath(cupy)
 
-    def run_slowly(plan: CopyPlan, *, stream: int = 0) -> None:
+    def run_slowly(plan: CopyPlan, **_: object) -> None:
         cupy.clock_ms += 50
 
     monkeypatch.setattr(slow, "run", run_slowly)
@@ -214,4 +268,5 @@ def test_tuning_measures_once(cupy: FakeCupy, tmp_path: Path, monkeypatch: pytes
     assert not transfer.tune()
     assert chooser.choose("device_to_host", 512, 1) == "engine"  # untuned, short runs go to the kernels
     assert transfer.tune(again=True)
-    assert device_key(0) == "Fake 100, 8 SMs, 3 copy engines, driver 12080"
+    assert device_key(0) == "Fake 100, 8 SMs, 3 copy engines, driver 12080, 4 CTAs"
+    assert device_key(0, 8) != device_key(0), "a measurement with another quota is another one"

@@ -121,8 +121,11 @@ def test_one_copy_in_its_life(load: Load) -> None:
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
 def test_another_number_of_layers(load: Load) -> None:
     src, dst = pools()
+    progress = Progress(3)
     with pytest.raises(InvalidArgumentError, match="progress over 3 layers for a copy of 4"):
-        load(CpuTransfer(G), src, dst, Progress(3))
+        load(CpuTransfer(G), src, dst, progress)
+    with pytest.raises(TransferError, match="progress over 3 layers"):
+        progress.wait(0)
     assert (dst.whole == HostPool.make(G, "layer_first", PAGES).whole).all()
 
 

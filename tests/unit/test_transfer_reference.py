@@ -190,6 +190,15 @@ def test_no_run_spans_a_boundary(data: st.DataObject) -> None:
         assert not follows or int(cut.src[i]) in seams_of["src"] or int(cut.dst[i]) in seams_of["dst"]
 
 
+def test_short_runs_stay_within_a_page_that_shares_their_lines() -> None:
+    """Load back of 16-byte rows: pages outside layers; a line and more: layers outside, writes go forward."""
+    for head_bytes, lengths in ((16, [4, 8, 3]), (64, [8, 4, 3])):
+        g = geometry("mla", layers=8, head_bytes=head_bytes, page_size=3)
+        host, device = HostPool.make(g, "page_first", PAGES), HostPool.make(g, "layer_first", PAGES)
+        loops = loops_of(plan_copy(g, host.view, device.view, *INDICES["random"]))
+        assert [len(table) for table in loops.src] == lengths
+
+
 def test_separate_tensors_a_layer_are_covered() -> None:
     g = geometry(layers=3)
     rng = np.random.default_rng(6)

@@ -237,6 +237,9 @@ def test_a_transfer_without_a_route_of_its_own_plans_each_copy() -> None:
         def copy(self, plan: CopyPlan) -> None:
             self.plans.append(plan)
 
+        def load_back(self, *_: Any, **__: Any) -> None:
+            raise NotImplementedError
+
     g = geometry()
     src, dst = HostPool.make(g, "layer_first", PAGES), HostPool.make(g, "page_first", PAGES)
     transfer = Recording(g)

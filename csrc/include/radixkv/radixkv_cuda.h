@@ -7,10 +7,12 @@
  *   Units      page ids count pages of page_size tokens; strides and sizes are bytes.
  *   Status     Functions return RKV_CUDA_OK (0) or a negative rkv_cuda_status. Arguments are checked before anything is
  *              launched. rkv_cuda_last_error() then says in words, with the numbers, what was wrong.
- *   Structs    begin with struct_size, which the caller sets to sizeof(struct); they grow only at their end.
+ *   Structs    begin with struct_size, which the caller sets to sizeof(struct). They and the table grow only at their end,
+ *              and a library takes the shorter structs of every host built against an earlier header of its ABI version.
  *   Ownership  Inputs are copied during the call. The memory behind a view's bases must live until the stream has
  *              passed the copy; host memory there must be page-locked and have the same address on the device
- *              (cuMemHostAlloc and cuMemHostRegister give that on every 64-bit Linux).
+ *              (cuMemHostAlloc and cuMemHostRegister give that on every 64-bit Linux). The driver is asked about it at
+ *              each copy, for a kernel that meets other memory takes the context with it.
  *   Threads    Every function may be called from any thread. Copies on one stream happen in order. rkv_cuda_close
  *              comes last.
  */
@@ -23,6 +25,8 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+#define RKV_CUDA_ABI_VERSION 1u
 
 #if defined(RKV_BUILDING) && defined(__GNUC__)
 #define RKV_CUDA_API __attribute__((visibility("default")))
@@ -44,7 +48,8 @@ enum {
     RKV_CUDA_ERR_NO_KERNELS = -6,/* this build has no code for that GPU */
     RKV_CUDA_ERR_DRIVER = -7,    /* a call of the driver failed; the message names it */
     RKV_CUDA_ERR_NO_MEMORY = -8, /* host or device memory for ids and tables could not be had */
-    RKV_CUDA_STATUS_END = -9     /* no status is this low */
+    RKV_CUDA_ERR_UNREACHABLE = -9, /* memory of a view that the GPU cannot reach at its address: page-lock it first */
+    RKV_CUDA_STATUS_END = -10    /* no status is this low */
 };
 
 /* A constant English string for a status, never NULL ("unknown status" for others). Never freed. Any thread. */
@@ -124,8 +129,38 @@ RKV_CUDA_API void rkv_cuda_close(rkv_cuda *cuda);
 
 /* Put a copy on a stream (a CUstream or cudaStream_t of that GPU; NULL: the legacy default stream) and return. The
  * context that is current in this thread is restored. No pages: nothing happens.
- * Errors: those of rkv_cuda_plan, before any launch; DRIVER, NO_MEMORY. */
+ * Errors: those of rkv_cuda_plan and UNREACHABLE, before any launch; DRIVER, NO_MEMORY. */
 RKV_CUDA_API rkv_cuda_status rkv_cuda_copy_pages(rkv_cuda *cuda, const rkv_cuda_copy *copy, void *stream);
+
+/* Called when the copy of a layer has been put on the stream, with the GPU's primary context current: the place to record
+ * an event there (cuEventRecord). It may not call functions of this header with the same rkv_cuda. */
+typedef void (*rkv_cuda_layer_fn)(uint32_t layer, void *user);
+
+/* rkv_cuda_copy_pages layer by layer, first_layer first, for a model that follows the load: checked once, and tables and
+ * page ids uploaded once for all layers. after_layer (NULL: none) is called in this thread, once for each layer that is on
+ * the stream, also when there are no pages. If a launch fails, the layers before it are on the stream, and no more calls
+ * are made.
+ * Errors: those of rkv_cuda_copy_pages. */
+RKV_CUDA_API rkv_cuda_status rkv_cuda_copy_layers(rkv_cuda *cuda, const rkv_cuda_copy *copy, void *stream,
+                                                  rkv_cuda_layer_fn after_layer, void *user);
+
+/* ----------------------------------------------------------------------------------------------------------- table */
+
+/* Every function above, for hosts that dlopen the library. struct_size tells how much of it this library has. */
+typedef struct rkv_cuda_api {
+    uint32_t struct_size;
+    uint32_t abi_version;
+    const char *(*status_string)(rkv_cuda_status);
+    const char *(*last_error)(void);
+    rkv_cuda_status (*plan)(const rkv_cuda_copy *, uint64_t, rkv_cuda_launch *);
+    rkv_cuda_status (*open)(int32_t, rkv_cuda **);
+    void (*close)(rkv_cuda *);
+    rkv_cuda_status (*copy_pages)(rkv_cuda *, const rkv_cuda_copy *, void *);
+    rkv_cuda_status (*copy_layers)(rkv_cuda *, const rkv_cuda_copy *, void *, rkv_cuda_layer_fn, void *);
+} rkv_cuda_api;
+
+/* The table for an ABI version, or NULL if this library does not speak it. Never freed. */
+RKV_CUDA_API const rkv_cuda_api *rkv_cuda_get_api(uint32_t abi_version);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,183 @@
+"""L2: values in envelopes, over any ``Storage``: verification, counters, and back-off. What PageStore is made of.
+
+Nothing here raises because storage failed: a value that cannot be had is a miss, and is counted.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..errors import StorageError, StorageTimeoutError
+from .base import BoolArray, Deadline, IntArray, Storage
+from .breaker import Breaker, BreakerConfig
+from .envelope import HEADER_BYTES, Verdict, seal, verify
+
+__all__ = ["PageCounters", "SealedStore"]
+
+Answer = TypeVar("Answer")
+
+_FIRST_LOOK_UP = 64
+"""Keys asked for at once by count_prefix, doubled at each step: a short hit costs little, a long one few calls."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PageCounters:
+    """Of one store, since it was made. Pages, but for the last lines.
+
+    hits, misses: pages that a get brought, and did not bring for whatever reason.
+    corrupt, foreign, short: misses because of what was stored (envelope.Verdict). removed: of those, from storage.
+    stored, refused: pages that a put stored (or found there), and that storage had no room for or failed to write.
+    errors, timeouts: calls that failed as a whole, by StorageError and by StorageTimeoutError.
+    skipped: calls not made because the breaker was open.
+    bytes_read, bytes_written: payload bytes of hits, and of pages stored (found there included).
+    """
+
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0
+    foreign: int = 0
+    short: int = 0
+    removed: int = 0
+    stored: int = 0
+    refused: int = 0
+    errors: int = 0
+    timeouts: int = 0
+    skipped: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+class SealedStore:
+    """Values under keys, each in an envelope. Thread-safe, as its storage is.
+
+    Args:
+        storage: any backend; it stays open, as several stores may share it.
+        breaker: when to leave a dead one alone.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        breaker: BreakerConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.storage, self.breaker = storage, Breaker(breaker, clock)
+        self._lock = threading.Lock()
+        self._counters = PageCounters()
+
+    @property
+    def counters(self) -> PageCounters:
+        """A copy of the counters."""
+        with self._lock:
+            return replace(self._counters)
+
+    def put(self, keys: Sequence[str], payloads: Sequence[Sequence[memoryview]], timeout_s: float | None) -> BoolArray:
+        """Store values: bool [len(keys)], whether each is there now."""
+        if not keys:
+            return np.zeros(0, np.bool_)
+        num_bytes = _sizes(payloads)
+        headers = seal(keys, payloads, num_bytes)
+        parts = [[header, *payload] for header, payload in zip(headers, payloads, strict=True)]
+        flags = self._call(self.storage.put_many, keys, parts, timeout_s=timeout_s)
+        if flags is None:
+            return np.zeros(len(keys), np.bool_)
+        stored = int(flags.sum())
+        self._count(stored=stored, refused=len(keys) - stored, bytes_written=int(num_bytes[flags].sum()))
+        return flags
+
+    def get(self, keys: Sequence[str], payloads: Sequence[Sequence[memoryview]], timeout_s: float | None) -> BoolArray:
+        """Fetch values: bool [len(keys)], whether each payload holds exactly what was put. Wrong ones are removed."""
+        good = np.zeros(len(keys), np.bool_)
+        if not keys:
+            return good
+        deadline = Deadline(timeout_s, "get")
+        num_bytes = _sizes(payloads)
+        headers = np.zeros((len(keys), HEADER_BYTES), np.uint8)
+        parts = [[header, *payload] for header, payload in zip(headers, payloads, strict=True)]
+        sizes = self._call(self.storage.get_many, keys, parts, timeout_s=timeout_s)
+        if sizes is None:
+            self._count(misses=len(keys))
+            return good
+        there = np.flatnonzero(sizes >= 0)
+        found = [keys[index] for index in there.tolist()]
+        verdicts = verify(
+            headers[there], found, [payloads[index] for index in there.tolist()], num_bytes[there], sizes[there]
+        )
+        good[there] = [verdict is Verdict.GOOD for verdict in verdicts]
+        hits = int(good.sum())
+        self._count(hits=hits, misses=len(keys) - hits, bytes_read=int(num_bytes[good].sum()))
+        wrong = {key: verdict for key, verdict in zip(found, verdicts, strict=True) if verdict is not Verdict.GOOD}
+        if wrong:
+            self._remove(wrong, deadline)
+        return good
+
+    def exists(self, keys: Sequence[str], timeout_s: float | None) -> BoolArray:
+        """Look keys up. A get may still miss."""
+        flags = self._call(self.storage.exists_many, keys, timeout_s=timeout_s) if keys else None
+        return np.zeros(len(keys), np.bool_) if flags is None else flags
+
+    def count_prefix(self, keys: Sequence[str], timeout_s: float | None) -> int:
+        """How many leading keys are there."""
+        deadline = Deadline(timeout_s, "count_prefix")
+        found, step = 0, _FIRST_LOOK_UP
+        while found < len(keys) and not deadline.passed():
+            flags = self.exists(keys[found : found + step], deadline.left_s())
+            leading = len(flags) if flags.all() else int(flags.argmin())
+            found += leading
+            if leading < len(flags):
+                break
+            step *= 2
+        return found
+
+    def delete(self, keys: Sequence[str], timeout_s: float | None) -> bool:
+        """Remove keys. Returns: whether storage did."""
+        return bool(self._call(self._delete, keys, timeout_s=timeout_s))
+
+    def _delete(self, keys: Sequence[str], *, timeout_s: float | None) -> bool:
+        self.storage.delete_many(keys, timeout_s=timeout_s)
+        return True
+
+    def _call(self, function: Callable[..., Answer], *arguments: Any, timeout_s: float | None) -> Answer | None:
+        """The answer of storage, or None, counted, if it failed or is being left alone."""
+        if not self.breaker.allow():
+            self._count(skipped=1)
+            return None
+        try:
+            answer = function(*arguments, timeout_s=timeout_s)
+        except StorageTimeoutError:
+            self._count(timeouts=1)
+        except StorageError:
+            self._count(errors=1)
+        except BaseException:
+            self.breaker.failed()  # a trial that ends otherwise must not leave the breaker waiting for its result
+            raise
+        else:
+            self.breaker.succeeded()
+            return answer
+        self.breaker.failed()
+        return None
+
+    def _remove(self, wrong: Mapping[str, Verdict], deadline: Deadline) -> None:
+        kinds = list(wrong.values())
+        self._count(**{verdict.value: kinds.count(verdict) for verdict in set(kinds)})
+        if not deadline.passed() and self.delete(list(wrong), deadline.left_s()):  # else the next get finds them again
+            self._count(removed=len(wrong))
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, value in more.items():
+                setattr(self._counters, name, getattr(self._counters, name) + value)
+
+
+assert {field.name for field in fields(PageCounters)} >= {verdict.value for verdict in Verdict} - {"good"}
+
+
+def _sizes(payloads: Sequence[Sequence[memoryview]]) -> IntArray:
+    return np.array([sum(map(len, payload)) for payload in payloads], np.int64)
