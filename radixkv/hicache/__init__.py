@@ -6,6 +6,7 @@ from ..pool.device import MHATokenToKVPool, MLATokenToKVPool
 from ..pool.host import MHATokenToKVPoolHost, MLATokenToKVPoolHost
 from ..pool.paged import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from ..pool.states import MemoryStateInt
+from ..storage.sglang_api import HiCacheStorage
 from .base import BasePrefixCache, MatchResult, Request
 from .cache_controller import HiCacheController, LayerDoneCounter, PrefetchOperation
 from .config import HiCacheConfig
@@ -15,7 +16,6 @@ from .hiradix_cache import HiRadixCache
 from .node import TreeNode
 from .radix_cache import RadixCache
 from .req_pool import ReqToTokenPool
-from .storage import HiCacheStorage
 
 __all__ = [
     "AllBlocksCleared",

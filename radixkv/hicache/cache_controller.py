@@ -7,20 +7,18 @@ import os
 from typing import Any
 
 from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, TorchGroup
-from ..controller.mover_cuda import GpuCopies
+from ..controller.mover_cuda import GpuTransfers
 from ..errors import InvalidArgumentError
 from ..pool.arrays import canonical_dtype
 from ..pool.foreign import EnginePool
 from ..pool.host import HostKVCache
-from ..pool.layout import KVGeometry
 from ..storage import PageNamespace, PageStore, Storage, create_storage, host_page_parts
-from ..transfer.choose import Chooser, PathName, cache_folder
+from ..storage.sglang_api import PluginStorage, is_plugin
+from ..transfer.choose import PathName, cache_folder
 from ..transfer.cpu import CpuTransfer
-from ..transfer.gpu import device_key
 from ..tree.base import BaseRadixTree
 from .config import HiCacheConfig
 from .indices import AllocatorPages
-from .storage import PluginStorage
 
 __all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "PrefetchOperation", "storage_of"]
 
@@ -203,8 +201,8 @@ def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:
     """
     if isinstance(backend, Storage):
         return backend, False
-    if not isinstance(backend, str) and hasattr(backend, "batch_get"):
-        return PluginStorage(backend), False
+    if not isinstance(backend, str) and is_plugin(backend):
+        return PluginStorage(backend), True
     options = dict(config.storage_options)
     if backend == "file":
         options.setdefault("path", os.environ.get(FOLDER_VARIABLE) or cache_folder() / "kv")
@@ -229,17 +227,8 @@ def mover_of(found: EnginePool, host: HostKVCache, io_backend: str, config: HiCa
     if found.view.device == "cpu":
         transfer = CpuTransfer(found.geometry, config.copy_threads)
         return CpuMover(transfer, found.view, host.view())
-    copies = ChosenCopies(found.geometry, int(found.view.device.partition(":")[2]), IO_BACKENDS[io_backend])
-    return CudaMover(found.geometry, found.view, host.view(), copies=copies)
-
-
-class ChosenCopies(GpuCopies):
-    """Copies by one path of a GPU; None: the one that was measured to be faster."""
-
-    def __init__(self, geometry: KVGeometry, device: int, path: PathName | None) -> None:
-        super().__init__(geometry, device)
-        if path is not None:
-            self._transfer.chooser = Chooser(device_key(device), override=path)
+    transfers = GpuTransfers(found.geometry, int(found.view.device.partition(":")[2]), IO_BACKENDS[io_backend])
+    return CudaMover(found.geometry, found.view, host.view(), transfer_on=transfers.on)
 
 
 def _dtype_of(pool: Any) -> str:

@@ -60,7 +60,7 @@ class HiRadixCache(RadixCache):
         hicache_mem_layout: layer_first, page_first, page_first_direct or page_head. page_first with direct becomes
             layer_first, with a warning.
         hicache_storage_backend: None, a name (file, redis, s3, mooncake, nixl, memory, module:Class), a Storage, or an
-            engine's own HiCacheStorage. Names of the model and options: ``config``.
+            engine's own HiCacheStorage (closed with the cache). The model's name and options: ``config``.
         hicache_storage_prefetch_policy: best_effort, wait_complete or timeout.
         config: everything else.
     Raises: InvalidArgumentError or UnsupportedLayoutError (both ValueErrors) for a pool or a setting that is not known,

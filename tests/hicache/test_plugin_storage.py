@@ -5,32 +5,25 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from radixkv.errors import StorageError
 from radixkv.hicache import HiCacheStorage
-from radixkv.hicache.storage import PluginStorage
 
 from .kit import hiradix_cache, settle, take
 from .scheduler import Bytes
 
 
 class DictStorage(HiCacheStorage):
-    """As a user would write it. ``replaces``: get returns a tensor of its own instead of filling the target."""
+    """As a user would write it."""
 
-    def __init__(self, replaces: bool = False, room: int = 10**6) -> None:
+    def __init__(self) -> None:
         self.values: dict[str, torch.Tensor] = {}
-        self.replaces, self.room = replaces, room
-        self.closed = False
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         value = self.values.get(key)
         if value is None:
             return None
-        if self.replaces:
-            return value
         target_location.copy_(value)
         return target_location
 
@@ -38,8 +31,6 @@ class DictStorage(HiCacheStorage):
         return [self.get(key, target) for key, target in zip(keys, target_locations, strict=True)]
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
-        if len(self.values) >= self.room:
-            return False
         self.values[key] = value.clone()
         return True
 
@@ -56,45 +47,6 @@ class DictStorage(HiCacheStorage):
 
     def clear(self) -> None:
         self.values.clear()
-
-
-@pytest.mark.parametrize("replaces", [False, True])
-def test_a_plugin_as_a_backend(replaces: bool) -> None:
-    storage = PluginStorage(DictStorage(replaces))
-    parts = [[b"ab", b"cde"], [np.arange(5, dtype=np.uint8)]]
-    assert storage.put_many(["a", "b"], parts).tolist() == [True, True]
-    assert storage.put_many([], []).tolist() == []
-    assert storage.exists_many(["a", "c", "b"]).tolist() == [True, False, True]
-    first, second, rest = bytearray(1), bytearray(4), np.zeros(5, np.uint8)
-    assert storage.get_many(["a", "c", "b"], [[first, second], [bytearray(5)], [rest]]).tolist() == [5, -1, 5]
-    assert (bytes(first), bytes(second), rest.tolist()) == (b"a", b"bcde", [0, 1, 2, 3, 4])
-    storage.delete_many(["a", "never"])
-    assert storage.exists_many(["a"]).tolist() == [False]
-    storage.clear()
-    assert storage.exists_many(["b"]).tolist() == [False]
-    storage.close()
-
-
-def test_a_plugin_that_stores_a_part() -> None:
-    storage = PluginStorage(DictStorage(room=1))
-    assert storage.put_many(["a", "b"], [[b"1"], [b"2"]]).tolist() == [True, False]
-
-
-def test_a_plugin_that_raises() -> None:
-    class Broken(DictStorage):
-        def exists(self, key: str) -> bool:
-            raise ConnectionError("no server")
-
-    with pytest.raises(StorageError, match=r"Broken\.exists: ConnectionError"):
-        PluginStorage(Broken()).exists_many(["a"])
-
-
-def test_existence_as_a_dict() -> None:
-    class Answers(DictStorage):
-        def exists(self, key: str) -> Any:
-            return {key: 1 if key == "a" else 0}
-
-    assert PluginStorage(Answers()).exists_many(["a", "b"]).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("layout", ["layer_first", "page_head"])
