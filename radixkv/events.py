@@ -150,7 +150,7 @@ class EventConfig:
 
 class PublisherStats(NamedTuple):
     """Counters: batches and events sent, batches dropped because the queue was full, snapshots sent because the tree
-    had dropped events, replays served and cut short (a client that does not read). What waits, and what is kept."""
+    had dropped events, replays asked for and, of these, cut short (a client that does not read). What waits, and what is kept."""
 
     batches: int
     events: int
@@ -348,11 +348,11 @@ class EventPublisher:
             return
         first = int.from_bytes(frames[2], "big")
         self._send_queued()  # what was published before the request belongs to the answer
+        self._replays += 1
         wanted = [(number.to_bytes(8, "big"), payload) for number, payload in self._kept if number >= first]
         try:
             for frame in (*wanted, ((-1).to_bytes(8, "big", signed=True), b"")):
                 self._replay.send_multipart([frames[0], b"", *frame], self._zmq.DONTWAIT)
-            self._replays += 1
         except self._zmq.ZMQError:  # the client has gone, or does not read; it sees no end, and may ask again
             self._short_replays += 1
 
