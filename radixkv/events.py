@@ -150,7 +150,8 @@ class EventConfig:
 
 class PublisherStats(NamedTuple):
     """Counters: batches and events sent, batches dropped because the queue was full, snapshots sent because the tree
-    had dropped events, replays asked for and, of these, cut short (a client that does not read). What waits, and what is kept."""
+    had dropped events, replays asked for and, of these, cut short (a client that does not read). What waits, and what
+    is kept."""
 
     batches: int
     events: int
