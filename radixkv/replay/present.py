@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import RadixKVError
+from .. import extras
+from ..errors import MissingExtraError
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ __all__ = [
     "GIB",
     "KNEES",
     "MissingExtraError",
+    "new_table",
+    "percent",
     "plan_tables",
     "print_all",
     "replay_tables",
@@ -30,20 +32,12 @@ KNEES = (0.5, 0.8, 0.9, 0.95, 0.99)
 GIB = 2**30
 
 
-class MissingExtraError(RadixKVError, ImportError):
-    """An optional package is not installed; the message says how to install it."""
-
-
 def require(module: str, purpose: str) -> Any:
-    """Import an optional module. Raises: MissingExtraError."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise MissingExtraError(f"{purpose} needs {package}: pip install 'radixkv[cli]' ({error})") from error
+    """Import a module of the extra ``cli``. Raises: MissingExtraError."""
+    return extras.require(module, purpose, "cli")
 
 
-def _table(title: str, *columns: str, first: Literal["left", "right"] = "left") -> Table:
+def new_table(title: str, *columns: str, first: Literal["left", "right"] = "left") -> Table:
     """A table whose first column is text, unless told else, and whose others are numbers."""
     box = require("rich.box", "a table").SIMPLE_HEAD
     table: Table = require("rich.table", "a table").Table(
@@ -54,7 +48,7 @@ def _table(title: str, *columns: str, first: Literal["left", "right"] = "left") 
     return table
 
 
-def _percent(rate: float | None) -> str:
+def percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.2f} %"
 
 
@@ -63,22 +57,30 @@ def replay_tables(report: dict[str, Any]) -> list[RenderableType]:
     """The report of ``report.replay_report`` as tables: hits by tier, latencies, the rest."""
     counters, config = report["counters"], report["config"]
     title = f"{report['trace']}: {counters['requests']:,} requests" + ("" if report["finished"] else " (interrupted)")
-    hits = _table(title, "tier", "capacity tokens", "hit tokens", "hit rate")
-    page_size = config["page_size"]
-    for tier in ("device", "host"):
-        capacity = f"{config[f'{tier}_pages'] * page_size:,}" if config[f"{tier}_pages"] else "none"
-        hits.add_row(tier, capacity, f"{counters[f'{tier}_hit_tokens']:,}", _percent(report["hit_rate"][tier]))
+    hits = new_table(title, "tier", "capacity tokens", "hit tokens", "hit rate")
+    for tier in (tier for tier in report["hit_rate"] if tier != "total"):
+        capacity = _capacity(config, tier)
+        hits.add_row(tier, capacity, f"{counters[f'{tier}_hit_tokens']:,}", percent(report["hit_rate"][tier]))
     hits.add_section()
     hits.add_row(
-        "total", f"of {counters['prompt_tokens']:,}", f"{report['hit_tokens']:,}", _percent(report["hit_rate"]["total"])
+        "total", f"of {counters['prompt_tokens']:,}", f"{report['hit_tokens']:,}", percent(report["hit_rate"]["total"])
     )
     return [hits, _latency_table(report), _facts_table(report)]
 
 
+def _capacity(config: dict[str, Any], tier: str) -> str:
+    """In tokens; of the storage tier in bytes."""
+    if tier == "storage":
+        return f"{config['storage_bytes']:,} bytes" if config["storage_bytes"] else "no limit"
+    pages = config[f"{tier}_pages"]
+    return f"{pages * config['page_size']:,}" if pages else "none"
+
+
 def _latency_table(report: dict[str, Any]) -> Table:
     config = report["config"]
-    table = _table(
-        f"time in the tree ({config['tree']}, {config['policy']}, page {config['page_size']}), microseconds",
+    where = "controller, waits included" if "storage" in config else "tree"
+    table = new_table(
+        f"time in the {where} ({config['tree']}, {config['policy']}, page {config['page_size']}), microseconds",
         "call", "calls", "p50", "p90", "p99", "max", "total ms",
     )  # fmt: skip
     for kind, summary in report["latency"].items():
@@ -90,13 +92,14 @@ def _latency_table(report: dict[str, Any]) -> Table:
 
 def _facts_table(report: dict[str, Any]) -> Table:
     counters, config, tree = report["counters"], report["config"], report["tree"]
-    table = _table("the run", "figure", "value")
+    table = new_table("the run", "figure", "value")
     speed, memory = tree["tokens_per_s"], tree["memory_bytes_per_cached_token"]
     pages = f"{counters['verified_pages']:,}"
     bytes_per_page = config["page_size"] * config["bytes_per_token"]
+    part = "controller" if "storage" in config else "tree"
     rows = [
-        ("tokens a second in the tree", "-" if speed is None else f"{speed:,.0f}"),
-        ("time in the tree / of the run", f"{tree['time_s']:.3f} s / {report['wall_s']:.1f} s"),
+        (f"tokens a second in the {part}", "-" if speed is None else f"{speed:,.0f}"),
+        (f"time in the {part} / of the run", f"{tree['time_s']:.3f} s / {report['wall_s']:.1f} s"),
         ("tokens cached at the end", f"{tree['cached_tokens']:,} in {tree['nodes']:,} nodes"),
         ("tree memory a cached token", "-" if memory is None else f"{memory:.2f} bytes"),
         ("pages verified", f"{pages} of {bytes_per_page:,} bytes" if config["verify"] else "none (--no-verify)"),
@@ -109,6 +112,11 @@ def _facts_table(report: dict[str, Any]) -> Table:
         ("requests too long for the device", "uncached_requests"),
     ]
     rows += [(label, f"{counters[name]:,}") for label, name in optional if counters[name]]
+    if storage := report.get("storage"):
+        wrong = sum(storage[name] for name in ("corrupt", "foreign", "short"))
+        rows.append(("tokens written to storage", f"{counters['stored_tokens']:,}"))
+        rows.append(("tokens brought from storage", f"{counters['prefetched_tokens']:,}"))
+        rows.append(("pages read, missing, wrong", f"{storage['hits']:,}, {storage['misses']:,}, {wrong:,}"))
     for row in rows:
         table.add_row(*row)
     return table
@@ -117,14 +125,14 @@ def _facts_table(report: dict[str, Any]) -> Table:
 # ---- workload --------------------------------------------------------------------------------------------------------
 def workload_table(summary: TraceSummary, kind: str, seed: int, duration_ms: float) -> Table:
     """What was generated."""
-    table = _table(f"workload {kind}, seed {seed}", "figure", "value")
+    table = new_table(f"workload {kind}, seed {seed}", "figure", "value")
     requests = max(summary.requests, 1)
     rate = summary.hit_tokens / summary.input_tokens if summary.input_tokens else None
     for row in (
         ("requests", f"{summary.requests:,} in {duration_ms / 1000:,.0f} s"),
         ("prompt tokens", f"{summary.input_tokens:,} ({summary.input_tokens / requests:,.0f} a request)"),
         ("response tokens", f"{summary.output_tokens:,} ({summary.output_tokens / requests:,.0f} a request)"),
-        ("reuse, unbounded cache", _percent(rate)),
+        ("reuse, unbounded cache", percent(rate)),
         ("distinct prompt tokens", f"{summary.cached_tokens:,}"),
     ):
         table.add_row(*row)
@@ -134,17 +142,17 @@ def workload_table(summary: TraceSummary, kind: str, seed: int, duration_ms: flo
 # ---- plan ------------------------------------------------------------------------------------------------------------
 def plan_tables(plan: Plan, bytes_per_token: int, device_tokens: int = 0) -> list[RenderableType]:
     """Hit rate against capacity, and the sizes that reach a share of the achievable."""
-    curve = _table(
+    curve = new_table(
         f"hit rate by capacity: {plan.tokens:,} prompt tokens, {plan.requests:,} requests",
         "capacity tokens", f"GiB at {bytes_per_token:,} B", "LRU", "clairvoyant bound", "LRU / bound", first="right",
     )  # fmt: skip
     for capacity, bound in zip(plan.capacities.tolist(), plan.clairvoyant_hit_tokens.tolist(), strict=True):
         tokens = capacity * plan.block_tokens
         lru = plan.lru_tokens_at(capacity)
-        rates = (_rate(plan, lru), _rate(plan, bound), _percent(lru / bound) if bound else "-")
+        rates = (_rate(plan, lru), _rate(plan, bound), percent(lru / bound) if bound else "-")
         curve.add_row(f"{tokens:,}", _gib(tokens * bytes_per_token), *rates)
     columns = ["of achievable", "hit rate", "cache tokens", "cache GiB"]
-    knees = _table("how much memory LRU needs", *columns, *(["host GiB"] if device_tokens else []))
+    knees = new_table("how much memory LRU needs", *columns, *(["host GiB"] if device_tokens else []))
     for share in (*KNEES, 1.0):
         capacity = plan.knee(share)
         tokens = capacity * plan.block_tokens
@@ -168,7 +176,7 @@ def plan_tables(plan: Plan, bytes_per_token: int, device_tokens: int = 0) -> lis
 
 
 def _rate(plan: Plan, hit_tokens: int) -> str:
-    return _percent(hit_tokens / plan.tokens if plan.tokens else None)
+    return percent(hit_tokens / plan.tokens if plan.tokens else None)
 
 
 def _gib(num_bytes: int) -> str:

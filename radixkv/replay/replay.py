@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from ..tree.base import BaseRadixTree, MatchResult
 from ..types import ROOT, BackupRequest, PageIds, Policy
 from .content import page_bytes, page_seeds
 
-__all__ = ["Counters", "Replay", "ReplayConfig", "VerificationError"]
+__all__ = ["BaseReplay", "Counters", "Replay", "ReplayConfig", "VerificationError"]
 
 _T = TypeVar("_T")
 _VERIFY_BYTES = 8 << 20  # bytes generated, written or compared at a time: bounds the memory of long prompts
@@ -97,25 +97,22 @@ class Counters:
     duplicate_pages: int = 0
 
 
-class Replay:
-    """Drives one tree. ``tree_class`` is any implementation of BaseRadixTree.
+class BaseReplay:
+    """What every replay has: a tree, a device pool of plain bytes, counters, and the verifier.
 
-    Attributes: ``tree``; ``device`` and ``host`` (pools), ``device_slots`` and ``host_slots`` (allocators);
-        ``counters``; ``latencies_ns``: per kind of tree call, the time of each one, the call alone.
+    Attributes: ``tree``; ``device`` (pool) and ``device_slots`` (allocator); ``counters``; ``latencies_ns``: per kind
+        of call, the time of each one, the call alone; ``tiers``: those that hits are counted for.
     """
 
-    def __init__(self, tree_class: Callable[..., BaseRadixTree], config: ReplayConfig) -> None:
+    tiers: tuple[str, ...] = ("device", "host")
+    counters: Counters
+
+    def __init__(self, tree_class: Callable[..., BaseRadixTree], config: ReplayConfig, kinds: Sequence[str]) -> None:
         self.config = config
         self.tree = tree_class(page_size=config.page_size, policy=config.policy)
-        bytes_per_page = config.page_size * config.bytes_per_token
-        self.device = HostPagePool(config.device_pages, bytes_per_page)
-        self.host = HostPagePool(config.host_pages, bytes_per_page)
+        self.device = HostPagePool(config.device_pages, config.page_size * config.bytes_per_token)
         self.device_slots = SlotAllocator(config.device_pages)
-        self.host_slots = SlotAllocator(config.host_pages)
-        self.counters = Counters()
-        self.latencies_ns: dict[str, list[int]] = {
-            kind: [] for kind in ("match", "insert", "evict", "lock", "backup", "evict_host", "load_back")
-        }
+        self.latencies_ns: dict[str, list[int]] = {kind: [] for kind in kinds}
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def run(
@@ -142,6 +139,81 @@ class Replay:
                 progress(self.counters)
         self.check_integrity()
         return finished
+
+    def serve(self, request: TraceRequest) -> None:
+        """Serve one request."""
+        raise NotImplementedError
+
+    def check_integrity(self) -> None:
+        """Between two requests. Raises: IntegrityError."""
+        raise NotImplementedError
+
+    def more_figures(self) -> dict[str, Any]:
+        """What the report says beyond what every replay has."""
+        return {}
+
+    def _timed(self, kind: str, call: Callable[..., _T], *args: object) -> _T:
+        begin = time.perf_counter_ns()
+        result = call(*args)
+        self.latencies_ns[kind].append(time.perf_counter_ns() - begin)
+        return result
+
+    # ---- bytes -------------------------------------------------------------------------------------------------------
+    def _write(self, seeds: npt.NDArray[np.uint64], page_ids: PageIds) -> None:
+        for chunk in self._chunks(len(page_ids)):
+            self.device.scatter(page_ids[chunk], page_bytes(seeds[chunk], self.device.page_bytes))
+        self.counters.written_pages += len(page_ids)
+
+    def _verify(
+        self, request: int, seeds: npt.NDArray[np.uint64], page_ids: PageIds, num_device: int, num_known: int = 2**31
+    ) -> None:
+        """Compare hit pages byte for byte. The first ``num_device`` were on the device, those up to ``num_known`` on
+        the host, the rest in storage."""
+        for chunk in self._chunks(len(page_ids)):
+            expected = page_bytes(seeds[chunk], self.device.page_bytes)
+            found = self.device.gather(page_ids[chunk])
+            if not np.array_equal(expected, found):
+                row, byte = np.argwhere(expected != found)[0]
+                page = chunk.start + int(row)
+                origin = "loaded back from the host" if page < num_known else "read from storage"
+                origin = "on the device" if page < num_device else origin
+                raise VerificationError(
+                    f"request {request}: page {page} of its prompt (device page {page_ids[page]}, {origin}) is wrong "
+                    f"at byte {byte} of {self.device.page_bytes}: {found[row, byte]:#04x}, "
+                    f"expected {expected[row, byte]:#04x}"
+                )
+        self.counters.verified_pages += len(page_ids)
+
+    def _chunks(self, num_pages: int) -> list[slice]:
+        step = max(1, _VERIFY_BYTES // self.device.page_bytes)
+        return [slice(at, min(at + step, num_pages)) for at in range(0, num_pages, step)]
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
+    def cached_tokens(self) -> int:
+        """Tokens in the tree, on either tier, each counted once."""
+        stats = self.tree.stats()
+        device_tokens = stats.evictable_tokens + stats.protected_tokens
+        if not stats.host_tokens:
+            return device_tokens
+        host_only = 0
+        for node in self.tree:
+            info = self.tree.node_info(node)
+            host_only += 0 if info.page_ids is not None else len(info.tokens)
+        return device_tokens + host_only
+
+
+class Replay(BaseReplay):
+    """Drives one tree over two tiers. ``tree_class`` is any implementation of BaseRadixTree.
+
+    Attributes: as of BaseReplay, and ``host`` (pool) and ``host_slots`` (allocator).
+    """
+
+    def __init__(self, tree_class: Callable[..., BaseRadixTree], config: ReplayConfig) -> None:
+        kinds = ("match", "insert", "evict", "lock", "backup", "evict_host", "load_back")
+        super().__init__(tree_class, config, kinds)
+        self.host = HostPagePool(config.host_pages, self.device.page_bytes)
+        self.host_slots = SlotAllocator(config.host_pages)
+        self.counters = Counters()
 
     def serve(self, request: TraceRequest) -> None:
         """Serve one request, steps 1 to 9. One that is longer than the whole device is counted and served uncached."""
@@ -182,12 +254,6 @@ class Replay:
     def _match(self, prompt: npt.NDArray[np.int32]) -> tuple[MatchResult, PageIds, PageIds]:
         match = self.tree.match(prompt)
         return match, match.page_ids(), match.host_page_ids()
-
-    def _timed(self, kind: str, call: Callable[..., _T], *args: object) -> _T:
-        begin = time.perf_counter_ns()
-        result = call(*args)
-        self.latencies_ns[kind].append(time.perf_counter_ns() - begin)
-        return result
 
     # ---- room on the device ------------------------------------------------------------------------------------------
     def _make_room(self, match: MatchResult, num_pages: int) -> PageIds:
@@ -279,32 +345,6 @@ class Replay:
         self._timed("backup", self.tree.set_host, node, host_ids)
         self.counters.backed_up_tokens += num_tokens
 
-    # ---- bytes -------------------------------------------------------------------------------------------------------
-    def _write(self, seeds: npt.NDArray[np.uint64], page_ids: PageIds) -> None:
-        for chunk in self._chunks(len(page_ids)):
-            self.device.scatter(page_ids[chunk], page_bytes(seeds[chunk], self.device.page_bytes))
-        self.counters.written_pages += len(page_ids)
-
-    def _verify(self, request: int, seeds: npt.NDArray[np.uint64], page_ids: PageIds, num_device: int) -> None:
-        """Compare hit pages byte for byte. The first ``num_device`` were on the device, the rest was loaded back."""
-        for chunk in self._chunks(len(page_ids)):
-            expected = page_bytes(seeds[chunk], self.device.page_bytes)
-            found = self.device.gather(page_ids[chunk])
-            if not np.array_equal(expected, found):
-                row, byte = np.argwhere(expected != found)[0]
-                page = chunk.start + int(row)
-                origin = "on the device" if page < num_device else "loaded back from the host"
-                raise VerificationError(
-                    f"request {request}: page {page} of its prompt (device page {page_ids[page]}, {origin}) is wrong "
-                    f"at byte {byte} of {self.device.page_bytes}: {found[row, byte]:#04x}, "
-                    f"expected {expected[row, byte]:#04x}"
-                )
-        self.counters.verified_pages += len(page_ids)
-
-    def _chunks(self, num_pages: int) -> list[slice]:
-        step = max(1, _VERIFY_BYTES // self.device.page_bytes)
-        return [slice(at, min(at + step, num_pages)) for at in range(0, num_pages, step)]
-
     # ---- the end -----------------------------------------------------------------------------------------------------
     def check_integrity(self) -> None:
         """Between two requests: tree + free = capacity on both tiers, nothing protected. Raises: IntegrityError."""
@@ -321,15 +361,3 @@ class Replay:
             raise IntegrityError(
                 f"no request runs, yet {stats.protected_tokens} tokens are protected and {stats.pending_tokens} pending"
             )
-
-    def cached_tokens(self) -> int:
-        """Tokens in the tree, on either tier, each counted once."""
-        stats = self.tree.stats()
-        device_tokens = stats.evictable_tokens + stats.protected_tokens
-        if not stats.host_tokens:
-            return device_tokens
-        host_only = 0
-        for node in self.tree:
-            info = self.tree.node_info(node)
-            host_only += 0 if info.page_ids is not None else len(info.tokens)
-        return device_tokens + host_only

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from .replay import Replay
+from .replay import BaseReplay
 
 __all__ = ["PERCENTILES", "latency_summary", "replay_report"]
 
@@ -26,16 +26,18 @@ def latency_summary(samples_ns: list[int]) -> dict[str, float]:
     return summary
 
 
-def replay_report(replay: Replay, *, trace: str, tree: str, finished: bool, wall_s: float) -> dict[str, Any]:
+def replay_report(replay: BaseReplay, *, trace: str, tree: str, finished: bool, wall_s: float) -> dict[str, Any]:
     """Everything about a run that a person or a script may ask for. Rates are fractions; None: nothing to divide by.
 
-    ``tree.time_s`` is the time inside tree calls alone: no expansion, no allocator, no copy, no verification.
+    ``tree.time_s`` is the time inside tree calls alone: no expansion, no allocator, no copy, no verification. With
+    three tiers it is that of the controller's calls, and of waiting for copies and storage.
     """
     counters = replay.counters
     stats = replay.tree.stats()
     cached_tokens = replay.cached_tokens()
     tree_s = sum(sum(samples) for samples in replay.latencies_ns.values()) / 1e9
-    hit_tokens = counters.device_hit_tokens + counters.host_hit_tokens
+    hits = {tier: getattr(counters, f"{tier}_hit_tokens") for tier in replay.tiers}
+    hit_tokens = sum(hits.values())
     return {
         "radixkv": __version__,
         "python": platform.python_version(),
@@ -46,9 +48,7 @@ def replay_report(replay: Replay, *, trace: str, tree: str, finished: bool, wall
         "counters": dataclasses.asdict(counters),
         "hit_tokens": hit_tokens,
         "hit_rate": {
-            "device": _ratio(counters.device_hit_tokens, counters.prompt_tokens),
-            "host": _ratio(counters.host_hit_tokens, counters.prompt_tokens),
-            "total": _ratio(hit_tokens, counters.prompt_tokens),
+            tier: _ratio(tokens, counters.prompt_tokens) for tier, tokens in (hits | {"total": hit_tokens}).items()
         },
         "tree": {
             "time_s": tree_s,
@@ -61,7 +61,7 @@ def replay_report(replay: Replay, *, trace: str, tree: str, finished: bool, wall
             "memory_bytes_per_cached_token": _ratio(stats.memory_bytes, cached_tokens),
         },
         "latency": {kind: latency_summary(samples) for kind, samples in replay.latencies_ns.items()},
-    }
+    } | replay.more_figures()
 
 
 def _ratio(part: float, whole: float) -> float | None:

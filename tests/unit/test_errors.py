@@ -18,6 +18,7 @@ EXPECTED = {
     "DeviceUnavailableError": RuntimeError,
     "HandleError": KeyError,
     "LockError": RuntimeError,
+    "MissingExtraError": ImportError,
     "StateError": RuntimeError,
     "PageOwnershipError": ValueError,
     "AllocationError": MemoryError,

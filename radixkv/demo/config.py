@@ -1,0 +1,52 @@
+"""L6: the settings of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..errors import InvalidArgumentError
+
+__all__ = ["DemoConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """What the demo serves, and in how little memory.
+
+    Args:
+        model: a name in engines.models.MODELS.
+        users, turns_before, turns_after: conversations, and their turns before and after the restart.
+        answer_tokens: of each answer, at most.
+        page_size, chunk_tokens: tokens; a chunk is whole pages.
+        device_tokens, host_tokens: capacities of the two tiers; 0: one long conversation and a bit, and 1.8 times that,
+            so that KV has to move.
+        seed: of what the users say.
+        threads: of the model; 0: as torch chooses. One: with so small a model more only wait for each other, for long
+            if the machine has something else to do.
+    """
+
+    model: str = "random"
+    users: int = 4
+    turns_before: int = 2
+    turns_after: int = 2
+    answer_tokens: int = 12
+    page_size: int = 16
+    chunk_tokens: int = 32
+    device_tokens: int = 0
+    host_tokens: int = 0
+    seed: int = 0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("users", "turns_before", "turns_after", "answer_tokens", "page_size", "chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        for name in ("device_tokens", "host_tokens"):
+            if getattr(self, name) < 0 or getattr(self, name) % self.page_size:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)}: not whole pages of {self.page_size}")
+
+    def sized(self, longest_tokens: int) -> DemoConfig:
+        """With capacities, where none was asked for, for conversations of at most ``longest_tokens``."""
+        size = self.page_size
+        device = self.device_tokens or (longest_tokens // size + 2) * size
+        return replace(self, device_tokens=device, host_tokens=self.host_tokens or int(1.8 * device) // size * size)

