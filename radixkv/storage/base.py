@@ -157,7 +157,7 @@ def byte_views(parts: Parts, writable: bool = False) -> list[memoryview]:
     views = []
     for part in parts:
         try:
-            view = memoryview(part)
+            view = part if type(part) is memoryview else memoryview(part)
             view = view if view.format == "B" and view.ndim == 1 and view.contiguous else view.cast("B")
         except (TypeError, ValueError, BufferError) as error:
             raise InvalidArgumentError(f"a part is no C-contiguous buffer: {type(part).__name__}: {error}") from error

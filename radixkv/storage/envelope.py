@@ -23,14 +23,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from .base import Buffer, IntArray, require_package
 
-__all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Verdict", "seal", "verify"]
+__all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Headers", "Verdict", "seal", "verify"]
 
 HEADER_BYTES = 64
 FORMAT_VERSION = 1
@@ -44,13 +44,12 @@ HEADER = np.dtype([
 assert HEADER.itemsize == HEADER_BYTES
 SUM_OFFSET = 56
 
-Headers = npt.NDArray[np.uint8]
+Headers: TypeAlias = npt.NDArray[np.uint8]
 
 
 class Verdict(Enum):
-    """What ``verify`` says of a stored page."""
+    """What is wrong with a stored page."""
 
-    GOOD = "good"
     SHORT = "short"
     """Of another length than a page."""
     FOREIGN = "foreign"
@@ -95,8 +94,8 @@ def seal(keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_byte
 
 
 def verify(headers: Headers, keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: IntArray,
-           sizes: IntArray) -> list[Verdict]:  # fmt: skip
-    """Judge pages that were read.
+           sizes: IntArray) -> dict[int, Verdict]:  # fmt: skip
+    """Judge pages that were read: the positions of those that are wrong, and what is wrong with them.
 
     Args:
         headers: uint8 [len(keys), 64].
@@ -105,17 +104,11 @@ def verify(headers: Headers, keys: Sequence[str], payloads: Sequence[Sequence[Bu
     expected = _headers(keys, payload_bytes)
     whole = sizes == HEADER_BYTES + payload_bytes
     ours = (headers[:, :SUM_OFFSET] == expected[:, :SUM_OFFSET]).all(axis=1)
-    right = np.zeros(len(keys), np.bool_)
-    at = np.flatnonzero(whole)  # of the others the payload is not all there
-    sums = _sums(headers[at], [payloads[index] for index in at.tolist()])
+    right = (headers[:, : len(MAGIC)] == np.frombuffer(MAGIC, np.uint8)).all(axis=1)
+    at = np.flatnonzero(whole & right)  # of those that are not whole the payload is not all there
+    sums = _sums(headers[at], payloads if len(at) == len(keys) else [payloads[index] for index in at.tolist()])
     right[at] = headers.view(HEADER)["sum"][at, 0] == np.array(sums, np.uint64)
-    magic = (headers[:, : len(MAGIC)] == np.frombuffer(MAGIC, np.uint8)).all(axis=1)
-    return [_verdict(*row) for row in zip(whole, magic & right, ours, strict=True)]
-
-
-def _verdict(whole: np.bool_, right: np.bool_, ours: np.bool_) -> Verdict:
-    if not whole:
-        return Verdict.SHORT
-    if not right:
-        return Verdict.CORRUPT
-    return Verdict.GOOD if ours else Verdict.FOREIGN
+    return {
+        index: Verdict.SHORT if not whole[index] else Verdict.FOREIGN if right[index] else Verdict.CORRUPT
+        for index in np.flatnonzero(~(whole & right & ours)).tolist()
+    }

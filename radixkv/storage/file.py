@@ -15,11 +15,14 @@ no_room (the disk is full), io_errors (EIO, permissions, ...), short (values sho
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,11 +45,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Read(NamedTuple):
-    """One value to read: its position in the call, where it is, and the parts to fill."""
+    """One value to read: its position in the call, where it is, the parts to fill, and their bytes."""
 
     position: int
     entry: Entry
     views: list[memoryview]
+    room: int
 
 
 class FileStorage(Storage):
@@ -59,7 +63,7 @@ class FileStorage(Storage):
         fsync: False (default): a put that returned True survives the end of the process, and no crash of the machine
             makes it wrong, but recent values may be lost then. True: it survives a crash of the machine too.
         segment_bytes: of values in a segment, at most; the unit of eviction. A longer value has a segment of its own.
-        num_threads: that read and write segments of a batch at the same time.
+        num_threads: that read and write segments of a batch at the same time, the caller's included.
     Raises: StorageError if the folder cannot be used.
     """
 
@@ -77,7 +81,8 @@ class FileStorage(Storage):
             raise
         except OSError as error:
             raise StorageError(f"{path} cannot be used: {error}") from error
-        self._pool = ThreadPoolExecutor(num_threads, "radixkv-file")
+        self._num_helpers = num_threads - 1
+        self._pool = ThreadPoolExecutor(max(1, self._num_helpers), "radixkv-file")
         self._pid: int | None = os.getpid()
 
     # ---- put ---------------------------------------------------------------------------------------------------------
@@ -131,6 +136,7 @@ class FileStorage(Storage):
         try:
             fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
+                _allocate(fd, batch.file_bytes)
                 self._write_all(fd, batch.views, deadline)
                 if self.fsync:
                     os.fsync(fd)
@@ -177,7 +183,8 @@ class FileStorage(Storage):
         by_segment: dict[Segment, list[_Read]] = {}
         for index, place in enumerate(self.folder.find(keys, touch=True)):
             if place is not None:
-                by_segment.setdefault(place.segment, []).append(_Read(index, place.entry, views[index]))
+                read = _Read(index, place.entry, views[index], sum(map(len, views[index])))
+                by_segment.setdefault(place.segment, []).append(read)
         tasks = []
         for segment, reads in by_segment.items():
             reads.sort(key=lambda read: read.entry.offset)
@@ -208,7 +215,7 @@ class FileStorage(Storage):
         """Read values that follow each other in the file with one gather list."""
         got = self._read_all(fd, [view for read in run for view in read.views], run[0].entry.offset, deadline)
         for read in run:
-            wanted = min(read.entry.num_bytes, sum(map(len, read.views)))
+            wanted = min(read.entry.num_bytes, read.room)
             if got < wanted:
                 self.folder.count("short")
                 break
@@ -278,15 +285,31 @@ class FileStorage(Storage):
             raise StorageError(f"{self.folder.root}: {error}") from error
 
     def _run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Run tasks on the threads, and wait for all of them, whatever happens. Raises: the first one's error."""
-        if len(tasks) <= 1:
-            return [task() for task in tasks]
-        futures = [self._pool.submit(task) for task in tasks]
-        errors = [future.exception() for future in futures]
-        for error in errors:
-            if error is not None:
-                raise error
-        return [future.result() for future in futures]
+        """Run tasks, and wait for all of them, whatever happens. Raises: one of their errors.
+
+        The caller works too, and waits only for helpers that are inside a task: on a busy machine they come late.
+        """
+        results: dict[int, T] = {}
+        errors: list[BaseException] = []
+        todo = deque(enumerate(tasks))
+
+        def work() -> None:
+            with suppress(IndexError):
+                while True:
+                    index, task = todo.popleft()
+                    try:
+                        results[index] = task()
+                    except BaseException as error:
+                        errors.append(error)
+
+        helpers = [self._pool.submit(work) for _ in range(min(self._num_helpers, len(tasks) - 1))]
+        work()
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+        if errors:
+            raise errors[0]
+        return [results[index] for index in range(len(tasks))]
 
     def _count(self, error: OSError) -> None:
         self.folder.count("no_room" if error.errno in _FULL else "io_errors")
@@ -323,8 +346,7 @@ def _adjacent(reads: list[_Read]) -> Iterable[list[_Read]]:
             yield run
             run = []
         run.append(read)
-        fits = sum(map(len, read.views)) == read.entry.num_bytes
-        end = read.entry.offset + read.entry.num_bytes if fits else -1
+        end = read.entry.offset + read.entry.num_bytes if read.room == read.entry.num_bytes else -1
     yield run
 
 
@@ -351,6 +373,22 @@ def _rest(vector: list[memoryview], done: int) -> list[memoryview]:
             return [view[done:], *vector[index + 1 :]]
         done -= len(view)
     return []
+
+
+@cache
+def _fallocate() -> Callable[[int, int, int, int], int]:
+    function: Callable[[int, int, int, int], int] = ctypes.CDLL(None, use_errno=True).fallocate64
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]  # type: ignore[attr-defined]
+    return function
+
+
+def _allocate(fd: int, num_bytes: int) -> None:
+    """Take the blocks of a file at once: a quarter faster on ext4, and a full disk shows before anything is written.
+
+    Not os.posix_fallocate, which writes to every block where the file system cannot. Raises: OSError.
+    """
+    if _fallocate()(fd, 0, 0, num_bytes) != 0 and (code := ctypes.get_errno()) not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        raise OSError(code, os.strerror(code))
 
 
 def _fsync_folder(path: Path) -> None:

@@ -9,7 +9,7 @@ every machine. Nothing here raises because storage failed: a page that cannot be
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,8 @@ from .sealed import PageCounters, SealedStore
 __all__ = ["PageParts", "PageStore", "host_page_parts"]
 
 PageParts = Callable[[int], list[memoryview]]
-"""Host page id -> the page's contiguous pieces, in the order of its flat bytes; valid while the page is allocated."""
+"""Host page id -> the page's contiguous pieces, in the order of its flat bytes; valid while the page is allocated.
+If it has a method ``many`` (page ids -> a list of that), that is asked once a batch."""
 
 Digests = npt.NDArray[np.uint8]
 
@@ -104,7 +105,10 @@ class PageStore:
         keys = self.keys(digests, salt)
         if len(keys) != len(host_pages):
             raise InvalidArgumentError(f"{len(keys)} digests and {len(host_pages)} host pages")
-        payloads = [self._page_parts(page) for page in np.asarray(host_pages).tolist()]
+        many = getattr(self._page_parts, "many", None)
+        payloads: list[list[memoryview]] = (
+            [self._page_parts(page) for page in np.asarray(host_pages).tolist()] if many is None else many(host_pages)
+        )
         for page, payload in zip(host_pages, payloads, strict=True):
             if (size := sum(map(len, payload))) != self.page_bytes:
                 raise InvalidArgumentError(f"host page {page} has {size} bytes, the namespace's {self.page_bytes}")
@@ -114,20 +118,27 @@ class PageStore:
 class _HostPool(Protocol):
     """What host_page_parts needs of a HostKVCache."""
 
-    page_size: int
-
     @property
     def arena(self) -> Any: ...
 
-    def page_buffer(self, index: int) -> Sequence[tuple[int, int]]: ...
+    def page_pieces(self, page_ids: PageIds) -> tuple[npt.NDArray[np.int64], int]: ...
+
+
+class _HostPageParts:
+    """PageParts of a host pool, and ``many`` of them at once."""
+
+    def __init__(self, pool: _HostPool) -> None:
+        self._pool = pool
+
+    def many(self, pages: PageIds) -> list[list[memoryview]]:
+        memory = memoryview(self._pool.arena.data)
+        starts, size = self._pool.page_pieces(pages)
+        return [[memory[at : at + size] for at in row] for row in starts.tolist()]
+
+    def __call__(self, page: int) -> list[memoryview]:
+        return self.many(np.array([page], np.int32))[0]
 
 
 def host_page_parts(pool: _HostPool) -> PageParts:
-    """Where the pages of a HostKVCache lie, as slices of its arena: no copy, and no ctypes a piece."""
-
-    def parts(page: int) -> list[memoryview]:
-        memory, base = memoryview(pool.arena.data), pool.arena.address
-        pieces = pool.page_buffer(page * pool.page_size)
-        return [memory[address - base : address - base + num_bytes] for address, num_bytes in pieces]
-
-    return parts
+    """Where the pages of a HostKVCache lie, as slices of its arena: no copy, and their states checked once a batch."""
+    return _HostPageParts(pool)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from radixkv.errors import InvalidArgumentError, StorageError
+from radixkv.errors import InvalidArgumentError, PageOwnershipError, StateError, StorageError
 from radixkv.key import encode_namespace
 from radixkv.pool.host import HostKVCache, HostPoolConfig
 from radixkv.pool.layout import LAYOUTS, KVGeometry, Layout
@@ -291,6 +291,14 @@ def test_pages_of_a_host_pool(layout: Layout, kind: str) -> None:
     assert store.get_pages(digests(4), (others[::4] // 4).astype(np.int32)).all()
     pool.update_prefetch(others)
     np.testing.assert_array_equal(pool.get_flat_data_pages(others), rows)
+    starts, size = pool.page_pieces(pages)
+    meta = [[(pool.arena.address + start, size) for start in row] for row in starts.tolist()]
+    assert meta == [pool.page_buffer(int(page) * 4) for page in pages]
+    pool.free(others)
+    with pytest.raises(StateError, match="IDLE"):
+        store.set_pages(digests(1), (others[:1] // 4).astype(np.int32))
+    with pytest.raises(PageOwnershipError, match="host page 8 is not"):
+        store.set_pages(digests(1), ids(8))
     pool.close()  # no view is left behind
 
 
