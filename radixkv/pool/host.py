@@ -159,7 +159,7 @@ class HostKVCache(HostSlots):
     @property
     def kv_buffer(self) -> PageBytes:
         """All bytes: uint8 [halves, ...the layout's dimensions..., D]. The pool cannot be closed while it lives."""
-        if self._kv is None:
+        if self._kv is None or self.arena.closed:  # in a child of fork, a page-locked one is
             raise StateError("the host pool is closed")
         return self._kv
 
@@ -194,7 +194,7 @@ class HostKVCache(HostSlots):
 
     def view(self) -> KVView:
         """Where each byte lies. Valid until ``close``."""
-        if self._kv is None:
+        if self._kv is None or self.arena.closed:  # in a child of fork, a page-locked one is
             raise StateError("the host pool is closed")
         return self._view
 
@@ -212,7 +212,7 @@ class HostKVCache(HostSlots):
         """
         with self.lock:
             busy = np.flatnonzero(self._state == MemoryStateInt.PROTECTED)
-        if busy.size and self._kv is not None:
+        if busy.size and not self.arena.closed:
             raise StateError(f"host pool closed while {busy.size} pages have a copy in flight, the first is {busy[0]}")
         self._kv = None
         self.arena.close()
