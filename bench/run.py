@@ -1,6 +1,6 @@
-"""Everything that ``make bench`` reports: tree, index, copies, callgrind; one JSON file and tables.
+"""Everything that ``make bench`` reports: tree, index, copies, storage, callgrind; one JSON file and tables.
 
-``python -m bench [--quick] [--rounds N] [--json FILE] [--only tree,index,copy,callgrind] [--install]``. Run it with the
+``python -m bench [--quick] [--rounds N] [--json FILE] [--only tree,copy,...] [--install]``. Run it with the
 interpreter that ``bench/peers/install.py`` made (``--install`` makes it, then runs there); with any other, what is
 missing is reported as absent. ``--quick`` takes about a minute and shows that everything runs, not how fast it is.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from . import report
 
-PARTS = ("tree", "index", "copy", "callgrind")
+PARTS = ("tree", "index", "copy", "storage", "callgrind")
 
 
 def run_part(part: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:

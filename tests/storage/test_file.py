@@ -697,3 +697,13 @@ def test_threads_that_write_and_evict(folder: Path) -> None:
         assert not errors
         assert storage.stats()["used_bytes"] == disk_bytes(folder) <= 20 * 4096
         assert storage.stats()["reserved_bytes"] == 0
+
+
+def test_the_benchmark_measures_what_it_says(tmp_path: Path) -> None:
+    from bench import bench_storage
+
+    row = bench_storage.measure(tmp_path, "64 x 1 MiB", "pages", False, 1)
+    assert row["put_ratio"] > 0
+    assert row["get_mib_s"] > 0
+    assert len(bench_storage.checks_of([row])) == 2
+    assert not list(tmp_path.glob("store"))
