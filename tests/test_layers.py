@@ -32,7 +32,7 @@ COMPOSED = {"tree", "pool", "transfer", "storage"}
 COMPOSERS = {"controller", "hicache", "engines", "replay", "cli"}
 
 # Nothing but the standard library and numpy may be imported when a module of these is loaded.
-HEAVY = {"torch", "cupy", "matplotlib", "rich"}
+HEAVY = {"torch", "cupy", "matplotlib", "rich", "xxhash", "redis", "obstore", "mooncake", "nixl_cu13"}
 
 
 PYTHON, CYTHON = (".py", ".pyi"), (".pyx", ".pxd")

@@ -190,6 +190,7 @@ class Folder:
                 self._unread.pop(line.name, None)
                 self._drop(line.name)
             elif line.kind == "K":
+                self._read_new()  # it may be in one of them
                 self._forget_key(line.name)
 
     def _note_reservation(self, line: Line) -> None:
