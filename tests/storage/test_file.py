@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -756,3 +757,22 @@ def test_a_segment_that_cannot_be_read_at_start(folder: Path, monkeypatch: pytes
                 assert len(segments(folder)) == 1  # it may be whole
     with FileStorage(folder) as storage:
         assert get(storage, "a") == [True]
+
+
+def test_many_that_start_at_once(folder: Path) -> None:
+    """As the ranks of a group do, in a folder that is not there yet."""
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: FileStorage(folder), range(8)))
+    for number, storage in enumerate(stores):
+        assert put(storage, f"k{number}") == [True]
+    assert all(all(get(storage, *(f"k{number}" for number in range(8)))) for storage in stores)
+    for storage in stores:
+        storage.close()
+    assert not list((folder / "owners").iterdir())
+
+
+def test_the_order_of_eviction_does_not_grow_with_time(storage: FileStorage) -> None:
+    for number in range(300):
+        put(storage, f"k{number}", size=1)
+        storage.clear()
+    assert len(storage.folder._order) < 200
