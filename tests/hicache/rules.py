@@ -75,19 +75,6 @@ def _full_host(difference: Difference, context: Context) -> bool:
     return context.setup.write_policy == "write_back" and context.first.get("raised", "").startswith("AssertionError")
 
 
-def _waits_for_children(difference: Difference, context: Context) -> bool:
-    """Some node with a host copy could be evicted but for children that have none yet."""
-    if context.setup.write_policy != "write_back":
-        return False
-    nodes = context.before["nodes"]
-    ends = {name.partition("#")[2]: node for name, node in nodes.items()}
-    return any(
-        node["device"] and not node["host"] and not node["locks"]
-        and (above := ends.get(node["above"])) is not None and above["host"] and not above["locks"]
-        for node in nodes.values()
-    )  # fmt: skip
-
-
 FOREIGN = "keys are always chained from the root"
 DUE = "what is due is stored at the next insertion through it"
 
@@ -228,14 +215,6 @@ RULES = (
         reason="The original takes host pages, and evicts for them, before it asks storage.",
         shown_by=f"{ORIGINAL}::test_prefetch_of_what_is_not_stored_evicts_from_the_host",
         explains=_miss_evicts,
-        stops=True,
-    ),
-    Rule(
-        name="write_back frees a node after its children are on the host",
-        reason="Nodes on the device are closed under parent at any time, also while children are being copied; so a "
-        "node with a host copy above one without leaves in a later round of the same eviction.",
-        shown_by=f"{OTHER}::test_write_back_frees_a_parent_while_its_child_is_copied",
-        explains=_waits_for_children,
         stops=True,
     ),
 )
