@@ -308,6 +308,25 @@ cdef inline bint list_backup(Tree *t, rkv_freed *out, uint32_t i) noexcept nogil
     return True
 
 
+cdef inline int64_t held_back(const Tree *t, uint32_t i) noexcept nogil:
+    """Pages above a node that has just become pending: those with a host copy that wait for nothing but such backups.
+
+        [host copy] -- [host copy] -- [pending]         the two go as soon as the third has
+    """
+    cdef const Node *n = &t.nodes[i]
+    cdef int64_t pages = 0
+    while is_gone(n):
+        n = &t.nodes[n.parent]
+    if n.num_gone_children != n.num_device_children:
+        return 0
+    while n.flags & HOST and not n.flags & PENDING and not is_protected(n):
+        pages += n.num_pages
+        n = &t.nodes[n.parent]
+        if n.num_device_children != 1:
+            break
+    return pages
+
+
 cdef inline void prefetch_next(const Tree *t, const Order *o) noexcept nogil:
     """Ask for what evicting the next candidate will touch, while the caller is busy with this one: in a tree larger than the cache
     each of these lines would cost more than the whole operation. The top of the order, then its heirs, whose node must be there
@@ -337,10 +356,11 @@ cdef inline rkv_status evict(Tree *t, int64_t num_tokens, bint backup, rkv_freed
     cdef uint32_t i
     cdef Node *n
     cdef bint fits
+    cdef int64_t held = 0
     if num_tokens < 0:
         return fail(RKV_ERR_ARGUMENT, b"evict: num_tokens is %lld, less than 0", <long long>num_tokens)
     freed_begin(t, out)
-    while out.num_tokens + <int64_t>out.num_backup_pages * t.page_size < num_tokens:
+    while out.num_tokens + (<int64_t>out.num_backup_pages + held) * t.page_size < num_tokens:
         i = first_in_order(t, backup)
         if i == NO_INDEX:
             break
@@ -351,6 +371,8 @@ cdef inline rkv_status evict(Tree *t, int64_t num_tokens, bint backup, rkv_freed
                 lose_device(t, out, i)
         elif backup:
             fits = list_backup(t, out, i)
+            if fits:
+                held += held_back(t, i)
         else:
             fits = freed_reserve(out, n.num_pages, host_pages_below(t, i) if n.first_child != NO_INDEX else 0, 0, 0)
             if fits:

@@ -294,12 +294,14 @@ class BaseRadixTree(ABC):
         could not be dropped). A parent that becomes a candidate joins the order.
 
         backup=True: a candidate without host copy is marked pending instead of deleted and listed in to_backup. It is
-        not counted in num_tokens. *Decided*: it does count towards when to stop (freed + newly pending >= num_tokens),
-        else any call would list the whole tree. A node without host
+        not counted in num_tokens. *Decided*: it does count towards when to stop (freed + newly pending + held back >=
+        num_tokens), else any call would list the whole tree. A node without host
         copy whose device descendants are *all* pending is a candidate too, so a chain is listed children first (also
         one that opens up because the last device node below a pending one left in this very call). *Decided*: a node
         *with* a host copy waits until its pending children have really left, because device-resident nodes are closed
-        under parent. Pending nodes still match and can be locked.
+        under parent. What waits for nothing else is held back: such a node, and the nodes with a host copy above it
+        for as long as each is an only child on the device. It leaves in a second call, after finish_backup; younger
+        nodes need not go in its place. Pending nodes still match and can be locked.
 
         Raises: InvalidArgumentError if num_tokens < 0.
         """

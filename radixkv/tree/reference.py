@@ -358,7 +358,8 @@ class ReferenceTree(BaseRadixTree):
         wanted = read_int(num_tokens, "num_tokens", 0)
         out = Departures(self.page_size)
         queue = self._queue(lambda node: self._may_leave_device(node, backup))
-        while queue and out.device_tokens + out.backup_tokens < wanted:
+        held = 0
+        while queue and out.device_tokens + out.backup_tokens + held < wanted:
             node = heapq.heappop(queue)[-1]
             parent = parent_of(node)
             if node.host_pages is not None:
@@ -366,6 +367,7 @@ class ReferenceTree(BaseRadixTree):
             elif backup:
                 node.pending = True
                 out.to_backup.append(BackupRequest(node.handle, id_array(node.pages or ())))
+                held += self._held_back(node)
             else:
                 self._remove_subtree(node, out)
             # The parent may be a candidate now. If it is pending already, then what it counts as gone for may be one.
@@ -374,6 +376,21 @@ class ReferenceTree(BaseRadixTree):
             if self._may_leave_device(parent, backup):
                 heapq.heappush(queue, self._queue_entry(parent))
         return out.result()
+
+    def _held_back(self, node: Node) -> int:
+        """Tokens above a node that has just become pending: those with a host copy that wait for such backups alone."""
+        #   [a | 1 | 5] -- [b | 2 | 6] -- [c | 3 pending | -]      a and b go as soon as c has
+        top, tokens = node, 0
+        while top.pending and _gone_below(top):
+            top = parent_of(top)
+        if not _gone_below(top):
+            return 0
+        while top.host_pages is not None and not top.pending and not top.is_protected:
+            tokens += len(top.tokens)
+            top = parent_of(top)
+            if sum(child.on_device for child in top.children.values()) != 1:
+                break
+        return tokens
 
     def evict_host(self, num_tokens: int) -> EvictResult:
         #   [a | 1 | 5] -- [b | - | 6] -- [c | - | 7]      before
@@ -405,7 +422,7 @@ class ReferenceTree(BaseRadixTree):
             return not node.has_device_child()
         if not backup:
             return not node.has_device_child() and _nothing_host_protected(node)
-        return all(child.pending for child in below(node) if child.on_device) and _nothing_host_protected(node)
+        return _gone_below(node) and _nothing_host_protected(node)
 
     def _may_leave_host(self, node: Node) -> bool:
         return not node.is_root and not node.on_device and not node.children and node.host_ref == 0
@@ -871,6 +888,11 @@ class ReferenceTree(BaseRadixTree):
 
 def _nothing_host_protected(node: Node) -> bool:
     return all(child.host_ref == 0 for child in below(node))
+
+
+def _gone_below(node: Node) -> bool:
+    """Whether the backup of everything below the node on the device is pending."""
+    return all(child.pending for child in below(node) if child.on_device)
 
 
 def _divide(run: list[int] | None, at: int) -> tuple[list[int] | None, list[int] | None]:

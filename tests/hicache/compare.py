@@ -25,6 +25,7 @@ KINDS = [
     for layout, io_backend in (("layer_first", "kernel"), ("page_first", "kernel"), ("layer_first", "direct"))
     for kind in ("mha", "mla")
 ]
+HOST_RATIOS = (2.0, 1.1, 4.0, 1.5)
 PREFETCH = ("wait_complete", "best_effort", "timeout")
 
 
@@ -37,8 +38,8 @@ def setup_of(page_size: int, policy: str, seed: int, storage: bool) -> Setup:
     kind, layout, io_backend = KINDS[seed % len(KINDS)]
     return Setup(
         page_size=page_size, write_policy=policy, kind=kind, layout=layout, io_backend=io_backend,
-        device_tokens=DEVICE_TOKENS[page_size], host_ratio=(2.0, 1.1, 4.0, 1.5)[seed // 6 % 4] + 2 * storage,
-        storage=storage, prefetch_policy=PREFETCH[seed % 3], prefetch_threshold=2 * page_size,
+        device_tokens=DEVICE_TOKENS[page_size], host_ratio=HOST_RATIOS[seed // 6 % 4] + 2 * storage, storage=storage,
+        prefetch_policy=PREFETCH[seed % 3], prefetch_threshold=2 * page_size,
     )  # fmt: skip
 
 

@@ -75,17 +75,16 @@ def _full_host(difference: Difference, context: Context) -> bool:
     return context.setup.write_policy == "write_back" and context.first.get("raised", "").startswith("AssertionError")
 
 
-def _waits_for_children(difference: Difference, context: Context) -> bool:
-    """Some node with a host copy could be evicted but for children that have none yet."""
+def _in_rounds(difference: Difference, context: Context) -> bool:
+    """Some node with a host copy could be evicted but for a child that has none yet."""
     if context.setup.write_policy != "write_back":
         return False
     nodes = context.before["nodes"]
     ends = {name.partition("#")[2]: node for name, node in nodes.items()}
-    return any(
-        node["device"] and not node["host"] and not node["locks"]
-        and (above := ends.get(node["above"])) is not None and above["host"] and not above["locks"]
-        for node in nodes.values()
-    )  # fmt: skip
+    waiting = (
+        ends.get(node["above"]) for node in nodes.values() if node["device"] and not node["host"] and not node["locks"]
+    )
+    return any(above is not None and above["host"] and not above["locks"] for above in waiting)
 
 
 FOREIGN = "keys are always chained from the root"
@@ -231,11 +230,12 @@ RULES = (
         stops=True,
     ),
     Rule(
-        name="write_back frees a node after its children are on the host",
-        reason="Nodes on the device are closed under parent at any time, also while children are being copied; so a "
-        "node with a host copy above one without leaves in a later round of the same eviction.",
+        name="write_back frees what its backups held back only as far as it is needed",
+        reason="A node with a host copy leaves in a second round, after its children have their copies, and that round "
+        "frees what is then missing. The original frees it at once, while the children are on the device, and counts "
+        "it in its place of the order; so it may free more.",
         shown_by=f"{OTHER}::test_write_back_frees_a_parent_while_its_child_is_copied",
-        explains=_waits_for_children,
+        explains=_in_rounds,
         stops=True,
     ),
 )

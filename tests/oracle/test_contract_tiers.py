@@ -313,6 +313,48 @@ def test_a_parent_with_a_host_copy_waits_until_its_pending_children_have_left(ki
     assert kit.evict(9, backup=True).page_ids.tolist() == [1]
 
 
+def held_back(kit: Kit) -> None:
+    """[a | 1 | 11] -- [b | 2 | 12] -- [c | 3 | -], older than [x | 9 | -]."""
+    kit.insert("a", [1])
+    kit.insert("ab", [1, 2])
+    kit.tree.set_host(kit.node("ab"), [11, 12])
+    kit.insert("abc", [1, 2, 3])
+    kit.insert("x", [9])
+
+
+@pytest.mark.parametrize("asked", [2, 3])
+def test_what_a_pending_child_holds_back_counts_when_to_stop(kit: Kit, asked: int) -> None:
+    """a and b wait for c alone: x, which is younger, need not go for them."""
+    held_back(kit)
+    out = kit.evict(asked, backup=True)
+    assert (out.page_ids.tolist(), [ids for _, ids in requests(out)]) == ([], [[3]])
+    kit.tree.finish_backup(kit.node("abc"), [13])
+    assert kit.evict(asked - 1, backup=True).page_ids.tolist() == [2, 1][: asked - 1]
+
+
+def test_what_is_held_back_by_more_than_pending_children_does_not_count(kit: Kit) -> None:
+    """a and b with one more each: a child that stays, a lock, a sibling, or no host copy."""
+    held_back(kit)
+    kit.insert("aby", [1, 2, 4])
+    kit.tree.lock(kit.node("aby"))
+    assert [ids for _, ids in requests(kit.evict(2, backup=True))] == [[3], [9]]
+
+
+def test_above_a_node_that_is_held_back_only_single_children_count(kit: Kit) -> None:
+    held_back(kit)
+    kit.insert("az", [1, 5])
+    kit.match("abc")
+    kit.match("x")
+    kit.match("az")
+    assert [ids for _, ids in requests(kit.evict(3, backup=True))] == [[3], [9]]  # c, b held back, x; not a, nor az
+
+
+def test_locked_or_unbacked_nodes_are_not_held_back(kit: Kit) -> None:
+    held_back(kit)
+    kit.tree.lock(kit.node("a"))
+    assert [ids for _, ids in requests(kit.evict(3, backup=True))] == [[3], [9]]  # c, b held back, x
+
+
 def test_a_parent_of_both_a_pending_and_a_freed_child(kit: Kit) -> None:
     kit.insert("a", [1])
     kit.insert("ab", [1, 2])

@@ -254,7 +254,8 @@ RKV_API void rkv_freed_release(rkv_freed *freed);
 
 /* Free device pages, whole leaves in policy order, until num_tokens are freed; fewer is an answer, and so is none. A node with a host
  * copy becomes host-only; one without is deleted with its host-only descendants, or with backup != 0 marked pending and listed
- * in out->backups, children first: copy each to the host, then call finish_backup in the order of the list. */
+ * in out->backups, children first: copy each to the host, then call finish_backup in the order of the list. Nodes with a host copy
+ * that only wait for these count as freed when it stops, and leave in a further call. */
 RKV_API rkv_status rkv_tree_evict(rkv_tree *tree, int64_t num_tokens, int32_t backup, rkv_freed *out);
 
 /* host_page_ids NULL: there was no room, drop the node. See radixkv/tree/base.py for what happens if it was locked meanwhile. */
