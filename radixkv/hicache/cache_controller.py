@@ -112,7 +112,8 @@ class HiCacheController:
         self.write_policy = config.control.write_policy
         self._config = config
         self._group = group_of(tp_group, found.view.device, config.group_timeout_s)
-        self._own_storage: Storage | None = None
+        self._storage: Storage | None = None
+        self._own_storage = False
         mover = mover_of(found, host_pool, io_backend, config)
         try:
             self.core = Controller(
@@ -167,12 +168,14 @@ class HiCacheController:
         )  # fmt: skip
         storage, own = storage_of(backend, config)
         try:
+            storage.register(host.arena.data)
             self.core.attach_storage(PageStore(storage, namespace, host_page_parts(host)))
         except BaseException:
+            storage.unregister(host.arena.data)
             if own:
                 storage.close()
             raise
-        self._own_storage = storage if own else None
+        self._storage, self._own_storage = storage, own
         _log.info("storage=attached backend=%s", storage.name)
 
     def detach_storage(self) -> None:
@@ -180,17 +183,23 @@ class HiCacheController:
         store = self.core.detach_storage()
         if store is not None:
             _log.info("storage=detached backend=%s", store.storage.name)
-        self._close_storage()
+        self._leave_storage()
 
-    def _close_storage(self) -> None:
-        storage, self._own_storage = self._own_storage, None
+    def _leave_storage(self) -> None:
+        storage, self._storage = self._storage, None
         if storage is not None:
-            storage.close()
+            storage.unregister(self.mem_pool_host.arena.data)
+            if self._own_storage:
+                storage.close()
 
-    def close(self) -> None:
-        """End all threads. A second call does nothing."""
-        self.core.close()
-        self._close_storage()
+    def close(self) -> bool:
+        """End all threads. A second call does nothing.
+
+        Returns: whether all have ended; if not, one hangs in a call to storage, and may still use the host pool.
+        """
+        ended = self.core.close()
+        self._leave_storage()
+        return ended
 
 
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:

@@ -322,9 +322,15 @@ class HiRadixCache(RadixCache):
             self._wait(left, "device pages are being written")
 
     def close(self) -> None:
-        """End all threads and give the host memory back; nothing else may be called afterwards."""
-        self.cache_controller.close()
-        self.token_to_kv_pool_host.close()
+        """End all threads and give the host memory back; nothing else may be called afterwards.
+
+        A thread that hangs in a call to storage keeps the host memory: it may still use it.
+        """
+        if self.cache_controller.close():
+            self.token_to_kv_pool_host.clear()
+            self.token_to_kv_pool_host.close()
+        else:
+            _log.warning("host_memory=kept reason=storage_hangs")
 
     def __enter__(self) -> HiRadixCache:
         return self

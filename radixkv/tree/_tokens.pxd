@@ -34,13 +34,13 @@ cdef extern from *:
     #endif
         return 1;
     }
-    static inline size_t rkv_small_ints(PyObject *const *items, size_t n, int32_t *out) {
+    static inline size_t rkv_small_ints(void **items, size_t n, int32_t *out) {
         size_t i = 0;
-        while (i < n && rkv_small_int(items[i], &out[i])) i++;
+        while (i < n && rkv_small_int((PyObject *)items[i], &out[i])) i++;
         return i;
     }
     """
-    size_t rkv_small_ints(void *items, size_t n, int32_t *out) noexcept
+    size_t rkv_small_ints(void **items, size_t n, int32_t *out) noexcept
     ctypedef struct PyListObject:
         void *ob_item
     ctypedef struct PyTupleObject:
