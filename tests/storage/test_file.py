@@ -625,6 +625,26 @@ def test_news_outlive_a_new_journal(folder: Path, monkeypatch: pytest.MonkeyPatc
         assert get(other, "k3") == [False]
 
 
+def test_who_slept_through_several_journals_reads_the_folder_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole files of news were replaced unread: else values stay unseen, room is counted wrong, and reservations stay."""
+    monkeypatch.setattr(journal_module, "_MAX_BYTES", 400)
+    budget = 10 * 4096
+    with FileStorage(folder, max_bytes=budget) as idle, FileStorage(folder, max_bytes=budget) as busy:
+        put(idle, "before")
+        for number in range(40):
+            put(busy, f"k{number}")
+        names = [f"k{number}" for number in range(40)]
+        assert idle.exists_many(names).tolist() == busy.exists_many(names).tolist() == [False] * 30 + [True] * 10
+        for name in ("segments", "values", "used_bytes", "reserved_bytes"):
+            assert idle.stats()[name] == busy.stats()[name], name
+        for number in range(40, 52):
+            assert put(idle, f"k{number}") == [True]
+            assert disk_bytes(folder) <= budget
+        assert get(busy, "k51", "before") == [True, False]
+
+
 def test_whoever_comes_next_ends_a_replacement_that_was_cut_short(folder: Path) -> None:
     with FileStorage(folder) as one, FileStorage(folder) as other:
         put(one, "a")
