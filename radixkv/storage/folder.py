@@ -106,7 +106,8 @@ class Folder:
         if not marker.exists():
             temporary = self.root / f"tmp/FORMAT.{os.urandom(8).hex()}"
             temporary.write_text(FORMAT)
-            temporary.rename(marker)
+            with contextlib.suppress(FileNotFoundError):  # a process that made it already took this for an orphan
+                temporary.rename(marker)
         if (found := marker.read_text()) != FORMAT:
             raise StorageError(f"{self.root} holds {found[:40]!r}, not {FORMAT!r}")
 

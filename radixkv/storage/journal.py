@@ -117,7 +117,8 @@ class Journal:
         except BlockingIOError:
             return True
         else:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # it left just now, by itself
+                os.unlink(path)
             return False
         finally:
             os.close(fd)

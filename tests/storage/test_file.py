@@ -602,6 +602,35 @@ def test_a_process_that_dies_in_the_middle_of_a_put(folder: Path, place: str, su
         assert not list((folder / "tmp").iterdir())
 
 
+def test_two_that_start_on_a_new_folder_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second takes the half-made marker of the first for an orphan, and removes it."""
+    real = Path.write_text
+
+    def write_text(path: Path, text: str) -> int:
+        monkeypatch.undo()
+        written = real(path, text)
+        FileStorage(folder).close()
+        return written
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with FileStorage(folder) as storage:
+        assert put(storage, "a") == [True]
+
+
+def test_one_that_leaves_while_another_looks_who_lives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving, real = FileStorage(folder), fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(leaving.folder.journal.owner):
+            monkeypatch.undo()
+            leaving.close()
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FileStorage(folder) as storage:
+        assert put(storage, "a") == [True]
+
+
 def test_orphans_are_removed_at_start(folder: Path) -> None:
     FileStorage(folder).close()
     subprocess.run([sys.executable, "-c", DIES, str(folder), "os.rename"], cwd=ROOT, capture_output=True, check=False)
