@@ -11,7 +11,7 @@ import numpy as np
 from ..types import ROOT, PageIds
 from .base import Kind, Polled, StorageJob, Ticket
 from .context import Context, Where
-from .drains import Drains
+from .drains import AllOf, Drains
 from .ledger import NO_PAGES
 from .loads import Loads
 from .operations import RUNNING, SUCCEEDED, DrainOp, LoadBatch, Operation, PrefetchOp, Stage, StoreOp, WriteOp
@@ -115,18 +115,25 @@ class Settler:
         context.ledger.forget_pairs()
         free_device, free_host = [dropped.page_ids], [dropped.host_page_ids]
         kept_device, kept_host = [NO_PAGES], [NO_PAGES]
+        reading: list[_Remains] = []
         for rest, over in zip(remains, ended, strict=True):
             if not over:
                 assert rest.work is not None
                 kept_device.append(rest.device_pages)
                 kept_host.append(rest.host_pages)
-                self.drains.add(rest.kind, rest.work, rest.device_pages, rest.host_pages)
+                if rest.kind == "store":
+                    reading.append(rest)
+                else:
+                    self.drains.add(rest.kind, rest.work, rest.device_pages, rest.host_pages)
             elif rest.owned:
                 free_device.append(rest.device_pages)
                 free_host.append(rest.host_pages)
         context.ledger.device.free(_without(free_device, kept_device))
         if context.ledger.has_host:
             context.ledger.free_host(_without(free_host, kept_host))
+        if reading:  # two storages may read the same pages, one of them detached
+            pages = np.unique(np.concatenate([rest.host_pages for rest in reading]))
+            self.drains.add("store", AllOf([rest.work for rest in reading if rest.work]), host_pages=pages)
 
     def _cancel_all(self) -> list[_Remains]:
         """End every operation, as far as the tree goes. Returns: what a worker may still touch."""
