@@ -78,7 +78,7 @@ def storage(folder: Path) -> Iterator[FileStorage]:
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------
 def test_layout_of_a_segment(storage: FileStorage, folder: Path) -> None:
-    """As docs/storage.md draws it."""
+    """As segment.py draws it."""
     storage.put_many(["first", "second"], [[b"abc", b"de"], [b"fgh"]])
     (path,) = segments(folder)
     data = path.read_bytes()
@@ -657,7 +657,7 @@ def test_news_outlive_a_new_journal(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_who_slept_through_several_journals_reads_the_folder_anew(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole files of news were replaced unread: else values stay unseen, room is counted wrong, and reservations stay."""
+    """Else values stay unseen, room is counted wrong, and reservations stay for ever."""
     monkeypatch.setattr(journal_module, "_MAX_BYTES", 400)
     budget = 10 * 4096
     with FileStorage(folder, max_bytes=budget) as idle, FileStorage(folder, max_bytes=budget) as busy:
