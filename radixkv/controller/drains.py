@@ -31,7 +31,8 @@ class AllOf:
         return all(work.wait(None if end_s is None else max(0.0, end_s - time.monotonic())) for work in self._works)
 
     def cancel(self) -> bool:
-        return all([work.cancel() for work in self._works])
+        ended = [work.cancel() for work in self._works]
+        return all(ended)
 
 
 class Drains:

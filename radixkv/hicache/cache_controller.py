@@ -113,6 +113,7 @@ class HiCacheController:
         self._config = config
         self._group = group_of(tp_group, found.view.device, config.group_timeout_s)
         self._own_storage: Storage | None = None
+        self._closed = False
         mover = mover_of(found, host_pool, io_backend, config)
         try:
             self.core = Controller(
@@ -166,9 +167,15 @@ class HiCacheController:
             first_head=config.first_head, extra=config.model_extra,
         )  # fmt: skip
         storage, own = storage_of(backend, config)
+        registered = False
         try:
+            if not self.enable_storage:  # else attach_storage refuses
+                storage.register(host.arena.data)
+                registered = True
             self.core.attach_storage(PageStore(storage, namespace, host_page_parts(host)))
         except BaseException:
+            if registered:
+                storage.unregister(host.arena.data)
             if own:
                 storage.close()
             raise
@@ -180,17 +187,26 @@ class HiCacheController:
         store = self.core.detach_storage()
         if store is not None:
             _log.info("storage=detached backend=%s", store.storage.name)
-        self._close_storage()
+            self._part_from(store.storage)
 
-    def _close_storage(self) -> None:
-        storage, self._own_storage = self._own_storage, None
-        if storage is not None:
-            storage.close()
+    def _part_from(self, storage: Storage) -> None:
+        """Forget the host pool's memory there, and close it if it was made here; unless a call hangs in it: closing it
+        could hang, too, and what it moves bytes by needs the memory."""
+        own, self._own_storage = self._own_storage, None
+        if not self.core.threads_ended:
+            _log.warning("storage=hangs backend=%s", storage.name)
+            return
+        storage.unregister(self.mem_pool_host.arena.data)
+        if own is not None:
+            own.close()
 
     def close(self) -> None:
         """End all threads. A second call does nothing."""
+        storage = None if self._closed else self.storage_backend
+        self._closed = True
         self.core.close()
-        self._close_storage()
+        if storage is not None:
+            self._part_from(storage)
 
 
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:
