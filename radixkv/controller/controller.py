@@ -337,6 +337,8 @@ class Controller:
     def reset(self) -> None:
         """Cancel everything and drop the tree: all its pages of both tiers are free afterwards, but those that
         something still in flight after settle_timeout_s reads or writes; these are freed by the poll that sees it end.
+
+        Raises: GroupError if a rank is gone; this rank's tree is dropped all the same.
         """
         self._settler.reset()
 

@@ -11,11 +11,11 @@ import pytest
 
 from radixkv.controller.lanes import CopyLane, CopyTicket
 from radixkv.controller.workers import StorageWorkers
-from radixkv.errors import LoadError, StateError, StorageError
+from radixkv.errors import GroupError, LoadError, StateError, StorageError
 from radixkv.storage import MemoryStorage, Storage
 from radixkv.storage.file import FileStorage
 
-from .kit import GEOMETRY, ROOT, P, ScriptedEdge, Stack, content_of, page_store, prompt
+from .kit import GEOMETRY, ROOT, P, ScriptedEdge, Stack, ThreadGroup, content_of, page_store, prompt
 
 QUICK_S = 1.0
 """What takes milliseconds, on a machine that does other things too."""
@@ -123,6 +123,20 @@ def test_reset_while_two_storages_read_the_same_pages() -> None:
         edge.run()
         stack.controller.poll()
     assert stack.controller.stats().stuck_pages == 0
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+
+
+def test_reset_without_the_other_rank_drops_everything_here() -> None:
+    group, lost = ThreadGroup.make(2)
+    lost.leave()
+    stack = Stack(storage=True)
+    stack.controller._context.group = group  # they have parted since
+    stack.compute(prompt(1, 4))
+    stack.controller.store(stack.controller.match(prompt(1, 4)).device_node)
+    with pytest.raises(GroupError, match="another rank is gone"):
+        stack.controller.reset()
+    assert stack.device.available == stack.device.capacity
     assert stack.host.available_size() == stack.host.size
     stack.check()
 
