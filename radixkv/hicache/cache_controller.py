@@ -163,7 +163,8 @@ class HiCacheController:
         config, host = self._config, self.mem_pool_host
         namespace = PageNamespace.of_geometry(
             host.geometry, host.page_dims, model=config.model_name(), dtype=_dtype_of(self.mem_pool_device),
-            tp_rank=self._group.rank if self._group else 0, first_layer=getattr(host, "start_layer", 0),
+            tp_rank=self._group.rank if self._group else 0, tp_size=self._group.size if self._group else 1,
+            first_layer=getattr(host, "start_layer", 0),
             first_head=config.first_head, extra=config.model_extra,
         )  # fmt: skip
         storage, own = storage_of(backend, config)
