@@ -128,6 +128,11 @@ class Controller:
         return self._context.tree
 
     @property
+    def threads_ended(self) -> bool:
+        """Whether all threads ended in time of every storage that was detached, or was there at ``close``."""
+        return self._ended
+
+    @property
     def storage(self) -> Any | None:
         """What attach_storage was given."""
         return self._storage
@@ -324,7 +329,7 @@ class Controller:
         self._prefetches.give_up()
         self._stores.give_up()
         self._storage = self._stores.edge = self._prefetches.edge = None
-        edge.close(self.config.close_timeout_s)
+        self._ended = edge.close(self.config.close_timeout_s) and self._ended
         self._stores.forget_stored()
         self._settler.settle_drains()
         return storage
@@ -332,6 +337,8 @@ class Controller:
     def reset(self) -> None:
         """Cancel everything and drop the tree: all its pages of both tiers are free afterwards, but those that
         something still in flight after settle_timeout_s reads or writes; these are freed by the poll that sees it end.
+
+        Raises: GroupError if a rank is gone; this rank's tree is dropped all the same.
         """
         self._settler.reset()
 
@@ -339,13 +346,14 @@ class Controller:
         """Cancel everything and end all threads. The tree stays as it is; nothing else may be called afterwards. A
         second call does nothing. No collective.
 
-        Returns: whether all threads have ended. If not, a call to storage hangs after close_timeout_s, and may still
-            read or write host pages: the host pool's memory must not be released.
+        Returns: whether all threads have ended, those of a storage that was detached too. If not, a call to storage
+            hangs after close_timeout_s, and may still read or write host pages: the host pool's memory must not be
+            released, nor the storage closed.
         """
         if not self._closed:
             self._closed = True
             if self._stores.edge is not None:
-                self._ended = self._stores.edge.close(self.config.close_timeout_s)
+                self._ended = self._stores.edge.close(self.config.close_timeout_s) and self._ended
             if self._context.ledger.has_host:
                 self._context.mover.close()
         return self._ended

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 from ..types import ROOT, PageIds
 from .base import Kind, StorageJob, Ticket
 from .context import Context
 from .ledger import NO_PAGES
 from .operations import DrainOp, Stage
 
-__all__ = ["Drains"]
+__all__ = ["AllOf", "Drains"]
+
+
+class AllOf:
+    """Several works as one Ticket, where they touch the same pages: it has ended when all of them have."""
+
+    error = None
+    seconds = 0.0
+
+    def __init__(self, works: Sequence[Ticket | StorageJob]) -> None:
+        self._works = works
+
+    def done(self) -> bool:
+        return all(work.done() for work in self._works)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        return all(work.wait(None if end_s is None else max(0.0, end_s - time.monotonic())) for work in self._works)
+
+    def cancel(self) -> bool:
+        ended = [work.cancel() for work in self._works]
+        return all(ended)
 
 
 class Drains:

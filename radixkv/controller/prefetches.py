@@ -105,12 +105,15 @@ class Prefetches:
         if op.stage is Stage.LOOKING_UP:
             return self._looked_up(op, pages, success)
         op.to(Stage.FETCHED)
-        complete = success and pages == op.num_pages
-        self.backoff.result(complete)
-        self.context.counts["prefetch_failures"] += not complete
+        self._judge(success and pages == op.num_pages)
         rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
         self.context.ledger.free_host(rest)
         return True
+
+    def _judge(self, complete: bool) -> None:
+        """Storage has brought all that it said it had, or failed."""
+        self.backoff.result(complete)
+        self.context.counts["prefetch_failures"] += not complete
 
     def _looked_up(self, op: PrefetchOp, pages: int, success: bool) -> bool:
         context, config = self.context, self.context.config
@@ -118,8 +121,7 @@ class Prefetches:
         room: PageIds | None = None
         assert self.edge is not None
         if not success:
-            self.backoff.result(False)
-            context.counts["prefetch_failures"] += 1
+            self._judge(False)
         if pages * page_size >= max(config.prefetch_threshold, 1):
             room = context.reserve_host(pages)
             if room is None:  # as many as there are, if that is still worth it
@@ -159,11 +161,15 @@ class Prefetches:
         pages, ended = op.num_pages, True
         if op.stage is not Stage.FETCHED:
             fetching = op.stage is Stage.FETCHING
-            mine = [self.may_end(op), progress_value(op.job) if fetching else 1, fetching and op.job.done()]
+            progress = progress_value(op.job) if fetching else int(op.job.error is None)
+            mine = [self.may_end(op), progress, fetching and op.job.done()]
             agreed = self.context.agree(Where.FINISH_PREFETCH, [int(value) for value in mine])
             if not agreed[0]:
                 return False
             pages, ended = agreed[1] // 2, bool(agreed[2])
+            failed = not agreed[1] % 2 or (ended and pages < op.num_pages)
+            if failed or ended:
+                self._judge(not failed)
             op.job.cancel()
         op.to(Stage.DONE)
         self._settle_pages(op, pages, ended)

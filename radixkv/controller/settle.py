@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import GroupError
 from ..types import ROOT, PageIds
 from .base import Kind, Polled, StorageJob, Ticket
 from .context import Context, Where
-from .drains import Drains
+from .drains import AllOf, Drains
 from .ledger import NO_PAGES
 from .loads import Loads
 from .operations import RUNNING, SUCCEEDED, DrainOp, LoadBatch, Operation, PrefetchOp, Stage, StoreOp, WriteOp
@@ -108,25 +109,39 @@ class Settler:
         3. Drop the tree. Its pages are free, but those that something still reads or writes: these drain.
         """
         context = self.context
-        remains = self._cancel_all()
-        ended = self._wait(remains)
+        remains, broken = self._cancel_all(), None
+        self._wait(remains)
+        ended = [rest.work is None or rest.work.done() for rest in remains]
+        try:
+            ended = [bool(value) for value in context.agree(Where.RESET, [int(over) for over in ended])]
+        except GroupError as error:  # there is nobody left to be like: everything here is dropped all the same
+            broken = error
         self.loads.layers.reset()
         dropped = context.tree.reset()
         context.ledger.forget_pairs()
         free_device, free_host = [dropped.page_ids], [dropped.host_page_ids]
         kept_device, kept_host = [NO_PAGES], [NO_PAGES]
+        reading: list[_Remains] = []
         for rest, over in zip(remains, ended, strict=True):
             if not over:
                 assert rest.work is not None
                 kept_device.append(rest.device_pages)
                 kept_host.append(rest.host_pages)
-                self.drains.add(rest.kind, rest.work, rest.device_pages, rest.host_pages)
+                if rest.kind == "store":
+                    reading.append(rest)
+                else:
+                    self.drains.add(rest.kind, rest.work, rest.device_pages, rest.host_pages)
             elif rest.owned:
                 free_device.append(rest.device_pages)
                 free_host.append(rest.host_pages)
         context.ledger.device.free(_without(free_device, kept_device))
         if context.ledger.has_host:
             context.ledger.free_host(_without(free_host, kept_host))
+        if reading:  # two storages may read the same pages, one of them detached
+            pages = np.unique(np.concatenate([rest.host_pages for rest in reading]))
+            self.drains.add("store", AllOf([rest.work for rest in reading if rest.work]), host_pages=pages)
+        if broken is not None:
+            raise broken
 
     def _cancel_all(self) -> list[_Remains]:
         """End every operation, as far as the tree goes. Returns: what a worker may still touch."""
@@ -171,17 +186,14 @@ class Settler:
         self.drains.operations.clear()
         self.prefetches.forget()
 
-    def _wait(self, remains: list[_Remains]) -> list[bool]:
-        """Give what runs the time to end: copies settle_timeout_s, storage calls a moment. Returns: what has, on all
-        ranks."""
+    def _wait(self, remains: list[_Remains]) -> None:
+        """Give what runs the time to end: copies settle_timeout_s, storage calls a moment."""
         now_s = time.monotonic()
         for rest in remains:
             copy = rest.kind in ("backup", "write_back", "load")
             limit_s = self.context.config.settle_timeout_s if copy else STORAGE_MOMENT_S
             if rest.work is not None:
                 rest.work.wait(max(0.0, now_s + limit_s - time.monotonic()))
-        ended = [rest.work is None or rest.work.done() for rest in remains]
-        return [bool(value) for value in self.context.agree(Where.RESET, [int(over) for over in ended])]
 
 
 class _Remains(NamedTuple):

@@ -112,8 +112,8 @@ class HiCacheController:
         self.write_policy = config.control.write_policy
         self._config = config
         self._group = group_of(tp_group, found.view.device, config.group_timeout_s)
-        self._storage: Storage | None = None
-        self._own_storage = False
+        self._own_storage: Storage | None = None
+        self._closed = False
         mover = mover_of(found, host_pool, io_backend, config)
         try:
             self.core = Controller(
@@ -163,19 +163,24 @@ class HiCacheController:
         config, host = self._config, self.mem_pool_host
         namespace = PageNamespace.of_geometry(
             host.geometry, host.page_dims, model=config.model_name(), dtype=_dtype_of(self.mem_pool_device),
-            tp_rank=self._group.rank if self._group else 0, first_layer=getattr(host, "start_layer", 0),
+            tp_rank=self._group.rank if self._group else 0, tp_size=self._group.size if self._group else 1,
+            first_layer=getattr(host, "start_layer", 0),
             first_head=config.first_head, extra=config.model_extra,
         )  # fmt: skip
         storage, own = storage_of(backend, config)
+        registered = False
         try:
-            storage.register(host.arena.data)
+            if not self.enable_storage:  # else attach_storage refuses
+                storage.register(host.arena.data)
+                registered = True
             self.core.attach_storage(PageStore(storage, namespace, host_page_parts(host)))
         except BaseException:
-            storage.unregister(host.arena.data)
+            if registered:
+                storage.unregister(host.arena.data)
             if own:
                 storage.close()
             raise
-        self._storage, self._own_storage = storage, own
+        self._own_storage = storage if own else None
         _log.info("storage=attached backend=%s", storage.name)
 
     def detach_storage(self) -> None:
@@ -183,23 +188,30 @@ class HiCacheController:
         store = self.core.detach_storage()
         if store is not None:
             _log.info("storage=detached backend=%s", store.storage.name)
-        self._leave_storage()
+            self._part_from(store.storage)
 
-    def _leave_storage(self) -> None:
-        storage, self._storage = self._storage, None
-        if storage is not None:
-            storage.unregister(self.mem_pool_host.arena.data)
-            if self._own_storage:
-                storage.close()
+    def _part_from(self, storage: Storage) -> None:
+        """Forget the host pool's memory there, and close it if it was made here; unless a call hangs in it: closing it
+        could hang, too, and what it moves bytes by needs the memory."""
+        own, self._own_storage = self._own_storage, None
+        if not self.core.threads_ended:
+            _log.warning("storage=hangs backend=%s", storage.name)
+            return
+        storage.unregister(self.mem_pool_host.arena.data)
+        if own is not None:
+            own.close()
 
     def close(self) -> bool:
         """End all threads. A second call does nothing.
 
         Returns: whether all have ended; if not, one hangs in a call to storage, and may still use the host pool.
         """
-        ended = self.core.close()
-        self._leave_storage()
-        return ended
+        storage = None if self._closed else self.storage_backend
+        self._closed = True
+        self.core.close()
+        if storage is not None:
+            self._part_from(storage)
+        return self.core.threads_ended
 
 
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:

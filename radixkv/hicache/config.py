@@ -29,8 +29,8 @@ class HiCacheConfig:
         model: name and revision of what computes the KV; part of every key in storage, which two models may share.
             "" with a storage backend: $RADIXKV_MODEL, and if that is not set an error.
         model_extra: whatever else the KV depends on: rotary scaling, adapters.
-        first_head: the model's number of this rank's first KV head; None: rank times heads (give it where heads are
-            replicated over ranks).
+        first_head: the model's number of this rank's first KV head; None: rank times heads, and only engines of as many
+            ranks share pages (give it to share with others, and where heads are replicated over ranks).
         storage_options: keyword arguments of the storage backend.
         eviction_policy: one of radixkv.POLICIES.
         enable_kv_cache_events, max_kv_cache_events: see RadixCache. Events name the tier ("GPU", "CPU").

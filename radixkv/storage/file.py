@@ -2,8 +2,8 @@
 
 A batch becomes one or more *segments* (segment.py), files of up to ``segment_bytes`` with an index in front, because
 creating a file costs as much as writing 64 KiB to 1 MiB: with one file a value, batches of 64 KiB ran at 3 to 9 % of
-sequential I/O (docs/storage.md). A segment is written to a temporary file and renamed into its place, so it is whole or
-not there. Values are evicted with their segment, least recently used first (folder.py).
+sequential I/O (bench/bench_storage.py). A segment is written to a temporary file and renamed into its place, so it is
+whole or not there. Values are evicted with their segment, least recently used first (folder.py).
 
 Durability: see FileConfig.fsync. Whatever a crash of the machine leaves half written is found by the sums of the index
 and of the envelope, and is a miss.
@@ -20,7 +20,6 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..errors import InvalidArgumentError, StorageError
 from .base import MISS, BoolArray, Deadline, IntArray, Parts, Storage, byte_views, check_keys, check_pairs
 from .folder import Draft, Folder, Segment
 from .segment import Entry, encode_index
+from .threads import DaemonPool
 
 __all__ = ["FileStorage"]
 
@@ -85,7 +85,7 @@ class FileStorage(Storage):
         except OSError as error:
             raise StorageError(f"{path} cannot be used: {error}") from error
         self._num_helpers = num_threads - 1
-        self._pool = ThreadPoolExecutor(max(1, self._num_helpers), "radixkv-file")
+        self._pool = DaemonPool(max(1, self._num_helpers), "radixkv-file")
         self._pid: int | None = os.getpid()
 
     # ---- put ---------------------------------------------------------------------------------------------------------

@@ -106,7 +106,8 @@ class Folder:
         if not marker.exists():
             temporary = self.root / f".FORMAT.{os.urandom(8).hex()}"  # not in tmp, which whoever is first may clean
             temporary.write_text(FORMAT)
-            temporary.rename(marker)
+            with contextlib.suppress(FileNotFoundError):  # a process that made it already took this for an orphan
+                temporary.rename(marker)
         if (found := marker.read_text()) != FORMAT:
             raise StorageError(f"{self.root} holds {found[:40]!r}, not {FORMAT!r}")
 
@@ -130,9 +131,12 @@ class Folder:
                 self.counters["orphans"] += 1
 
     def _scan(self) -> None:
-        for path in (self.root / "segments").glob("??/*"):
-            if _NAME.fullmatch(path.name):
-                self._read(path.name)
+        for path in self._paths():
+            self._read(path.name)
+
+    def _paths(self) -> Iterator[Path]:
+        """Of the segments in the folder."""
+        return (path for path in (self.root / "segments").glob("??/*") if _NAME.fullmatch(path.name))
 
     def close(self) -> None:
         """Write down recency, and leave."""
@@ -182,6 +186,8 @@ class Folder:
             lines = self.journal.news()
         except OSError as error:
             raise StorageError(f"{self.root}: {error}") from error
+        if self.journal.missed:
+            self._look_again()
         for line in lines:
             self._note_reservation(line)
             if line.kind == "P" and line.name not in self._segments and _NAME.fullmatch(line.name):
@@ -192,6 +198,15 @@ class Folder:
             elif line.kind == "K":
                 self._read_new()  # it may be in one of them
                 self._forget_key(line.name)
+
+    def _look_again(self) -> None:
+        """News were missed: what is in the folder counts. Values that others deleted may be found once more."""
+        self.journal.missed = False
+        self._reserved.clear()  # the newest file of the journal begins with those that still count
+        there = {path.name for path in self._paths()}
+        for name in self._segments.keys() - there:
+            self._drop(name)
+        self._unread.update((name, Line("P", name)) for name in there - self._segments.keys())
 
     def _note_reservation(self, line: Line) -> None:
         if line.kind == "R" and _NAME.fullmatch(line.name):

@@ -9,10 +9,12 @@
                    D name                it was removed
                    K key                 one value was deleted
                    E                     the log goes on in a new file of the same name
+                   N number              first of each file: one more than in the file before
     owners/    an empty file a process, flock'ed as long as it lives: who is dead, and whose reservations are void
 
 The folder is the truth and the journal only news: a process that starts reads the folder, then follows the journal from
-where it ended before. It is cut when a process starts alone, and replaced when it has grown past 4 MiB.
+where it ended before. It is cut when a process starts alone, and replaced when it has grown past 4 MiB. Who was idle
+while it was replaced twice has missed a file: the numbers tell, and the folder is read anew.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class Journal:
         self._turn = threading.Lock()
         self._lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._owner_fd = self._log_fd = -1
-        self._seen, self._ended = 0, False
+        self._seen, self._ended, self._number = 0, False, 0
+        self.missed = False
+        """Whether ``news`` has skipped a whole file: what is in the folder must be looked up. Whoever did clears it."""
 
     def join(self) -> bool:
         """Register this process, and begin at the end of the log; under ``exclusive``. Returns: is it alone?"""
@@ -113,7 +117,8 @@ class Journal:
         except BlockingIOError:
             return True
         else:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # it left just now, by itself
+                os.unlink(path)
             return False
         finally:
             os.close(fd)
@@ -154,7 +159,7 @@ class Journal:
         self._seen, self._ended = 0, False
 
     def news(self) -> list[Line]:
-        """Lines that were appended since the last call."""
+        """Lines that were appended since the last call; if files were ``missed``, those of the newest only."""
         lines: list[Line] = []
         while (size := os.fstat(self._log_fd).st_size) > self._seen:
             data = os.pread(self._log_fd, size - self._seen, self._seen)
@@ -162,6 +167,8 @@ class Journal:
             for row in text.splitlines():
                 if row == b"E":
                     self._ended = True
+                elif row.startswith(b"N ") and row[2:].isdigit():
+                    self._begin_file(int(row[2:]))
                 elif line := Line.decode(row):
                     lines.append(line)
             self._seen += len(text)
@@ -169,8 +176,13 @@ class Journal:
                 break
         if self._ended and os.fstat(self._log_fd).st_ino != os.stat(self.root / "journal").st_ino:
             self._open()
-            lines += self.news()
+            newer = self.news()
+            return newer if self.missed else lines + newer
         return lines
+
+    def _begin_file(self, number: int) -> None:
+        self.missed |= self._number not in (0, number - 1)
+        self._number = number
 
     def append(self, lines: list[Line]) -> None:
         """Write lines at the end, all or none; under ``exclusive``, after ``news``. Raises: OSError."""
@@ -195,11 +207,11 @@ class Journal:
         new = self.root / f"journal.{self.owner}"
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, b"".join(line.encode() for line in lines))
+            os.write(fd, b"".join([b"N %d\n" % (self._number + 1), *(line.encode() for line in lines)]))
         finally:
             os.close(fd)
         if self._log_fd >= 0:
             os.write(self._log_fd, b"E\n")  # before the new one is in place: who reads it early looks again
         os.rename(new, self.root / "journal")
         self._open()
-        self._seen = os.fstat(self._log_fd).st_size
+        self._seen, self._number = os.fstat(self._log_fd).st_size, self._number + 1

@@ -26,7 +26,6 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
@@ -47,6 +46,7 @@ from .base import (
     require_package,
 )
 from .memories import Memories, address_of
+from .threads import DaemonPool
 
 __all__ = ["MooncakeStorage"]
 
@@ -165,7 +165,7 @@ class MooncakeStorage(Storage):
             slab = _Slab(slab_bytes)
             self._memories.register(slab.view)
             self._slabs.put(slab)
-        self._pool = ThreadPoolExecutor(2, "radixkv-mooncake")
+        self._pool = DaemonPool(2, "radixkv-mooncake")
 
     # ---- memory ------------------------------------------------------------------------------------------------------
     def register(self, memory: Buffer) -> None:

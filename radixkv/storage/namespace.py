@@ -57,14 +57,18 @@ class PageNamespace:
 
     @classmethod
     def of_geometry(cls, geometry: KVGeometry, page_dims: str, *, model: str, dtype: str, tp_rank: int = 0,
-                    first_layer: int = 0, first_head: int | None = None, extra: str = "") -> PageNamespace:  # fmt: skip
+                    tp_size: int = 1, first_layer: int = 0, first_head: int | None = None,
+                    extra: str = "") -> PageNamespace:  # fmt: skip
         """Of a host pool: ``of_geometry(pool.geometry, pool.page_dims, ...)``.
 
-        Args: first_head: by default tp_rank * num_heads; give it where heads are replicated over ranks.
+        Args: first_head: by default tp_rank * num_heads, and only engines of as many ranks share: of 4 heads, rank 2 of
+            4 holds head 2, but rank 2 of 8 head 1, as heads are replicated. Who gives it shares by heads alone.
         """
         g = geometry
         if first_head is None:
             first_head = 0 if g.kind == "mla" else tp_rank * g.num_heads
+            if g.kind == "mha" and tp_size > 1:
+                extra = f"ranks={tp_size};{extra}"
         return cls(
             model=model, dtype=dtype, kind=g.kind, page_dims=page_dims, page_size=g.page_size, head_bytes=g.head_bytes,
             num_layers=g.num_layers, first_layer=first_layer, num_heads=g.num_heads, first_head=first_head, extra=extra,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import InvalidArgumentError, StorageError, StorageTimeoutError
 from .base import MISS, BoolArray, Deadline, IntArray, Parts, Storage, byte_views, check_keys, check_pairs
 from .memory import scatter
+from .threads import DaemonPool
 
 __all__ = ["RemoteStorage", "Value"]
 
@@ -42,7 +43,7 @@ class RemoteStorage(Storage):
             raise InvalidArgumentError(f"timeout_s is {timeout_s}, num_threads {num_threads}")
         check_keys([prefix])
         self.prefix, self.timeout_s = prefix, timeout_s
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(num_threads, f"radixkv-{self.name}")
+        self._pool: DaemonPool | None = DaemonPool(num_threads, f"radixkv-{self.name}")
         self._lock = threading.Lock()
         self._counters = {"refused": 0, "late": 0}
 
@@ -130,7 +131,7 @@ class RemoteStorage(Storage):
         pool, self._pool = self._pool, None
         if pool is not None:
             self._disconnect()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False)
 
     def stats(self) -> Mapping[str, int]:
         with self._lock:

@@ -11,11 +11,11 @@ import pytest
 
 from radixkv.controller.lanes import CopyLane, CopyTicket
 from radixkv.controller.workers import StorageWorkers
-from radixkv.errors import LoadError, StateError, StorageError
+from radixkv.errors import GroupError, LoadError, StateError, StorageError
 from radixkv.storage import MemoryStorage, Storage
 from radixkv.storage.file import FileStorage
 
-from .kit import GEOMETRY, ROOT, P, Stack, content_of, page_store, prompt
+from .kit import GEOMETRY, ROOT, P, ScriptedEdge, Stack, ThreadGroup, content_of, page_store, prompt
 
 QUICK_S = 1.0
 """What takes milliseconds, on a machine that does other things too."""
@@ -94,6 +94,48 @@ def test_reset_does_not_wait_for_what_is_stuck_but_keeps_its_pages() -> None:
     stack.edge.run()
     stack.controller.poll()
     assert stack.controller.stats().stuck_pages == 0
+    assert stack.device.available == stack.device.capacity
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+
+
+def test_reset_while_two_storages_read_the_same_pages() -> None:
+    """The one that was detached hangs in a call, and so does the next: the pages return once, after both."""
+    stack = Stack(storage=True)
+    node = stack.compute(prompt(1, 4))
+    stack.settle()
+    first, second = stack.edge, ScriptedEdge(page_store(stack.host), stack.config, stack.host)
+    first.close = lambda timeout_s: False
+    for edge in (first, second):
+        edge.begins = True
+        if edge is second:
+            stack.controller.detach_storage()
+            stack.controller.attach_storage(edge)
+        assert stack.controller.store(node) is not None
+        edge.step("store")
+    stack.check()
+    stack.controller.reset()
+    for edge in (first, second):
+        assert stack.controller.stats().stuck_pages == 4
+        assert stack.host.available_size() == stack.host.size - 4 * P
+        stack.check()
+        stack.controller.reset()  # and once more
+        edge.run()
+        stack.controller.poll()
+    assert stack.controller.stats().stuck_pages == 0
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+
+
+def test_reset_without_the_other_rank_drops_everything_here() -> None:
+    group, lost = ThreadGroup.make(2)
+    lost.leave()
+    stack = Stack(storage=True)
+    stack.controller._context.group = group  # they have parted since
+    stack.compute(prompt(1, 4))
+    stack.controller.store(stack.controller.match(prompt(1, 4)).device_node)
+    with pytest.raises(GroupError, match="another rank is gone"):
+        stack.controller.reset()
     assert stack.device.available == stack.device.capacity
     assert stack.host.available_size() == stack.host.size
     stack.check()

@@ -368,6 +368,33 @@ def test_best_effort_takes_what_has_arrived() -> None:
     stack.check()
 
 
+def test_failures_count_however_early_a_prefetch_is_ended() -> None:
+    """best_effort ends them before a poll sees why they ended."""
+    stack = stored(prompt(8, 4), prefetch_policy="best_effort", backoff_failures=3, backoff_base_s=1e6)
+    assert stack.edge is not None
+    pages = stack.edge.pages
+    pages.get_pages = lambda digests, *rest, **more: np.zeros(len(digests), np.bool_)  # type: ignore[method-assign]
+    assert stack.controller.prefetch("fetch", prompt(8, 4), ROOT)
+    stack.edge.run()
+    stack.controller.poll()
+    stack.edge.run()
+    assert stack.controller.finish_prefetch("fetch")
+    assert stack.controller.stats().prefetch_failures == 1
+
+    def broken(*rest: Any, **more: Any) -> int:
+        raise RuntimeError("not of storage")
+
+    pages.count_prefix = broken  # type: ignore[method-assign]
+    for number in range(2):
+        assert stack.controller.prefetch(f"r{number}", prompt(number, 4), ROOT)
+        stack.edge.run()
+        assert stack.controller.finish_prefetch(f"r{number}")
+    assert stack.controller.stats().prefetch_failures == 3
+    assert stack.controller.stats().backing_off
+    assert not stack.controller.prefetch("r", prompt(9, 4), ROOT)
+    stack.check()
+
+
 def test_wait_complete_waits_for_the_look_up_and_for_every_page() -> None:
     stack = stored(prompt(1, 6))
     stack.controller.prefetch("req", prompt(1, 6), ROOT)

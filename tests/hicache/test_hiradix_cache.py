@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -576,6 +577,61 @@ def test_attribution(make: Any) -> None:
     assert cache.attribute("s", 40, found) == Attribution(32, 0, 0, 8)
     stats = cache.cache_controller.core.stats()
     assert (stats.device_tokens, stats.storage_tokens, stats.computed_tokens) == (32, 64, 14)
+
+
+class Registering(MemoryStorage):
+    """Knows which memory is registered; may hang in an exists_many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: list[int] = []
+        self.go, self.inside, self.closed = threading.Event(), threading.Event(), False
+        self.go.set()
+
+    def register(self, memory: Any) -> None:
+        self.memory.append(memory.ctypes.data)
+
+    def unregister(self, memory: Any) -> None:
+        self.memory.remove(memory.ctypes.data)
+
+    def exists_many(self, keys: Any, *, timeout_s: float | None = None) -> Any:
+        self.inside.set()
+        assert self.go.wait(30)
+        return super().exists_many(keys)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_backend_knows_the_host_memory_while_it_is_attached(make: Any) -> None:
+    """Else Mooncake copies each page once more, and NIXL registers each page for each call."""
+    storage = Registering()
+    cache = make(storage=storage)
+    for _ in range(2):
+        assert storage.memory == [cache.token_to_kv_pool_host.arena.address]
+        with pytest.raises(StateError, match="already"):
+            cache.attach_storage_backend(Registering())
+        cache.detach_storage_backend()
+        assert storage.memory == []
+        cache.attach_storage_backend(storage)
+    cache.close()
+    assert storage.memory == []
+    assert not storage.closed  # it is the caller's
+
+
+@pytest.mark.parametrize("how", ["detach", "close"])
+def test_a_backend_that_hangs_is_not_closed(make: Any, how: str) -> None:
+    cache = make(
+        storage="tests.hicache.test_hiradix_cache:Registering", close_timeout_s=0.05, prefetch_threshold=1
+    )
+    storage = cache.cache_controller.storage_backend
+    storage.go.clear()
+    cache.prefetch_from_storage("r", cache.root_node, KEY)
+    assert storage.inside.wait(30)
+    (cache.detach_storage_backend if how == "detach" else cache.close)()
+    assert not storage.closed
+    assert storage.memory
+    storage.go.set()
 
 
 # ---- reset and the end -----------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def storage(folder: Path) -> Iterator[FileStorage]:
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------
 def test_layout_of_a_segment(storage: FileStorage, folder: Path) -> None:
-    """As docs/storage.md draws it."""
+    """As segment.py draws it."""
     storage.put_many(["first", "second"], [[b"abc", b"de"], [b"fgh"]])
     (path,) = segments(folder)
     data = path.read_bytes()
@@ -603,6 +603,35 @@ def test_a_process_that_dies_in_the_middle_of_a_put(folder: Path, place: str, su
         assert not list((folder / "tmp").iterdir())
 
 
+def test_two_that_start_on_a_new_folder_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second takes the half-made marker of the first for an orphan, and removes it."""
+    real = Path.write_text
+
+    def write_text(path: Path, text: str) -> int:
+        monkeypatch.undo()
+        written = real(path, text)
+        FileStorage(folder).close()
+        return written
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with FileStorage(folder) as storage:
+        assert put(storage, "a") == [True]
+
+
+def test_one_that_leaves_while_another_looks_who_lives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving, real = FileStorage(folder), fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(leaving.folder.journal.owner):
+            monkeypatch.undo()
+            leaving.close()
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FileStorage(folder) as storage:
+        assert put(storage, "a") == [True]
+
+
 def test_orphans_are_removed_at_start(folder: Path) -> None:
     FileStorage(folder).close()
     subprocess.run([sys.executable, "-c", DIES, str(folder), "os.rename"], cwd=ROOT, capture_output=True, check=False)
@@ -624,6 +653,26 @@ def test_news_outlive_a_new_journal(folder: Path, monkeypatch: pytest.MonkeyPatc
         assert (folder / "journal").stat().st_size < 2000
         one.delete_many(["k3"])
         assert get(other, "k3") == [False]
+
+
+def test_who_slept_through_several_journals_reads_the_folder_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else values stay unseen, room is counted wrong, and reservations stay for ever."""
+    monkeypatch.setattr(journal_module, "_MAX_BYTES", 400)
+    budget = 10 * 4096
+    with FileStorage(folder, max_bytes=budget) as idle, FileStorage(folder, max_bytes=budget) as busy:
+        put(idle, "before")
+        for number in range(40):
+            put(busy, f"k{number}")
+        names = [f"k{number}" for number in range(40)]
+        assert idle.exists_many(names).tolist() == busy.exists_many(names).tolist() == [False] * 30 + [True] * 10
+        for name in ("segments", "values", "used_bytes", "reserved_bytes"):
+            assert idle.stats()[name] == busy.stats()[name], name
+        for number in range(40, 52):
+            assert put(idle, f"k{number}") == [True]
+            assert disk_bytes(folder) <= budget
+        assert get(busy, "k51", "before") == [True, False]
 
 
 def test_whoever_comes_next_ends_a_replacement_that_was_cut_short(folder: Path) -> None:

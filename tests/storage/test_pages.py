@@ -310,6 +310,21 @@ def test_heads_of_a_rank() -> None:
     assert len({space.digest() for space in spaces}) == 3  # MLA: every rank reads what rank 0 stored
 
 
+def test_ranks_of_another_number_do_not_share_unless_they_say_which_heads_they_hold() -> None:
+    """Of 4 KV heads, rank 2 of 4 holds head 2, and rank 2 of 8 head 1."""
+    mha = KVGeometry(kind="mha", num_layers=1, num_heads=1, head_bytes=2, page_size=1)
+    mla = KVGeometry(kind="mla", num_layers=1, num_heads=1, head_bytes=2, page_size=1)
+
+    def digest(geometry: KVGeometry, rank: int, size: int, first_head: int | None = None) -> bytes:
+        return PageNamespace.of_geometry(
+            geometry, "x", model="m", dtype="d", tp_rank=rank, tp_size=size, first_head=first_head
+        ).digest()
+
+    assert digest(mha, 2, 4) != digest(mha, 2, 8)
+    assert digest(mha, 2, 4, first_head=2) == digest(mha, 5, 8, first_head=2)
+    assert digest(mla, 2, 4) == digest(mla, 5, 8)
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, host: HostPages) -> None:
     from radixkv.storage import envelope
 

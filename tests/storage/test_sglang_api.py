@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -193,3 +195,25 @@ def test_what_is_a_plugin() -> None:
     assert not is_plugin(MemoryStorage)
     with pytest.raises(InvalidArgumentError, match="a dict has no get, set"):
         PluginStorage({})
+
+
+HANGS = """
+import sys, threading
+from radixkv.storage import create_storage
+class Hangs:
+    get = set = batch_get = batch_set = None
+    def exists(self, key):
+        threading.Event().wait()
+for name in ("get", "set", "batch_get", "batch_set"):
+    setattr(Hangs, name, lambda *_: None)
+with create_storage("dynamic", path="__main__:Hangs") as storage:
+    try:
+        storage.exists_many(["a"], timeout_s=0.1)
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+def test_a_plugin_that_never_returns_does_not_keep_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "StorageTimeoutError\n"

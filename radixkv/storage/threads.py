@@ -1,0 +1,79 @@
+"""L2: worker threads that do not keep the process from ending.
+
+Those of concurrent.futures are joined at exit: one inside a plug-in that never returns keeps the engine for ever.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from ..errors import StorageError
+
+__all__ = ["DaemonPool"]
+
+T = TypeVar("T")
+
+
+class DaemonPool:
+    """Up to ``num_threads`` daemon threads, each started when a call finds the others busy. Thread-safe."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._num_threads, self._name = num_threads, name
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Run a call on a thread. Raises: StorageError after shutdown."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise StorageError(f"{self._name}: the storage is closed")
+            self._calls.put((future, call))
+            if not self._idle.acquire(blocking=False) and len(self._threads) < self._num_threads:
+                name = f"{self._name}_{len(self._threads)}"
+                thread = threading.Thread(target=_work, args=(self._calls, self._idle), name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        return future
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Cancel the calls that have not begun. Args: wait: until the threads have ended."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+            threads = list(self._threads)
+        while not closed:
+            try:
+                waiting = self._calls.get_nowait()
+            except queue.Empty:
+                break
+            if waiting is not None:
+                waiting[0].cancel()
+        if not closed:
+            for _ in threads:
+                self._calls.put(None)
+        if wait:
+            for thread in threads:
+                thread.join()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.shutdown(wait=False)
+
+
+def _work(calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], idle: threading.Semaphore) -> None:
+    while (waiting := calls.get()) is not None:
+        future, call = waiting
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+        del waiting, future, call  # buffers are not kept until the next call
+        idle.release()
