@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from radixkv.hicache import HiCacheStorage
+from radixkv.storage import MemoryStorage
+from radixkv.storage.base import BoolArray, Parts
 
 from .kit import hiradix_cache, settle, take
 from .scheduler import Bytes
@@ -76,3 +79,25 @@ def test_a_cache_over_a_plugin(layout: str) -> None:
         cache.ready_to_load_host_cache()
         settle(cache)
         Bytes(cache.kv_cache).check(key, loaded)
+
+
+class Broken(MemoryStorage):
+    """A plug-in with a bug: what it raises is no StorageError, and its traceback has views of host pages."""
+
+    def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
+        try:
+            raise KeyError(len(parts))
+        except KeyError as error:
+            raise RuntimeError("a bug") from error
+
+
+def test_a_plugin_with_a_bug_is_logged_once_and_does_not_keep_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+    with hiradix_cache(256, 4, storage=Broken(), write_through_threshold_storage=1) as cache:
+        for start in (0, 100):
+            for _ in range(2):
+                slots = take(cache, 64)
+                key = list(range(start, start + 64))
+                cache.token_to_kv_pool_allocator.free(slots[: cache.insert(key, slots)])
+                settle(cache)
+        assert cache.cache_controller.core.stats().store_failures >= 2
+    assert [m for m in caplog.messages if "a bug" in m] == ["worker=store error=RuntimeError('a bug')"]
