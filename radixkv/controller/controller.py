@@ -337,17 +337,16 @@ class Controller:
 
     def close(self) -> bool:
         """Cancel everything and end all threads. The tree stays as it is; nothing else may be called afterwards. A
-        second call does nothing. No collective.
+        second call only waits for what had not ended. No collective.
 
         Returns: whether all threads have ended. If not, a call to storage hangs after close_timeout_s, and may still
             read or write host pages: the host pool's memory must not be released.
         """
-        if not self._closed:
-            self._closed = True
-            if self._stores.edge is not None:
-                self._ended = self._stores.edge.close(self.config.close_timeout_s)
-            if self._context.ledger.has_host:
-                self._context.mover.close()
+        first, self._closed = not self._closed, True
+        if (first or not self._ended) and self._stores.edge is not None:
+            self._ended = self._stores.edge.close(self.config.close_timeout_s)
+        if first and self._context.ledger.has_host:
+            self._context.mover.close()
         return self._ended
 
     # ---- inspection --------------------------------------------------------------------------------------------------

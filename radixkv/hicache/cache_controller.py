@@ -187,10 +187,11 @@ class HiCacheController:
         if storage is not None:
             storage.close()
 
-    def close(self) -> None:
-        """End all threads. A second call does nothing."""
-        self.core.close()
+    def close(self) -> bool:
+        """End all threads. Returns: whether they have ended; if not, a call to storage hangs, see Controller.close."""
+        ended = self.core.close()
         self._close_storage()
+        return ended
 
 
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:

@@ -321,10 +321,17 @@ class HiRadixCache(RadixCache):
             self._core.reset()
             self._wait(left, "device pages are being written")
 
-    def close(self) -> None:
-        """End all threads and give the host memory back; nothing else may be called afterwards."""
-        self.cache_controller.close()
+    def close(self) -> bool:
+        """End all threads and give the host memory back; nothing else may be called afterwards, but close.
+
+        Returns: whether the memory is back. It is kept while a call to storage hangs that reads or writes it (after
+        control.close_timeout_s); then this may be called again.
+        """
+        if not self.cache_controller.close():
+            _log.warning("host_memory=kept reason=%r", "a call to storage has not ended: close again when it has")
+            return False
         self.token_to_kv_pool_host.close()
+        return True
 
     def __enter__(self) -> HiRadixCache:
         return self

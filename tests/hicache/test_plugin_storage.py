@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -101,3 +102,32 @@ def test_a_plugin_with_a_bug_is_logged_once_and_does_not_keep_the_pool(caplog: p
                 settle(cache)
         assert cache.cache_controller.core.stats().store_failures >= 2
     assert [m for m in caplog.messages if "a bug" in m] == ["worker=store error=RuntimeError('a bug')"]
+
+
+class Hung(MemoryStorage):
+    """A server that does not answer, and a client without deadlines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
+        self.asked.set()
+        self.answer.wait(20)
+        return super().put_many(keys, parts)
+
+
+def test_closing_while_a_call_to_storage_hangs_keeps_the_memory_that_it_reads(caplog: pytest.LogCaptureFixture) -> None:
+    storage, key = Hung(), list(range(64))
+    cache = hiradix_cache(256, 4, storage=storage, store_after_backup=True, close_timeout_s=0.05)
+    cache.insert(key, take(cache, 64))
+    cache.writing_check(write_back=True)
+    assert storage.asked.wait(10)
+    assert not cache.close()
+    assert not cache.token_to_kv_pool_host.arena.closed
+    assert any("close again" in message for message in caplog.messages)
+    storage.answer.set()
+    deadline = time.monotonic() + 10
+    while not cache.close():
+        assert time.monotonic() < deadline
+    assert cache.token_to_kv_pool_host.arena.closed
