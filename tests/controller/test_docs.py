@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "controller.md"
 
 def test_the_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = host.HostPoolConfig
-    monkeypatch.setattr(host, "HostPoolConfig", lambda: config(headroom_bytes=0))  # a test machine has no 10 GiB to spare
+    monkeypatch.setattr(host, "HostPoolConfig", lambda: config(headroom_bytes=0))  # not 10 GiB on a test machine
     found = re.search(r"```python\n(.*?)```\n\nIt prints\n\n(.*?)\n\n", PAGE.read_text(), re.DOTALL)
     assert found
     code, shown = found.groups()
