@@ -196,6 +196,28 @@ def _cupy(machine: Machine) -> Finding:
     )
 
 
+_STORAGE = {
+    "file": "xxhash", "redis": "redis", "s3": "obstore", "mooncake": "mooncake.store", "nixl": "nixl_cu13._api",
+}  # fmt: skip
+"""Storage backend -> the module that it needs besides the checksum."""
+
+
+def _storage(machine: Machine) -> Finding:
+    """Which backends have their packages. Whether a server answers is not asked."""
+    lacking: dict[str, str] = {}
+    for name, module in _STORAGE.items():
+        for needed in ("xxhash", module):
+            try:
+                machine.load(needed)
+            except ImportError as error:
+                lacking.setdefault(name, f"{error}; pip install 'radixkv[{'storage' if needed == 'xxhash' else name}]'")
+    found = [name for name in _STORAGE if name not in lacking]
+    shown = [", ".join(found) or "none", *(f"no {name}: {why}" for name, why in lacking.items())]
+    if not found:
+        shown = [lacking["file"]]  # what all of them lack
+    return Finding("storage", "ok" if found else "missing", "; ".join(shown), {"backends": found, "lacking": lacking})
+
+
 def _nvrtc(machine: Machine) -> Finding:
     try:
         library = machine.library("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
@@ -372,6 +394,7 @@ PROBES: dict[str, Probe] = {
     "cpu": _cpu, "host memory": _memory, "huge pages": _huge_pages, "numa": _numa, "gpu": _gpu, "driver": _driver,
     "torch": _torch, "cupy": _cupy, "nvrtc": _nvrtc, "nvcc": _nvcc, "kernels": _kernels, "C launcher": _c_launcher,
     "transfer path": _override, "tuning": _tuning, "page-locking": _pinned,
+    "storage": _storage,
 }  # fmt: skip
 MEASUREMENTS: dict[str, Probe] = {"host bandwidth": _host_bandwidth, "link bandwidth": _link_bandwidth}
 

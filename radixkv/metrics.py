@@ -133,10 +133,14 @@ class MetricsCollector:
 
     def collect(self) -> Iterator[Any]:
         """Every metric family, as of now."""
+        store = self._store if self._store is not None else getattr(self._controller, "storage", None)
         if self._controller is not None:
             stats = _undisturbed(self._controller.stats)
             yield from self._of_requests(stats)
             yield from self._of_operations(stats)
+            breaker = getattr(store, "breaker", None)
+            left_alone = stats.backing_off or (breaker is not None and breaker.open)
+            yield self._gauge("storage_backing_off", "1 while storage is left alone after failures", left_alone)
         if self._listener is not None:
             yield from self._of_durations(self._listener)
         tree = self._tree if self._tree is not None else getattr(self._controller, "tree", None)
@@ -146,7 +150,6 @@ class MetricsCollector:
             yield self._gauge("hicache_host_total_tokens", "Tokens that the host pool can hold", self._host.size)
             used = self._host.size - self._host.available_size()
             yield self._gauge("hicache_host_used_tokens", "Tokens of the host pool that are taken", used)
-        store = self._store if self._store is not None else getattr(self._controller, "storage", None)
         if store is not None:
             yield from self._of_storage(store)
         if self._publisher is not None:
@@ -192,7 +195,6 @@ class MetricsCollector:
         yield self._gauge("queued_loads", "Loads that no start_loads has started yet", stats.queued_loads)
         yield self._gauge("prefetch_tokens_in_flight", "Tokens asked for", stats.prefetch_tokens_in_flight)
         yield self._gauge("stuck_pages", "Pages of operations given up that still run", stats.stuck_pages)
-        yield self._gauge("storage_backing_off", "1 while storage is left alone after failures", stats.backing_off)
 
     def _of_durations(self, listener: MetricsListener) -> Iterator[Any]:
         core = self._families

@@ -20,7 +20,18 @@ from ..tree.base import BaseRadixTree, InsertResult, MatchResult, Tokens
 from ..tree.tokens import read_tokens
 from ..types import PageIds
 from .agree import LocalGroup
-from .base import Attribution, ControllerStats, DevicePages, Group, Listener, Load, Mover, Polled, PrefetchStatus
+from .base import (
+    Attribution,
+    ControllerStats,
+    DevicePages,
+    Group,
+    Listener,
+    Load,
+    Mover,
+    Polled,
+    PrefetchStatus,
+    StorageEdge,
+)
 from .check import check_integrity
 from .config import ControllerConfig
 from .context import Context, Where
@@ -84,7 +95,8 @@ class Controller:
             raise InvalidArgumentError(f"pages of {tree.page_size} tokens in the tree, of {host.page_size} on the host")
         if len(tree):
             raise InvalidArgumentError(f"the tree has {len(tree)} nodes already")
-        self.config, self._closed, self._ended, self._storage = config, False, True, None
+        self.config, self._closed, self._storage = config, False, None
+        self._hanging: list[StorageEdge] = []  # closed, and not ended in time
         geometry = getattr(host, "geometry", None)
         page_bytes = geometry.page_bytes if geometry is not None else 0
         shared = config.share_storage
@@ -130,7 +142,7 @@ class Controller:
     @property
     def threads_ended(self) -> bool:
         """Whether all threads ended in time of every storage that was detached, or was there at ``close``."""
-        return self._ended
+        return not self._hanging
 
     @property
     def storage(self) -> Any | None:
@@ -329,7 +341,8 @@ class Controller:
         self._prefetches.give_up()
         self._stores.give_up()
         self._storage = self._stores.edge = self._prefetches.edge = None
-        self._ended = edge.close(self.config.close_timeout_s) and self._ended
+        if not edge.close(self.config.close_timeout_s):
+            self._hanging.append(edge)
         self._stores.forget_stored()
         self._settler.settle_drains()
         return storage
@@ -344,19 +357,19 @@ class Controller:
 
     def close(self) -> bool:
         """Cancel everything and end all threads. The tree stays as it is; nothing else may be called afterwards. A
-        second call does nothing. No collective.
+        second call only waits for what had not ended. No collective.
 
         Returns: whether all threads have ended, those of a storage that was detached too. If not, a call to storage
             hangs after close_timeout_s, and may still read or write host pages: the host pool's memory must not be
             released, nor the storage closed.
         """
-        if not self._closed:
-            self._closed = True
-            if self._stores.edge is not None:
-                self._ended = self._stores.edge.close(self.config.close_timeout_s) and self._ended
-            if self._context.ledger.has_host:
-                self._context.mover.close()
-        return self._ended
+        first, self._closed = not self._closed, True
+        if first and self._stores.edge is not None:
+            self._hanging.append(self._stores.edge)
+        self._hanging = [edge for edge in self._hanging if not edge.close(self.config.close_timeout_s)]
+        if first and self._context.ledger.has_host:
+            self._context.mover.close()
+        return not self._hanging
 
     # ---- inspection --------------------------------------------------------------------------------------------------
     def stats(self) -> ControllerStats:

@@ -9,8 +9,10 @@ Queues are bounded by the controller (max_prefetches, max_stores). A call to sto
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol, TypeAlias, get_args
@@ -23,6 +25,8 @@ from .base import BoolArray, Digests
 from .config import ControllerConfig
 
 __all__ = ["Job", "PageStoreLike", "StorageWorkers", "work_on"]
+
+_log = logging.getLogger("radixkv.controller")
 
 JobKind: TypeAlias = Literal["look_up", "fetch", "store"]
 
@@ -39,6 +43,15 @@ class PageStoreLike(Protocol):
     ) -> BoolArray: ...
 
     def count_prefix(self, digests: Any, *, salt: bytes = b"", timeout_s: float | None = None) -> int: ...
+
+
+def let_go(error: BaseException | None) -> None:
+    """Clear the frames that an error remembers: their views of host pages would keep the pool from being closed."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class Job:
@@ -79,6 +92,7 @@ class _Worker:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Job, Iterator[None]]] = deque()
         self._running: Job | None = None
+        self._logged: type[BaseException] | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -114,6 +128,9 @@ class _Worker:
                 job, work = self._waiting.popleft()
                 self._running = job
             more, error = self._step(work)
+            if error is not None and type(error) is not self._logged:  # a store's own errors are misses, and counted
+                self._logged = type(error)
+                _log.warning("worker=%s error=%r", self._name, error)
             with self._changed:
                 self._running = None
                 if more and not job.cancelled:
@@ -129,6 +146,7 @@ class _Worker:
         except StopIteration:
             return False, None
         except Exception as error:  # whatever a backend raises is the failure of this job alone
+            let_go(error)
             return False, error
         return True, None
 

@@ -72,8 +72,8 @@ class Writes:
             else:
                 context.ledger.free_host(op.host_pages)
             context.finished("backup", "failed", 0, op.ticket.seconds, op.started_s)
-        tree.unlock(op.node)
         self.operations.remove(op)
+        tree.unlock(op.node)  # LockError: somebody has undone this lock besides his own; the rest is as it should be
         if status == SUCCEEDED:
             self.backed_up(op.node)
         return status == SUCCEEDED

@@ -190,7 +190,8 @@ def _checks(phases: dict[str, dict[str, Any]], spoiled: dict[str, Any]) -> Itera
     yield Check("every prompt token accounted for", accounted, f"{sum(r['prompt_tokens'] for r in requests):,} tokens")
     total = _tokens(requests)
     for tier in TIERS[:-1]:
-        yield Check(f"prefixes from {tier}", total[tier] > 0, f"{total[tier]:,} tokens")
+        hint = "" if total[tier] else ": more --users or --turns, or less room in the tiers before it, would show some"
+        yield Check(f"prefixes from {tier}", total[tier] > 0, f"{total[tier]:,} tokens{hint}")
     first = after["requests"][0]["tokens"]
     restarted = before["ready"]["pid"] != after["ready"]["pid"]
     yield Check(

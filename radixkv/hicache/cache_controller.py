@@ -202,16 +202,12 @@ class HiCacheController:
             own.close()
 
     def close(self) -> bool:
-        """End all threads. A second call does nothing.
-
-        Returns: whether all have ended; if not, one hangs in a call to storage, and may still use the host pool.
-        """
+        """End all threads. Returns: whether they have ended; if not, a call to storage hangs, see Controller.close."""
         storage = None if self._closed else self.storage_backend
-        self._closed = True
-        self.core.close()
-        if storage is not None:
+        ended = self._closed = self.core.close()
+        if storage is not None and ended:
             self._part_from(storage)
-        return self.core.threads_ended
+        return ended
 
 
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:

@@ -321,16 +321,18 @@ class HiRadixCache(RadixCache):
             self._core.reset()
             self._wait(left, "device pages are being written")
 
-    def close(self) -> None:
-        """End all threads and give the host memory back; nothing else may be called afterwards.
+    def close(self) -> bool:
+        """End all threads and give the host memory back; nothing else may be called afterwards, but close.
 
-        A thread that hangs in a call to storage keeps the host memory: it may still use it.
+        Returns: whether the memory is back. It is kept while a call to storage hangs that reads or writes it (after
+        control.close_timeout_s); then this may be called again.
         """
-        if self.cache_controller.close():
-            self.token_to_kv_pool_host.clear()
-            self.token_to_kv_pool_host.close()
-        else:
-            _log.warning("host_memory=kept reason=storage_hangs")
+        if not self.cache_controller.close():
+            _log.warning("host_memory=kept reason=%r", "a call to storage has not ended: close again when it has")
+            return False
+        self.token_to_kv_pool_host.clear()  # pages of copies that were cancelled
+        self.token_to_kv_pool_host.close()
+        return True
 
     def __enter__(self) -> HiRadixCache:
         return self

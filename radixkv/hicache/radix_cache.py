@@ -33,7 +33,7 @@ class RadixCache(BasePrefixCache):
         req_to_token_pool: the engine's, or ours; None where no requests are cached.
         token_to_kv_pool_allocator: the engine's, or ours: alloc(n), free(slots), available_size(), device. None: a tree
             that only remembers keys; values are not looked at then, and slots mean nothing.
-        page_size: P, tokens a page.
+        page_size: P, tokens a page; the allocator's.
         disable: find nothing, keep nothing, and free what a finished request held.
         enable_kv_cache_events: record events for ``take_events``.
         eviction_policy: one of radixkv.POLICIES.
@@ -56,6 +56,9 @@ class RadixCache(BasePrefixCache):
         self.reset()
 
     def _set_up(self, req_to_token_pool: Any, allocator: Any, tree: BaseRadixTree, disable: bool, events: bool) -> None:
+        theirs = getattr(allocator, "page_size", tree.page_size)
+        if theirs != tree.page_size:  # it frees whole pages of its own: also the part that the cache keeps
+            raise InvalidArgumentError(f"pages of {tree.page_size} tokens in the cache, of {theirs} in the allocator")
         self.req_to_token_pool, self.token_to_kv_pool_allocator = req_to_token_pool, allocator
         self.page_size, self.disable, self.enable_kv_cache_events = tree.page_size, disable, events
         self.device = "cpu" if allocator is None else allocator.device

@@ -115,6 +115,11 @@ class DevicePool:
             for buffer, rows in zip(half, saved, strict=True):
                 buffer[indices] = self._from_host(rows)
 
+    def move_kv_cache(self, tgt_loc: Array, src_loc: Array) -> None:
+        """Copy tokens to other slots, in all layers: src_loc[i] to tgt_loc[i], as if all were read first."""
+        for buffer in self._all_buffers():
+            buffer[tgt_loc] = buffer[src_loc]
+
     def _halves(self) -> list[list[Array]]:
         raise NotImplementedError
 
@@ -242,14 +247,15 @@ class MHATokenToKVPool(DevicePool):
         return self.get_key_buffer(layer_id), self.get_value_buffer(layer_id)
 
     def set_kv_buffer(
-        self, layer: Any, loc: Array, cache_k: Array, cache_v: Array, k_scale: Any = None, v_scale: Any = None
-    ) -> None:
+        self, layer: Any, loc: Array, cache_k: Array, cache_v: Array, k_scale: Any = None, v_scale: Any = None,
+        layer_id_override: int | None = None,
+    ) -> None:  # fmt: skip
         """Write the K and V of tokens: row i goes to slot loc[i] of the layer ``layer.layer_id`` (or the int
-        ``layer``).
+        ``layer``), or of ``layer_id_override``.
 
         Rows of another dtype are divided by their scale and converted.
         """
-        at = self._place(getattr(layer, "layer_id", layer))
+        at = self._place(getattr(layer, "layer_id", layer) if layer_id_override is None else layer_id_override)
         self.k_buffer[at][loc] = self._storable(cache_k, k_scale)
         self.v_buffer[at][loc] = self._storable(cache_v, v_scale)
 

@@ -61,13 +61,15 @@ class Breaker:
             self._trial = True
             return True
 
-    def succeeded(self) -> None:
-        """The store answered: closed again."""
+    def succeeded(self) -> bool:
+        """The store answered: closed again. Returns: whether it was open."""
         with self._lock:
+            was_open = self._failures >= self.config.failures
             self._failures, self._pause_s, self._trial = 0, 0.0, False
+            return was_open
 
-    def failed(self) -> None:
-        """The call failed as a whole."""
+    def failed(self) -> bool:
+        """The call failed as a whole. Returns: whether that has opened it."""
         with self._lock:
             self._failures += 1
             self._trial = False
@@ -75,3 +77,4 @@ class Breaker:
                 config = self.config
                 self._pause_s = min(max(2 * self._pause_s, config.first_pause_s), config.longest_pause_s)
                 self._retry_at = self._clock() + self._pause_s * random.uniform(0.5, 1)
+            return self._failures == self.config.failures

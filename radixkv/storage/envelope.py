@@ -60,7 +60,12 @@ class Verdict(Enum):
 
 @cache
 def _xxhash() -> Any:
-    return require_package("xxhash", "xxhash", "radixkv.storage")
+    return require_package("xxhash", "'radixkv[storage]'", "radixkv.storage")
+
+
+def require_checksum() -> None:
+    """Raises: StorageError if the checksum's package is missing. Asked once a store, before any page depends on it."""
+    _xxhash()
 
 
 def _headers(keys: Sequence[str], payload_bytes: IntArray) -> Headers:

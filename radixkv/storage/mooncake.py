@@ -155,7 +155,7 @@ class MooncakeStorage(Storage):
         self._store: Any = module.MooncakeDistributedStore()
         code = self._store.setup(hostname, metadata, segment_bytes, 16 << 20, protocol, devices, master)
         if code:
-            raise StorageError(f"mooncake: no store at {master} ({protocol}), error {code}")
+            raise StorageError(f"mooncake: no store at {master} ({protocol}), error {code}: no mooncake_master?")
         self._closed = False
         self._lock = threading.Lock()
         self._counters = {"refused": 0, "failed": 0, "late": 0}

@@ -28,7 +28,8 @@ def create_storage(name: str | Storage, **options: Any) -> Storage:
     """Make a backend.
 
     Args:
-        name: one of BACKENDS; "dynamic" with the option ``path``, "module:Class"; "module:Class" itself; or a backend,
+        name: one of BACKENDS; "dynamic" with the option ``path``, "module:Class" (or ``module_path`` and
+            ``class_name``); "module:Class" itself; or a backend,
             which is returned as it is. The class is a Storage, or has SGLang's interface (sglang_api.py).
         options: keyword arguments of the backend's class.
     Raises: InvalidArgumentError for an unknown name, unknown options, or a class that is no Storage; StorageError if a
@@ -41,6 +42,11 @@ def create_storage(name: str | Storage, **options: Any) -> Storage:
     path = BACKENDS.get(name, name)
     if name == "dynamic":
         path = str(options.pop("path", ""))
+        if "module_path" in options and "class_name" in options:  # as SGLang names them
+            path = f"{options.pop('module_path')}:{options.pop('class_name')}"
+            options.pop("backend_name", None)
+        if ":" not in path:
+            raise InvalidArgumentError("storage 'dynamic' needs path='module:Class', or module_path and class_name")
     if ":" not in path:
         names = ", ".join(sorted(BACKENDS))
         raise InvalidArgumentError(f"unknown storage {name!r}: {names}, dynamic with path=, or module:Class")
@@ -51,7 +57,8 @@ def create_storage(name: str | Storage, **options: Any) -> Storage:
     try:
         inspect.signature(found).bind(**options)
     except TypeError as error:
-        raise InvalidArgumentError(f"storage {name!r} does not take these options: {error}") from error
+        hint = "HiCacheConfig: storage_options"
+        raise InvalidArgumentError(f"storage {name!r} does not take these options: {error} ({hint})") from error
     made = found(**options)
     if plugin:
         return PluginStorage(made)

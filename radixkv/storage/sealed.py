@@ -5,6 +5,7 @@ Nothing here raises because storage failed: a value that cannot be had is a miss
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,13 @@ import numpy as np
 from ..errors import StorageError, StorageTimeoutError
 from .base import BoolArray, Deadline, IntArray, Storage, byte_views
 from .breaker import Breaker, BreakerConfig
-from .envelope import HEADER_BYTES, Headers, Verdict, seal, verify
+from .envelope import HEADER_BYTES, Headers, Verdict, require_checksum, seal, verify
 
 __all__ = ["PageCounters", "SealedStore"]
 
 Answer = TypeVar("Answer")
+
+_log = logging.getLogger("radixkv.storage")
 
 _FIRST_LOOK_UP = 64
 """Keys asked for at once by count_prefix, doubled at each step: a short hit costs little, a long one few calls."""
@@ -58,7 +61,8 @@ class SealedStore:
 
     Args:
         storage: any backend; it stays open, as several stores may share it.
-        breaker: when to leave a dead one alone.
+        breaker: when to leave a dead one alone. That it is, and that it is not any more, is logged.
+    Raises: StorageError if the checksum's package is missing.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class SealedStore:
         breaker: BreakerConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        require_checksum()
         self.storage, self.breaker = storage, Breaker(breaker, clock)
         self._lock = threading.Lock()
         self._counters = PageCounters()
@@ -149,17 +154,21 @@ class SealedStore:
             return None
         try:
             answer = function(*arguments, timeout_s=timeout_s)
-        except StorageTimeoutError:
+        except StorageTimeoutError as error:
             self._count(timeouts=1)
-        except StorageError:
+            reason = str(error)
+        except StorageError as error:
             self._count(errors=1)
+            reason = str(error)
         except BaseException:
             self.breaker.failed()  # a trial that ends otherwise must not leave the breaker waiting for its result
             raise
         else:
-            self.breaker.succeeded()
+            if self.breaker.succeeded():
+                _log.info("storage=back backend=%s", self.storage.name)
             return answer
-        self.breaker.failed()
+        if self.breaker.failed():
+            _log.warning("storage=left_alone backend=%s error=%r", self.storage.name, reason)
         return None
 
     def _remove(self, wrong: Mapping[str, Verdict], deadline: Deadline) -> None:

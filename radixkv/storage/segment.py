@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 @cache
 def _sum64() -> Callable[..., int]:
-    function: Callable[..., int] = require_package("xxhash", "xxhash", "radixkv.storage").xxh3_64_intdigest
+    function: Callable[..., int] = require_package("xxhash", "'radixkv[storage]'", "radixkv.storage").xxh3_64_intdigest
     return function
 
 

@@ -21,6 +21,7 @@ from radixkv.hicache import (
     MHATokenToKVPoolHost,
     MLATokenToKVPoolHost,
     PagedTokenToKVPoolAllocator,
+    RadixCache,
     ReqToTokenPool,
     get_hash_str,
 )
@@ -806,3 +807,13 @@ def test_checks_under_their_old_names(make: Any) -> None:
                       cache.check_backup_progress):  # fmt: skip
             check()
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 8])
+def test_pages_of_another_size_than_the_allocators_are_refused(page_size: int) -> None:
+    """It would free a page of its own when a part of it is evicted, and hand out what is still cached."""
+    allocator = allocator_of(device_pool("mha", 64, 4), 4)
+    with pytest.raises(InvalidArgumentError, match=f"pages of {page_size} tokens in the cache, of 4 in the allocator"):
+        hiradix_cache(64, page_size, allocator=allocator)
+    with pytest.raises(InvalidArgumentError, match="in the allocator"):
+        RadixCache(None, allocator, page_size)

@@ -153,3 +153,22 @@ def test_write_through_locks_beside_a_requests(monkeypatch: pytest.MonkeyPatch) 
             cache.dec_lock_ref(node)
         assert cache.evict(100) == 32
         cache.check_integrity()
+
+
+def test_one_unlock_too_many_during_a_backup_is_an_error_once() -> None:
+    """It takes the lock of the copy. The poll that settles this says so; the cache goes on, and can be reset."""
+    with hiradix_cache(256, 4) as cache:
+        key = list(range(64))
+        cache.insert(key, take(cache, 64))
+        node = cache.match_prefix(key).last_device_node
+        cache.dec_lock_ref(node)
+        with pytest.raises(LockError, match="is not locked itself"):
+            settle(cache)
+        settle(cache)
+        assert node.backuped
+        cache.check_integrity()
+        cache.reset()
+        cache.token_to_kv_pool_allocator.clear()
+        cache.insert(key, take(cache, 64))
+        settle(cache)
+        cache.check_integrity()

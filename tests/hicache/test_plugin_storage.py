@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from radixkv.hicache import HiCacheStorage
+from radixkv.storage import MemoryStorage
+from radixkv.storage.base import BoolArray, Parts
 
 from .kit import hiradix_cache, settle, take
 from .scheduler import Bytes
@@ -76,3 +80,54 @@ def test_a_cache_over_a_plugin(layout: str) -> None:
         cache.ready_to_load_host_cache()
         settle(cache)
         Bytes(cache.kv_cache).check(key, loaded)
+
+
+class Broken(MemoryStorage):
+    """A plug-in with a bug: what it raises is no StorageError, and its traceback has views of host pages."""
+
+    def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
+        try:
+            raise KeyError(len(parts))
+        except KeyError as error:
+            raise RuntimeError("a bug") from error
+
+
+def test_a_plugin_with_a_bug_is_logged_once_and_does_not_keep_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+    with hiradix_cache(256, 4, storage=Broken(), write_through_threshold_storage=1) as cache:
+        for start in (0, 100):
+            for _ in range(2):
+                slots = take(cache, 64)
+                key = list(range(start, start + 64))
+                cache.token_to_kv_pool_allocator.free(slots[: cache.insert(key, slots)])
+                settle(cache)
+        assert cache.cache_controller.core.stats().store_failures >= 2
+    assert [m for m in caplog.messages if "a bug" in m] == ["worker=store error=RuntimeError('a bug')"]
+
+
+class Hung(MemoryStorage):
+    """A server that does not answer, and a client without deadlines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
+        self.asked.set()
+        self.answer.wait(20)
+        return super().put_many(keys, parts)
+
+
+def test_closing_while_a_call_to_storage_hangs_keeps_the_memory_that_it_reads(caplog: pytest.LogCaptureFixture) -> None:
+    storage, key = Hung(), list(range(64))
+    cache = hiradix_cache(256, 4, storage=storage, store_after_backup=True, close_timeout_s=0.05)
+    cache.insert(key, take(cache, 64))
+    cache.writing_check(write_back=True)
+    assert storage.asked.wait(10)
+    assert not cache.close()
+    assert not cache.token_to_kv_pool_host.arena.closed
+    assert any("close again" in message for message in caplog.messages)
+    storage.answer.set()
+    deadline = time.monotonic() + 10
+    while not cache.close():
+        assert time.monotonic() < deadline
+    assert cache.token_to_kv_pool_host.arena.closed

@@ -18,9 +18,11 @@ from radixkv.errors import InvalidArgumentError
 from radixkv.metrics import DURATION_BUCKETS_S, Histogram, MetricsCollector, MetricsListener, serve_metrics
 from radixkv.pool.host import HostKVCache, HostPoolConfig
 from radixkv.pool.layout import KVGeometry
+from radixkv.storage.breaker import Breaker, BreakerConfig
 from radixkv.storage.memory import MemoryStorage
 from radixkv.storage.namespace import PageNamespace
 from radixkv.storage.pages import PageStore, host_page_parts
+from radixkv.storage.sealed import PageCounters
 
 GEOMETRY = KVGeometry(kind="mha", num_layers=2, num_heads=2, head_bytes=16, page_size=4)
 
@@ -164,6 +166,27 @@ def test_tree_host_pool_storage_and_publisher() -> None:
     assert value(samples, "storage_bytes_read_total") == 2 * GEOMETRY.page_bytes
     assert value(samples, "storage_failed_calls_total", reason="timeouts") == 0
     host.close()
+
+
+def test_a_store_left_alone_by_its_breaker_shows() -> None:
+    """Also where the controller has seen no failure: to it, the pages of a dead store are misses."""
+
+    class Idle:
+        storage: Any = None
+
+        def stats(self) -> ControllerStats:
+            return ControllerStats()
+
+    class Left:
+        counters = PageCounters()
+        breaker = Breaker(BreakerConfig(failures=1))
+
+    controller = Idle()
+    assert value(scrape(controller=controller), "storage_backing_off") == 0
+    controller.storage = Left()
+    assert value(scrape(controller=controller), "storage_backing_off") == 0
+    Left.breaker.failed()
+    assert value(scrape(controller=controller), "storage_backing_off") == 1
 
 
 def test_the_event_publisher() -> None:

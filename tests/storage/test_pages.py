@@ -189,7 +189,10 @@ def test_bad_arguments(host: HostPages) -> None:
         namespace(head_bytes=0)
 
 
-def test_a_dead_store_is_soon_left_alone_and_tried_again_later(host: HostPages) -> None:
+def test_a_dead_store_is_soon_left_alone_and_tried_again_later(
+    host: HostPages, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "radixkv.storage")
     now = [0.0]
     inner = FaultyStorage(MemoryStorage(), dead())
     config = BreakerConfig(failures=3, first_pause_s=1.0, longest_pause_s=4.0)
@@ -198,6 +201,7 @@ def test_a_dead_store_is_soon_left_alone_and_tried_again_later(host: HostPages) 
         assert not store.get_pages(digests(2), ids(0, 1)).any()
     assert (inner.calls["get_many"], store.counters.errors, store.counters.skipped) == (3, 3, 7)
     assert store.counters.misses == 20
+    assert caplog.messages == ["storage=left_alone backend=faulty error='connection refused'"]  # once, and why
     now[0] += 1.0
     assert store.count_prefix(digests(2)) == 0  # the trial fails
     assert not store.set_pages(digests(2), ids(0, 1)).any()
@@ -207,6 +211,7 @@ def test_a_dead_store_is_soon_left_alone_and_tried_again_later(host: HostPages) 
     assert store.set_pages(digests(2), ids(0, 1)).all()
     assert store.get_pages(digests(2), ids(2, 3)).all()
     assert not store.breaker.open
+    assert caplog.messages[1:] == ["storage=back backend=faulty"]
 
 
 def test_only_one_trial_at_a_time(host: HostPages) -> None:
@@ -330,6 +335,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, host: HostP
 
     monkeypatch.setitem(sys.modules, "xxhash", None)
     envelope._xxhash.cache_clear()
-    with pytest.raises(StorageError, match="pip install xxhash"):
-        page_store(MemoryStorage(), host).set_pages(digests(1), ids(0))
+    with pytest.raises(StorageError, match=r"pip install 'radixkv\[storage\]'"):  # not only once a page is stored
+        page_store(MemoryStorage(), host)
     envelope._xxhash.cache_clear()

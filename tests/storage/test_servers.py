@@ -278,7 +278,7 @@ def test_wrong_options() -> None:
         create_storage("file")
     with pytest.raises(InvalidArgumentError, match=r"options \['max_bytes'\]"):
         create_storage(create_storage("memory"), max_bytes=1)
-    with pytest.raises(InvalidArgumentError, match="unknown storage 'dynamic'"):
+    with pytest.raises(InvalidArgumentError, match="storage 'dynamic' needs path="):
         create_storage("dynamic")
     with pytest.raises(StorageError, match="cannot import nowhere"):
         create_storage("nowhere:Class")
@@ -300,6 +300,17 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(StorageError, match=rf"pip install radixkv\[{backend}\]"):
         create_storage(backend, **options)
+
+
+def test_a_dynamic_class_as_sglang_names_it() -> None:
+    options = {"backend_name": "x", "module_path": "radixkv.storage.memory", "class_name": "MemoryStorage"}
+    storage = create_storage("dynamic", **options)
+    assert storage.name == "memory"
+    storage.close()
+    with pytest.raises(InvalidArgumentError, match="needs path='module:Class', or module_path and class_name"):
+        create_storage("dynamic")
+    with pytest.raises(InvalidArgumentError, match=r"'bucket' \(HiCacheConfig: storage_options\)"):
+        create_storage("s3")
 
 
 def test_a_plugin_that_nixl_does_not_have(tmp_path: Path) -> None:

@@ -500,3 +500,15 @@ def test_a_pool_needs_its_halves() -> None:
     pool = DevicePool(S, "fp32", MHATokenToKVPool(S, P, "fp32", H, D, L).geometry, "cpu", None, "numpy")
     with pytest.raises(NotImplementedError):
         pool.get_contiguous_buf_infos()
+
+
+def test_moving_tokens_and_another_layers_number() -> None:
+    """What speculative decoding calls: the tokens of accepted drafts move together; cross attention names its layer."""
+    pool = MHATokenToKVPool(8, 1, torch.float32, H, D, 2, "cpu")
+    rows = torch.arange(3 * H * D, dtype=torch.float32).view(3, H, D)
+    for layer in range(2):
+        pool.set_kv_buffer(SimpleNamespace(layer_id=0), torch.tensor([1, 4, 6]), rows, -rows, layer_id_override=layer)
+    pool.move_kv_cache(torch.tensor([4, 1]), torch.tensor([6, 4]))  # 4 is read before it is written
+    for key, value in (pool.get_kv_buffer(layer) for layer in range(2)):
+        assert torch.equal(key[[1, 4, 6]], rows[[1, 2, 2]])
+        assert torch.equal(value[[1, 4, 6]], -rows[[1, 2, 2]])

@@ -151,7 +151,7 @@ def test_a_machine_with_nothing(tmp_path: Path) -> None:
     findings, choices = found(diagnosis), chosen(diagnosis)
     assert set(findings) == set(doctor.PROBES) | set(doctor.MEASUREMENTS)
     missing = {"gpu", "driver", "torch", "cupy", "nvrtc", "nvcc", "huge pages", "page-locking", "link bandwidth",
-               "kernels", "C launcher", "tuning"}  # fmt: skip
+               "kernels", "C launcher", "tuning", "storage"}  # fmt: skip
     assert {name for name, finding in findings.items() if finding.status == "missing"} == missing
     assert not [finding for finding in findings.values() if finding.status == "failed"]
     assert choices["copies"].uses == "the CPU path"
@@ -178,7 +178,8 @@ def equipped(root: Path) -> Bare:
         "nvidia-smi": "H100, 81559 MiB, 9.0\nH100, 81559 MiB, 9.0\n",
         "nvcc": "nvcc: NVIDIA\nCuda compilation tools, release 13.0, V13.0.48\n",
     }
-    machine.modules = {"torch": fake_torch(2), "cupy": fake_cupy(2)}
+    storage = ("xxhash", "redis", "obstore", "mooncake.store", "nixl_cu13._api")
+    machine.modules = {"torch": fake_torch(2), "cupy": fake_cupy(2), **dict.fromkeys(storage)}
     machine.libraries = {
         "libcuda.so.1": fake_library(cuDriverGetVersion=(0, 13020), cuInit=(0,), cuDeviceGetCount=(0, 2)),
         "libnvrtc.so.13": fake_library(nvrtcVersion=(0, 13, 1)),
@@ -207,6 +208,19 @@ def tuned(machine: Bare) -> None:
     """Give it a GPU whose measurement is kept on disk."""
     machine.device = "Fast GPU"
     machine.chooser().tune(lambda *_: 1.0)
+
+
+def test_storage_backends_and_what_each_of_them_lacks(tmp_path: Path) -> None:
+    machine = equipped(tmp_path)
+    del machine.modules["mooncake.store"]
+    finding = found(diagnose(machine))["storage"]
+    assert finding.status == "ok"
+    assert finding.value == (
+        "file, redis, s3, nixl; no mooncake: No module named 'mooncake.store'; pip install 'radixkv[mooncake]'"
+    )
+    del machine.modules["xxhash"]  # which all of them need
+    finding = found(diagnose(machine))["storage"]
+    assert (finding.status, finding.value) == ("missing", "No module named 'xxhash'; pip install 'radixkv[storage]'")
 
 
 def test_a_machine_with_everything(tmp_path: Path, launcher: Any) -> None:
