@@ -64,6 +64,11 @@ class Context:
         except Exception as error:
             return FailedTicket(error)
 
+    def flush_backups(self) -> None:
+        """Let the backups begin that a mover has put off; see Mover."""
+        if self._mover is not None:
+            self._mover.flush()
+
     def begin_load(self, host_pages: PageIds, device_pages: PageIds, progress: LayerProgress) -> Ticket:
         """Ask for a copy to the device, likewise."""
         try:

@@ -134,6 +134,7 @@ class Loads:
 
     def start(self) -> int:
         """See Controller.start_loads."""
+        self.context.flush_backups()
         loads, self.queued = self.queued, []
         return self._copy(loads) if loads else -1
 

@@ -61,8 +61,11 @@ class Side(ABC):
 
     # ---- what the harness needs beyond the API ---------------------------------------------------------------------
     @abstractmethod
-    def settle(self) -> None:
-        """Wait until what was started is done. Raises: TimeoutError that names what is not."""
+    def settle(self, flush: bool = True) -> None:
+        """Wait until what was started is done. Raises: TimeoutError that names what is not.
+
+        flush: also what the cache has taken on, and would begin in the next check_hicache_events.
+        """
 
     @abstractmethod
     def advance(self, seconds: float) -> None:
@@ -225,7 +228,7 @@ class OriginalSide(Side):
 
         cache.ready_to_load_host_cache = remembered
 
-    def settle(self) -> None:
+    def settle(self, flush: bool = True) -> None:
         wait_for(lambda: not self._busy(), lambda: ", ".join(self._busy()))
 
     def _busy(self) -> list[str]:
