@@ -121,7 +121,7 @@ class CopyLane:
         self._name = name
         self._changed = threading.Condition()
         self._waiting: deque[Any] = deque()
-        self._closed = False
+        self._closed = self._running = False
         self._thread: threading.Thread | None = None
 
     def put(self, ticket: CopyTicket) -> None:
@@ -142,12 +142,15 @@ class CopyLane:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting:
+                while self._running or not self._waiting:
                     if self._closed:
                         return
                     self._changed.wait()
                 tickets = self._next()
+                self._running = True
             self._run(tickets)
+            with self._changed:
+                self._running = False
 
     def _next(self) -> list[Any]:
         """What is copied next, off the queue."""
@@ -181,7 +184,7 @@ class PageTicket(CopyTicket):
 
     def wait(self, timeout_s: float | None = None) -> bool:
         if not self._done:
-            self.lane.flush()
+            self.lane.hurry(self)
         return super().wait(timeout_s)
 
 
@@ -193,8 +196,10 @@ class PageLane(CopyLane):
     has more). If it fails, each ticket is tried by itself: a bad one takes no other along.
 
     Args:
-        copy: (source pages, destination pages, marks) returns when the bytes are in place. marks: see mark; distinct, in
-            order.
+        copy: (source pages, destination pages, marks) returns when the bytes are in place. marks: see mark; distinct,
+            in order.
+        inline: copies never hang: who waits for one while the thread does nothing does what is waiting itself. Not for
+            a device, where a deadline may pass.
         mark: is called in flush; what it returns is handed to the copy. What is to be copied is complete then.
     """
 
@@ -203,9 +208,11 @@ class PageLane(CopyLane):
         name: str,
         copy: Callable[[PageIds, PageIds, list[Any]], None],
         mark: Callable[[], Any] = lambda: None,
+        *,
+        inline: bool = False,
     ) -> None:
         super().__init__(name)
-        self._copy_pages, self._mark = copy, mark
+        self._copy_pages, self._mark, self._inline = copy, mark, inline
         self._taken_on: list[PageTicket] = []
         self._pages_taken_on = 0
 
@@ -229,7 +236,33 @@ class PageLane(CopyLane):
             with self._changed:
                 self._begin()
 
-    def _begin(self) -> None:
+    def hurry(self, ticket: PageTicket) -> None:
+        """Somebody waits for a ticket."""
+        if not self._inline:
+            self.flush()
+            return
+        with self._changed:
+            self._begin(wake=False)
+        while not ticket.done():
+            with self._changed:
+                if self._running or not self._waiting:  # who runs it goes on with the next
+                    return
+                tickets = self._next()
+                self._running = True
+            try:
+                self._run(tickets)
+            except BaseException as error:  # an interrupt of this thread
+                for one in tickets:
+                    if not one.done():
+                        one.end(error)
+                raise
+            finally:
+                with self._changed:
+                    self._running = False
+                    if self._waiting:
+                        self._wake()
+
+    def _begin(self, wake: bool = True) -> None:
         tickets, self._taken_on, self._pages_taken_on = self._taken_on, [], 0
         if not tickets:
             return
@@ -242,7 +275,8 @@ class PageLane(CopyLane):
         for ticket in tickets:
             ticket.after = mark
         self._waiting.extend(tickets)
-        self._wake()
+        if wake:
+            self._wake()
 
     def _next(self) -> list[PageTicket]:
         tickets = [self._waiting.popleft()]

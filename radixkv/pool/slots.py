@@ -53,7 +53,7 @@ class SlotAllocator:
         """
         if num_pages < 0:
             raise InvalidArgumentError(f"cannot allocate {num_pages} pages")
-        if num_pages > self.available:
+        if num_pages > self.capacity - self._fresh + self._stack_len:
             return None
         from_fresh = min(num_pages, self.capacity - self._fresh)
         if from_fresh < num_pages:  # no run is long enough: keep the rest of the fresh one for a shorter call if we can

@@ -372,6 +372,30 @@ class BaseRadixTree(ABC):
             than 1, longer than the path, or begins inside a node.
         """
 
+    def begin_write(self, node: int, marks: int) -> PageIds | None:
+        """Begin a copy of a node to the next tier, in one step: unless it has one of these marks, a host copy or one that
+        is asked for, or its device pages are not there (yet), lock its path and set the marks.
+
+        Returns: its device pages, a new int32 array; None, and nothing has changed, otherwise.
+        Raises: InvalidArgumentError for ROOT or a mask outside 0..255.
+        """
+        info = self.node_info(node)
+        if info.page_ids is None or info.host_page_ids is not None or info.loading or info.backup_pending:
+            return None
+        if info.marks & marks:
+            return None
+        self.mark(node, set=marks)
+        self.lock(node)
+        return info.page_ids
+
+    def host_pages(self, node: int) -> tuple[int, PageIds | None]:
+        """A node's parent (ROOT for the first of a path), and its host pages, a new int32 array; None: it has none.
+
+        What node_info says, for a fraction of its time. Raises: InvalidArgumentError for ROOT.
+        """
+        info = self.node_info(node)
+        return info.parent, info.host_page_ids
+
     @abstractmethod
     def due(self, node: int, tier: NextTier, min_hits: int, without_marks: int = 0) -> list[int]:
         """The nodes of the path root -> node that lack their copy in the next tier, root side first.
