@@ -30,14 +30,16 @@ class CopyTicket:
         failed: is told why it did not happen.
     """
 
-    def __init__(
-        self, copy: Callable[[], None] | None = None, failed: Callable[[BaseException], object] | None = None
-    ) -> None:
+    # of the class until they change: a ticket is made for every backup
+    _copy: Callable[[], None] | None = None
+    _failed: Callable[[BaseException], object] | None = None
+    _begun = _done = False
+    _waited_for: threading.Event | None = None
+    error: BaseException | None = None
+    seconds = 0.0
+
+    def __init__(self, copy: Callable[[], None], failed: Callable[[BaseException], object] | None = None) -> None:
         self._copy, self._failed = copy, failed
-        self._begun = self._done = False
-        self._waited_for: threading.Event | None = None
-        self.error: BaseException | None = None
-        self.seconds = 0.0
 
     def done(self) -> bool:
         return self._done
@@ -119,14 +121,15 @@ class CopyLane:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._waiting: deque[Any] = deque()
         self._closed = self._running = False
         self._thread: threading.Thread | None = None
 
     def put(self, ticket: CopyTicket) -> None:
         """Run it after all others; fail it if the lane is closed."""
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 self._waiting.append(ticket)
                 self._wake()
@@ -141,7 +144,7 @@ class CopyLane:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while self._running or not self._waiting:
                     if self._closed:
                         return
@@ -149,7 +152,7 @@ class CopyLane:
                 tickets = self._next()
                 self._running = True
             self._run(tickets)
-            with self._changed:
+            with self._lock:
                 self._running = False
 
     def _next(self) -> list[Any]:
@@ -162,7 +165,7 @@ class CopyLane:
 
     def close(self) -> None:
         """Cancel what has not begun, wait for what has, end the thread. A second call does nothing."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -179,7 +182,6 @@ class PageTicket(CopyTicket):
     after: Any = None
 
     def __init__(self, lane: PageLane, src_pages: PageIds, dst_pages: PageIds) -> None:
-        super().__init__()
         self.lane, self.src_pages, self.dst_pages = lane, src_pages, dst_pages
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -220,7 +222,7 @@ class PageLane(CopyLane):
         """A copy that begins with the next flush: of the caller, of who waits for it, or when enough has come
         together."""
         ticket = PageTicket(self, src_pages, dst_pages)
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 self._taken_on.append(ticket)
                 self._pages_taken_on += len(src_pages)
@@ -233,7 +235,7 @@ class PageLane(CopyLane):
     def flush(self) -> None:
         """Begin what was taken on."""
         if self._taken_on:
-            with self._changed:
+            with self._lock:
                 self._begin()
 
     def hurry(self, ticket: PageTicket) -> None:
@@ -241,10 +243,10 @@ class PageLane(CopyLane):
         if not self._inline:
             self.flush()
             return
-        with self._changed:
+        with self._lock:
             self._begin(wake=False)
         while not ticket.done():
-            with self._changed:
+            with self._lock:
                 if self._running or not self._waiting:  # who runs it goes on with the next
                     return
                 tickets = self._next()
@@ -257,7 +259,7 @@ class PageLane(CopyLane):
                         one.end(error)
                 raise
             finally:
-                with self._changed:
+                with self._lock:
                     self._running = False
                     if self._waiting:
                         self._wake()
@@ -315,7 +317,7 @@ class PageLane(CopyLane):
         return time.perf_counter() - began_s, error
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             tickets, self._taken_on = self._taken_on, []
         for ticket in tickets:
             ticket.cancel()

@@ -373,8 +373,8 @@ class BaseRadixTree(ABC):
         """
 
     def begin_write(self, node: int, marks: int) -> PageIds | None:
-        """Begin a copy of a node to the next tier, in one step: unless it has one of these marks, a host copy or one that
-        is asked for, or its device pages are not there (yet), lock its path and set the marks.
+        """Begin a copy of a node to the host, in one step: unless it has one of these marks, a host copy or one that is
+        asked for, or its device pages are not there (yet), lock its path and set the marks.
 
         Returns: its device pages, a new int32 array; None, and nothing has changed, otherwise.
         Raises: InvalidArgumentError for ROOT or a mask outside 0..255.
