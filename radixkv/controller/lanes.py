@@ -124,7 +124,7 @@ class CopyLane:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting: deque[Any] = deque()
-        self._closed = self._running = False
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     def put(self, ticket: CopyTicket) -> None:
@@ -145,15 +145,12 @@ class CopyLane:
     def _work(self) -> None:
         while True:
             with self._lock:
-                while self._running or not self._waiting:
+                while not self._waiting:
                     if self._closed:
                         return
                     self._changed.wait()
                 tickets = self._next()
-                self._running = True
             self._run(tickets)
-            with self._lock:
-                self._running = False
 
     def _next(self) -> list[Any]:
         """What is copied next, off the queue."""
@@ -186,7 +183,7 @@ class PageTicket(CopyTicket):
 
     def wait(self, timeout_s: float | None = None) -> bool:
         if not self._done:
-            self.lane.hurry(self)
+            self.lane.flush()
         return super().wait(timeout_s)
 
 
@@ -200,8 +197,6 @@ class PageLane(CopyLane):
     Args:
         copy: (source pages, destination pages, marks) returns when the bytes are in place. marks: see mark; distinct,
             in order.
-        inline: copies never hang: who waits for one while the thread does nothing does what is waiting itself. Not for
-            a device, where a deadline may pass.
         mark: is called in flush; what it returns is handed to the copy. What is to be copied is complete then.
     """
 
@@ -210,11 +205,9 @@ class PageLane(CopyLane):
         name: str,
         copy: Callable[[PageIds, PageIds, list[Any]], None],
         mark: Callable[[], Any] = lambda: None,
-        *,
-        inline: bool = False,
     ) -> None:
         super().__init__(name)
-        self._copy_pages, self._mark, self._inline = copy, mark, inline
+        self._copy_pages, self._mark = copy, mark
         self._taken_on: list[PageTicket] = []
         self._pages_taken_on = 0
 
@@ -238,33 +231,7 @@ class PageLane(CopyLane):
             with self._lock:
                 self._begin()
 
-    def hurry(self, ticket: PageTicket) -> None:
-        """Somebody waits for a ticket."""
-        if not self._inline:
-            self.flush()
-            return
-        with self._lock:
-            self._begin(wake=False)
-        while not ticket.done():
-            with self._lock:
-                if self._running or not self._waiting:  # who runs it goes on with the next
-                    return
-                tickets = self._next()
-                self._running = True
-            try:
-                self._run(tickets)
-            except BaseException as error:  # an interrupt of this thread
-                for one in tickets:
-                    if not one.done():
-                        one.end(error)
-                raise
-            finally:
-                with self._lock:
-                    self._running = False
-                    if self._waiting:
-                        self._wake()
-
-    def _begin(self, wake: bool = True) -> None:
+    def _begin(self) -> None:
         tickets, self._taken_on, self._pages_taken_on = self._taken_on, [], 0
         if not tickets:
             return
@@ -277,8 +244,7 @@ class PageLane(CopyLane):
         for ticket in tickets:
             ticket.after = mark
         self._waiting.extend(tickets)
-        if wake:
-            self._wake()
+        self._wake()
 
     def _next(self) -> list[PageTicket]:
         tickets = [self._waiting.popleft()]

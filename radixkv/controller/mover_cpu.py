@@ -15,8 +15,6 @@ __all__ = ["CpuMover"]
 class CpuMover:
     """A Mover over the CPU path: one thread for backups, one for loads, each started with its first copy.
 
-    Who waits for a backup that has not begun does it itself: no thread is woken for a write-back.
-
     What computes on such a device must have written the pages when ``backup`` is called.
 
     Args:
@@ -29,7 +27,7 @@ class CpuMover:
         self._to_host = transfer.route(device_view, host_view)
         self._to_device = transfer.route(host_view, device_view)
         self._num_layers = transfer.geometry.num_layers
-        self._writes = PageLane("radixkv-write", lambda src, dst, _: self._to_host.copy(src, dst), inline=True)
+        self._writes = PageLane("radixkv-write", lambda src, dst, _: self._to_host.copy(src, dst))
         self._loads = CopyLane("radixkv-load")
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> PageTicket:

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InvalidArgumentError
 from ..key import NamespacePart
 from ..types import BackupRequest, Event, NextTier, NodeInfo, PageIds, Policy, TreeStats
 
@@ -379,6 +380,8 @@ class BaseRadixTree(ABC):
         Returns: its device pages, a new int32 array; None, and nothing has changed, otherwise.
         Raises: InvalidArgumentError for ROOT or a mask outside 0..255.
         """
+        if not 0 <= marks <= 255:
+            raise InvalidArgumentError(f"begin_write: marks {marks:#x} are not in 0..255")
         info = self.node_info(node)
         if info.page_ids is None or info.host_page_ids is not None or info.loading or info.backup_pending:
             return None

@@ -64,7 +64,7 @@ class Side(ABC):
     def settle(self, flush: bool = True) -> None:
         """Wait until what was started is done. Raises: TimeoutError that names what is not.
 
-        flush: also what the cache has taken on, and would begin in the next check_hicache_events.
+        flush: also what ``begin_copies`` begins.
         """
 
     @abstractmethod
@@ -89,6 +89,9 @@ class Side(ABC):
     def in_flight_host_tokens(self) -> int:
         """Host slots taken by copies and prefetches that the cache has not been told of the end of."""
         return 0
+
+    def begin_copies(self) -> None:
+        """Begin what the cache has taken on, and would begin in the next check_hicache_events."""
 
     def has_copy(self, node: Any) -> bool:
         """A host copy, there or on its way."""
