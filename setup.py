@@ -58,7 +58,7 @@ DIRECTIVES = {
 }
 
 MODULES = ["radixkv.tree.core", "radixkv.tree.page_hash", "radixkv.tree.prefix_index", "radixkv.transfer.cpu"]
-MODULES += ["radixkv.hicache.slots"]
+MODULES += ["radixkv.hicache.slots", "radixkv.pool.page_ops"]
 LEAVES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "src").glob("*.c"))
 
 

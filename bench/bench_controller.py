@@ -56,6 +56,9 @@ class InstantMover:
     def backup(self, *_: Any) -> Done:
         return Done()
 
+    def flush(self) -> None:
+        pass
+
     def load(self, *_: Any) -> Done:
         return Done()
 

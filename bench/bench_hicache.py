@@ -126,7 +126,7 @@ def replay(side: Any, requests: Sequence[list[int]]) -> dict[str, Any]:
                 loaded, node = watch(
                     "load_back", lambda match=match: load(cache, match.last_host_node, match.host_hit_length)
                 )
-                side.settle()
+                side.settle(flush=False)
                 prefix = torch.cat([prefix, loaded])
                 found["loaded"] += len(loaded)
             watch("lock", cache.inc_lock_ref, node)
@@ -141,7 +141,7 @@ def replay(side: Any, requests: Sequence[list[int]]) -> dict[str, Any]:
             row = torch.cat([prefix, slots])
             present = watch("insert", cache.insert, key, row)
             allocator.free(row[len(prefix) : present])
-            side.settle()
+            side.settle(flush=False)
             watch("unlock", cache.dec_lock_ref, node)
             watch("events", cache.check_hicache_events)
     finally:

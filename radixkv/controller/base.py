@@ -99,7 +99,14 @@ class Mover(Protocol):
     """Copies pages between the device and the host, in the order of the calls for each direction. Page ids int32."""
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> Ticket:
-        """Copy to the host, after what computes on the device now. The pages stay as they are until it is done."""
+        """Copy to the host, after what computes on the device now. The pages stay as they are until it is done.
+
+        It may begin only with ``flush``, or when somebody waits for its ticket, and may be done together with others.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Begin the backups that wait for it."""
         ...
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> Ticket:

@@ -64,6 +64,11 @@ class Context:
         except Exception as error:
             return FailedTicket(error)
 
+    def flush_backups(self) -> None:
+        """Let the backups begin that a mover has put off; see Mover."""
+        if self._mover is not None:
+            self._mover.flush()
+
     def begin_load(self, host_pages: PageIds, device_pages: PageIds, progress: LayerProgress) -> Ticket:
         """Ask for a copy to the device, likewise."""
         try:
@@ -124,10 +129,11 @@ class Context:
 
     def reserve_host(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
         """Take host pages, after one eviction if there are too few."""
-        pages = self.ledger.reserve(num_pages, for_copy)
+        reserve = self.ledger.host.alloc_pages
+        pages = reserve(num_pages, for_copy)
         if pages is None:
             self.evict_host(num_pages * self.page_size)
-            pages = self.ledger.reserve(num_pages, for_copy)
+            pages = reserve(num_pages, for_copy)
         return pages
 
     def _count_evicted(self, tier: Literal["device", "host"], num_tokens: int) -> None:

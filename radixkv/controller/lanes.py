@@ -6,10 +6,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from ..errors import StateError
+from ..types import PageIds
 
-__all__ = ["CopyLane", "CopyTicket", "FailedTicket"]
+__all__ = ["CopyLane", "CopyTicket", "FailedTicket", "PageLane", "PageTicket"]
+
+_CHANGES = threading.Lock()
+"""About every ticket's change of state: held for a few assignments, and cheaper than a lock and an event a ticket."""
+
+PAGES_TOGETHER = 256
+"""A PageLane begins by itself once so many pages wait, and copies no more at a time."""
 
 
 class CopyTicket:
@@ -20,52 +30,72 @@ class CopyTicket:
         failed: is told why it did not happen.
     """
 
+    # of the class until they change: a ticket is made for every backup
+    _copy: Callable[[], None] | None = None
+    _failed: Callable[[BaseException], object] | None = None
+    _begun = _done = False
+    _waited_for: threading.Event | None = None
+    error: BaseException | None = None
+    seconds = 0.0
+
     def __init__(self, copy: Callable[[], None], failed: Callable[[BaseException], object] | None = None) -> None:
         self._copy, self._failed = copy, failed
-        self._lock = threading.Lock()
-        self._begun = False
-        self._ended = threading.Event()
-        self.error: BaseException | None = None
-        self.seconds = 0.0
 
     def done(self) -> bool:
-        return self._ended.is_set()
+        return self._done
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        return self._ended.wait(timeout_s)
+        with _CHANGES:
+            if self._done:
+                return True
+            if self._waited_for is None:
+                self._waited_for = threading.Event()
+        return self._waited_for.wait(timeout_s)
 
     def cancel(self) -> bool:
         return self.fail(StateError("the copy was cancelled"))
 
     def fail(self, error: BaseException) -> bool:
         """End it with an error, unless it has begun. Returns: whether it had not."""
-        with self._lock:
-            if self._begun:
-                return False
-            self._begun = True
-        self._end(error)
+        if not self.begin_once():
+            return False
+        self.end(error)
         return True
 
     def run(self) -> None:
         """By the mover's thread."""
-        with self._lock:
-            if self._begun:
-                return
-            self._begun = True
+        if not self.begin_once():
+            return
+        assert self._copy is not None
         began_s = time.perf_counter()
-        error: BaseException | None = None
-        try:
-            self._copy()
-        except Exception as raised:  # whatever it is, the copy has not happened
-            error = raised
+        error = _error_of(self._copy)
         self.seconds = time.perf_counter() - began_s
-        self._end(error)
+        self.end(error)
 
-    def _end(self, error: BaseException | None) -> None:
+    def begin_once(self) -> bool:
+        """Returns: False if it has begun already, or ended without."""
+        with _CHANGES:
+            begun, self._begun = self._begun, True
+        return not begun
+
+    def end(self, error: BaseException | None) -> None:
+        """It has begun and is over."""
         self.error = error
         if error is not None and self._failed is not None:
             self._failed(error)
-        self._ended.set()
+        with _CHANGES:
+            self._done = True
+            waited_for = self._waited_for
+        if waited_for is not None:
+            waited_for.set()
+
+
+def _error_of(copy: Callable[[], None]) -> BaseException | None:
+    try:
+        copy()
+    except Exception as raised:  # whatever it is, the copy has not happened
+        return raised
+    return None
 
 
 class FailedTicket:
@@ -91,36 +121,48 @@ class CopyLane:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._changed = threading.Condition()
-        self._waiting: deque[CopyTicket] = deque()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting: deque[Any] = deque()
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def put(self, ticket: CopyTicket) -> None:
         """Run it after all others; fail it if the lane is closed."""
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 self._waiting.append(ticket)
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                    self._thread.start()
-                self._changed.notify()
+                self._wake()
                 return
         ticket.fail(StateError("the mover is closed"))
 
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._thread.start()
+        self._changed.notify()
+
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._waiting:
                     if self._closed:
                         return
                     self._changed.wait()
-                ticket = self._waiting.popleft()
+                tickets = self._next()
+            self._run(tickets)
+
+    def _next(self) -> list[Any]:
+        """What is copied next, off the queue."""
+        return [self._waiting.popleft()]
+
+    def _run(self, tickets: list[Any]) -> None:
+        for ticket in tickets:
             ticket.run()
 
     def close(self) -> None:
         """Cancel what has not begun, wait for what has, end the thread. A second call does nothing."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -129,3 +171,120 @@ class CopyLane:
             ticket.cancel()
         if self._thread is not None:
             self._thread.join()
+
+
+class PageTicket(CopyTicket):
+    """A copy of pages that a PageLane does together with others. after: what its ``mark`` said when it was flushed."""
+
+    after: Any = None
+
+    def __init__(self, lane: PageLane, src_pages: PageIds, dst_pages: PageIds) -> None:
+        self.lane, self.src_pages, self.dst_pages = lane, src_pages, dst_pages
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        if not self._done:
+            self.lane.flush()
+        return super().wait(timeout_s)
+
+
+class PageLane(CopyLane):
+    """Copies of pages that are taken on one by one, begin together with ``flush``, and are done together.
+
+    A thread that wakes takes the interpreter from its caller, which costs more than the whole book-keeping of a backup.
+    So nothing wakes before ``flush``, and what waits then is one copy (of PAGES_TOGETHER pages, unless one ticket alone
+    has more). If it fails, each ticket is tried by itself: a bad one takes no other along.
+
+    Args:
+        copy: (source pages, destination pages, marks) returns when the bytes are in place. marks: see mark; distinct,
+            in order.
+        mark: is called in flush; what it returns is handed to the copy. What is to be copied is complete then.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        copy: Callable[[PageIds, PageIds, list[Any]], None],
+        mark: Callable[[], Any] = lambda: None,
+    ) -> None:
+        super().__init__(name)
+        self._copy_pages, self._mark = copy, mark
+        self._taken_on: list[PageTicket] = []
+        self._pages_taken_on = 0
+
+    def take_on(self, src_pages: PageIds, dst_pages: PageIds) -> PageTicket:
+        """A copy that begins with the next flush: of the caller, of who waits for it, or when enough has come
+        together."""
+        ticket = PageTicket(self, src_pages, dst_pages)
+        with self._lock:
+            if not self._closed:
+                self._taken_on.append(ticket)
+                self._pages_taken_on += len(src_pages)
+                if self._pages_taken_on >= PAGES_TOGETHER:
+                    self._begin()
+                return ticket
+        ticket.fail(StateError("the mover is closed"))
+        return ticket
+
+    def flush(self) -> None:
+        """Begin what was taken on."""
+        if self._taken_on:
+            with self._lock:
+                self._begin()
+
+    def _begin(self) -> None:
+        tickets, self._taken_on, self._pages_taken_on = self._taken_on, [], 0
+        if not tickets:
+            return
+        try:
+            mark = self._mark()
+        except Exception as error:
+            for ticket in tickets:
+                ticket.fail(error)
+            return
+        for ticket in tickets:
+            ticket.after = mark
+        self._waiting.extend(tickets)
+        self._wake()
+
+    def _next(self) -> list[PageTicket]:
+        tickets = [self._waiting.popleft()]
+        num_pages = len(tickets[0].src_pages)
+        while self._waiting:
+            num_pages += len(self._waiting[0].src_pages)
+            if num_pages > PAGES_TOGETHER:
+                break
+            tickets.append(self._waiting.popleft())
+        return tickets
+
+    def _run(self, tickets: list[PageTicket]) -> None:
+        begun = [ticket for ticket in tickets if ticket.begin_once()]
+        if not begun:
+            return
+        seconds, error = self._copy_together(begun)
+        if error is not None and len(begun) > 1:
+            for ticket in begun:
+                ticket.seconds, error = self._copy_together([ticket])
+                ticket.end(error)
+            return
+        num_pages = sum(len(ticket.src_pages) for ticket in begun)
+        for ticket in begun:
+            ticket.seconds = seconds * len(ticket.src_pages) / num_pages if num_pages else seconds
+            ticket.end(error)
+
+    def _copy_together(self, tickets: list[PageTicket]) -> tuple[float, BaseException | None]:
+        """Returns: how long it took, and why it failed."""
+        src_pages, dst_pages = tickets[0].src_pages, tickets[0].dst_pages
+        if len(tickets) > 1:
+            src_pages = np.concatenate([ticket.src_pages for ticket in tickets])
+            dst_pages = np.concatenate([ticket.dst_pages for ticket in tickets])
+        marks = list({id(ticket.after): ticket.after for ticket in tickets}.values())
+        began_s = time.perf_counter()
+        error = _error_of(lambda: self._copy_pages(src_pages, dst_pages, marks))
+        return time.perf_counter() - began_s, error
+
+    def close(self) -> None:
+        with self._lock:
+            tickets, self._taken_on = self._taken_on, []
+        for ticket in tickets:
+            ticket.cancel()
+        super().close()

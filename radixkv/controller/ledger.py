@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..pool.page_ops import clear_pairs, pairs_of, set_pairs
 from ..pool.states import HostSlots, MemoryStateInt
 from ..types import PageIds
 from .base import DevicePages
@@ -50,12 +51,10 @@ class Ledger:
 
     def unpair(self, pages: PageIds) -> None:
         """The host copies of these device pages, where they have one, are backups now."""
-        self._cover(pages)
-        host = self._host_of[pages]
-        host = host[host >= 0]
+        host = pairs_of(self._host_of, pages)
         if len(host):
             self.host.move_pages(host, _BACKUP, "become a backup", _SYNCED)
-            self._host_of[pages] = -1
+            clear_pairs(self._host_of, pages)
             self.backup_pages += len(host)
 
     # ---- host --------------------------------------------------------------------------------------------------------
@@ -127,12 +126,8 @@ class Ledger:
         return dict(zip(at.tolist(), self._host_of[at].tolist(), strict=True))
 
     def _pair(self, device_pages: PageIds, pages: PageIds) -> None:
-        self._cover(device_pages)
-        self._host_of[device_pages] = pages
-
-    def _cover(self, device_pages: PageIds) -> None:
-        """Make the table long enough; an engine's pages may be numbered from anywhere."""
-        top = int(device_pages[device_pages.argmax()]) if len(device_pages) else -1
-        if top >= len(self._host_of):
+        top = set_pairs(self._host_of, device_pages, pages)
+        if top >= 0:  # an engine's pages may be numbered from anywhere
             size = max(top + 1, 2 * len(self._host_of))
             self._host_of = np.concatenate([self._host_of, np.full(size - len(self._host_of), -1, np.int32)])
+            set_pairs(self._host_of, device_pages, pages)

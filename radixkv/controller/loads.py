@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..errors import LoadError, LockError
-from ..types import ROOT, NodeInfo, PageIds
+from ..types import ROOT, PageIds
 from .base import Load
 from .context import Context
 from .drains import Drains
@@ -25,11 +25,6 @@ class _HostNode(NamedTuple):
     node: int
     parent: int
     host_pages: PageIds
-
-
-def _host_part(info: NodeInfo) -> tuple[int, int, PageIds]:
-    assert info.host_page_ids is not None
-    return info.node, info.parent, info.host_page_ids
 
 
 class Loads:
@@ -56,7 +51,7 @@ class Loads:
         nodes = tree.host_path(node) if node != ROOT and context.ledger.has_host else []
         if not nodes:
             return None
-        tail = [_HostNode(*_host_part(tree.node_info(part))) for part in nodes]
+        tail = [self._host_node(part) for part in nodes]
         above = tail[0].parent
         delta = tree.lock(above)
         try:
@@ -71,6 +66,11 @@ class Loads:
         finally:
             tree.unlock(above)
         return loaded
+
+    def _host_node(self, node: int) -> _HostNode:
+        parent, pages = self.context.tree.host_pages(node)
+        assert pages is not None
+        return _HostNode(node, parent, pages)
 
     def _worth_it(self, tail: list[_HostNode], room_tokens: int | None) -> list[_HostNode]:
         """The nodes of the tail that are to be loaded, by threshold, quota, load policy and cost; [] if none."""
@@ -134,6 +134,7 @@ class Loads:
 
     def start(self) -> int:
         """See Controller.start_loads."""
+        self.context.flush_backups()
         loads, self.queued = self.queued, []
         return self._copy(loads) if loads else -1
 

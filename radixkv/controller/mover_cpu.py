@@ -7,7 +7,7 @@ from typing import Any
 from ..pool.layout import KVView
 from ..transfer.cpu import CpuTransfer, Progress
 from ..types import PageIds
-from .lanes import CopyLane, CopyTicket
+from .lanes import CopyLane, CopyTicket, PageLane, PageTicket
 
 __all__ = ["CpuMover"]
 
@@ -27,13 +27,16 @@ class CpuMover:
         self._to_host = transfer.route(device_view, host_view)
         self._to_device = transfer.route(host_view, device_view)
         self._num_layers = transfer.geometry.num_layers
-        self._writes, self._loads = CopyLane("radixkv-write"), CopyLane("radixkv-load")
+        self._writes = PageLane("radixkv-write", lambda src, dst, _: self._to_host.copy(src, dst))
+        self._loads = CopyLane("radixkv-load")
 
-    def backup(self, device_pages: PageIds, host_pages: PageIds) -> CopyTicket:
+    def backup(self, device_pages: PageIds, host_pages: PageIds) -> PageTicket:
         """See Mover."""
-        ticket = CopyTicket(lambda: self._to_host.copy(device_pages, host_pages))
-        self._writes.put(ticket)
-        return ticket
+        return self._writes.take_on(device_pages, host_pages)
+
+    def flush(self) -> None:
+        """See Mover."""
+        self._writes.flush()
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CopyTicket:
         """See Mover."""

@@ -23,7 +23,7 @@ from ..transfer.choose import Chooser, PathName
 from ..transfer.gpu import GpuTransfer, device_key
 from ..transfer.plan import CopyPlan, plan_copy
 from ..types import PageIds
-from .lanes import CopyLane, CopyTicket
+from .lanes import CopyLane, CopyTicket, PageLane, PageTicket
 
 __all__ = ["CudaMover", "CupyStreams", "GpuTransfers", "StreamProgress", "StreamTransfer", "Streams"]
 
@@ -163,21 +163,25 @@ class CudaMover:
         self._write_stream, self._load_stream = self._streams.new(), self._streams.new()
         transfer_on = transfer_on or GpuTransfers(geometry, device).on
         self._writer, self._loader = transfer_on(self._write_stream), transfer_on(self._load_stream)
-        self._writes, self._loads = CopyLane("radixkv-write"), CopyLane("radixkv-load")
+        self._writes = PageLane(
+            "radixkv-write", self._copy_to_host, lambda: self._streams.record(self._compute_stream())
+        )
+        self._loads = CopyLane("radixkv-load")
 
-    def backup(self, device_pages: PageIds, host_pages: PageIds) -> CopyTicket:
+    def backup(self, device_pages: PageIds, host_pages: PageIds) -> PageTicket:
         """See Mover."""
+        return self._writes.take_on(device_pages, host_pages)
+
+    def flush(self) -> None:
+        """See Mover. The event of the compute stream that the copy waits for is recorded here."""
+        self._writes.flush()
+
+    def _copy_to_host(self, device_pages: PageIds, host_pages: PageIds, computed: list[Any]) -> None:
         plan = plan_copy(self._geometry, self._device, self._host, device_pages, host_pages)
-        computed = self._streams.record(self._compute_stream())
-
-        def copy() -> None:
-            self._streams.wait(self._write_stream, computed)
-            self._writer.copy(plan)
-            self._streams.finish(self._streams.record(self._write_stream))
-
-        ticket = CopyTicket(copy)
-        self._writes.put(ticket)
-        return ticket
+        for event in computed:
+            self._streams.wait(self._write_stream, event)
+        self._writer.copy(plan)
+        self._streams.finish(self._streams.record(self._write_stream))
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CopyTicket:
         """See Mover."""

@@ -99,7 +99,7 @@ class WriteOp(Operation):
         self, op_id: int, started_s: float, deadline_s: float, node: int, device_pages: PageIds, host_pages: PageIds,
         ticket: Ticket,
     ) -> None:  # fmt: skip
-        super().__init__(op_id, started_s)
+        self.op_id, self.started_s, self.stage = op_id, started_s, Stage.COPYING
         self.deadline_s = deadline_s
         self.node, self.device_pages, self.host_pages, self.ticket = node, device_pages, host_pages, ticket
 

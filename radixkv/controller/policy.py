@@ -24,19 +24,21 @@ class WritePolicies:
     def hits_to_host(self) -> int:
         """Hits from which a node is copied to the host, now."""
         config = self.context.config
+        if not config.adaptive_thresholds:
+            return config.hits_to_host
         return self._adapted(config.hits_to_host, len(self.writes.operations), config.max_writes)
 
     @property
     def hits_to_storage(self) -> int:
         """Hits from which a node goes to storage, now."""
         config = self.context.config
+        if not config.adaptive_thresholds:
+            return config.hits_to_storage
         return self._adapted(config.hits_to_storage, len(self.stores.operations), config.max_stores)
 
     def _adapted(self, threshold: int, in_flight: int, limit: int) -> int:
         """A threshold under pressure. All of it follows from agreed state."""
         config = self.context.config
-        if not config.adaptive_thresholds:
-            return threshold
         if in_flight >= config.busy_fraction * limit:
             threshold *= 2
         host = self.context.ledger.host

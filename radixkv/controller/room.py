@@ -18,6 +18,7 @@ class Room:
     def evict(self, num_tokens: int) -> int:
         """See Controller.evict."""
         context = self.context
+        context.flush_backups()  # what they lock would stay
         if context.config.write_policy == "write_back" and context.ledger.has_host:
             return self.writes.evict(num_tokens)
         result = context.tree.evict(num_tokens)

@@ -48,7 +48,14 @@ class Settler:
         1. Each rank says of each operation in flight whether it has ended, and how. The ranks have the same operations
            in the same order, so the vector has the same length.
         2. The minimum: ended where it has ended everywhere, as badly as anywhere.  3. Settle in order.
+        4. The backups of this step begin, together.
         """
+        try:
+            return self._poll()
+        finally:
+            self.context.flush_backups()
+
+    def _poll(self) -> Polled:
         context = self.context
         context.counts["polls"] += 1
         in_flight = self._in_flight()

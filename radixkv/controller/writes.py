@@ -31,21 +31,17 @@ class Writes:
         context, tree = self.context, self.context.tree
         if node == ROOT or not context.ledger.has_host:
             return 0
-        info = tree.node_info(node)
-        pages = info.page_ids
-        if (
-            pages is None or info.host_page_ids is not None or info.loading or info.backup_pending
-            or info.marks & WRITING
-        ):  # fmt: skip
+        pages = tree.begin_write(node, WRITING)
+        if pages is None:
             return 0
         host_pages = None
         if len(self.operations) < context.config.max_writes:
             host_pages = context.reserve_host(len(pages), for_copy=True)
         if host_pages is None:
+            tree.mark(node, clear=WRITING)
+            tree.unlock(node)
             context.counts["refused_backups"] += 1
             return 0
-        tree.lock(node)
-        tree.mark(node, set=WRITING)
         ticket = context.begin_backup(pages, host_pages)
         now_s = context.clock()
         deadline_s = now_s + context.config.write_timeout_s

@@ -157,7 +157,9 @@ class HiRadixCache(RadixCache):
 
     # ---- a request ---------------------------------------------------------------------------------------------------
     def _insert(self, key: Any, pages: PageIds, extra_key: Any, cache_salt: Any) -> InsertResult:
-        return super()._insert(tokens_of(key), pages, extra_key, cache_salt)  # the controller reads it several times
+        self._children = None
+        tokens = tokens_of(key)  # the controller reads them several times
+        return self._core.insert(tokens, pages, None, extra_key, cache_salt)
 
     # ---- device and host ---------------------------------------------------------------------------------------------
     def evict(self, num_tokens: int) -> int:

@@ -66,7 +66,7 @@ class Indices:
             return np.zeros(0, np.int32)  # of an empty list the dtype is anything
         if on_cpu is False:
             return self._pages_on_gpu(given[: wanted : self.page_size])
-        array = given[:wanted]
+        array = given if wanted == have else given[:wanted]
         return pages_of(array if array.flags.c_contiguous else array.copy(), self.page_size)
 
     def _pages_on_gpu(self, starts: Any) -> PageIds:

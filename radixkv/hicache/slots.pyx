@@ -38,6 +38,7 @@ cdef Py_ssize_t narrow(const slot_t *slots, Py_ssize_t n, int64_t size, int32_t 
     """Page ids of n pages of slots. Returns the place of the first slot that is not where a whole page has it, or -1."""
     cdef Py_ssize_t i
     cdef int64_t k, first, wrong = 0
+    cdef int shift = 0
     if size == 1:       # apart: this loop is one of vectors
         for i in range(n):
             out[i] = <int32_t>slots[i]
@@ -47,9 +48,13 @@ cdef Py_ssize_t narrow(const slot_t *slots, Py_ssize_t n, int64_t size, int32_t 
                 if slots[i] < 0 or slots[i] != <int32_t>slots[i]:
                     return i
         return -1
+    while size >> shift > 1:
+        shift += 1
+    if <int64_t>1 << shift != size:
+        shift = -1      # a division a page would be half of the time
     for i in range(n):
         first = slots[0]
-        out[i] = <int32_t>(first // size)
+        out[i] = <int32_t>(first >> shift) if shift >= 0 else <int32_t>(first // size)
         wrong = (first < 0) | (out[i] * size != first)
         for k in range(1, size):
             wrong |= slots[k] ^ (first + k)

@@ -8,13 +8,12 @@ freed ids wait on a stack and come back in the order in which they were freed, s
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentTypeError, IntegrityError, InvalidArgumentError, PageOwnershipError
+from ..errors import IntegrityError, InvalidArgumentError
 from ..types import PageIds
+from .page_ops import give_back, take
 
 __all__ = ["SlotAllocator"]
 
@@ -23,7 +22,7 @@ class SlotAllocator:
     """Allocates page ids 0 .. capacity - 1. Every operation is O(pages of the call). Not thread-safe.
 
     Args:
-        capacity: pages, >= 0. Costs 9 bytes a page.
+        capacity: pages, >= 0. Costs 5 bytes a page.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -34,7 +33,6 @@ class SlotAllocator:
         self._stack = np.zeros(capacity, np.int32)
         self._stack_len = 0
         self._in_use = np.zeros(capacity, np.bool_)
-        self._scratch = np.zeros(capacity, np.int32)
 
     @property
     def available(self) -> int:
@@ -55,21 +53,15 @@ class SlotAllocator:
         """
         if num_pages < 0:
             raise InvalidArgumentError(f"cannot allocate {num_pages} pages")
-        if num_pages > self.available:
+        if num_pages > self.capacity - self._fresh + self._stack_len:
             return None
         from_fresh = min(num_pages, self.capacity - self._fresh)
         if from_fresh < num_pages:  # no run is long enough: keep the rest of the fresh one for a shorter call if we can
             from_fresh = max(0, num_pages - self._stack_len)
         from_stack = num_pages - from_fresh
-        ids = self._stack[self._stack_len - from_stack : self._stack_len]
-        if from_fresh:
-            fresh = np.arange(self._fresh, self._fresh + from_fresh, dtype=np.int32)
-            ids = np.concatenate([ids, fresh]) if from_stack else fresh
-        else:
-            ids = ids.copy()
+        ids = take(self._stack, self._stack_len, from_stack, self._fresh, from_fresh, self._in_use)
         self._stack_len -= from_stack
         self._fresh += from_fresh
-        self._in_use[ids] = True
         return ids
 
     def free(self, page_ids: npt.ArrayLike) -> None:
@@ -79,32 +71,7 @@ class SlotAllocator:
             ArgumentTypeError: not a one-dimensional array of integers.
             PageOwnershipError: an id outside the pool, one that is free already, or one given twice in this call.
         """
-        ids = self._own(page_ids)
-        self._in_use[ids] = False
-        self._stack[self._stack_len : self._stack_len + ids.size] = ids
-        self._stack_len += ids.size
-
-    def _own(self, page_ids: npt.ArrayLike) -> npt.NDArray[np.intp]:
-        """Check that the caller may free these."""
-        given: npt.NDArray[Any] = np.asarray(page_ids)
-        if given.size == 0:
-            return np.zeros(0, np.intp)
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise ArgumentTypeError(f"page ids are a 1-d array of integers, not {given.ndim}-d {given.dtype}")
-        outside = (given < 0) | (given >= self.capacity)
-        if outside.any():
-            raise PageOwnershipError(f"page {given[outside][0]} is not of this pool of {self.capacity} pages")
-        ids = given.astype(np.intp)
-        idle = ~self._in_use[ids]
-        if idle.any():
-            raise PageOwnershipError(f"page {ids[idle][0]} is freed twice: it is not in use")
-        # A page given twice keeps only the later of its two marks. O(n), where sorting would not be.
-        order = np.arange(ids.size, dtype=np.int32)
-        self._scratch[ids] = order
-        twice = self._scratch[ids] != order
-        if twice.any():
-            raise PageOwnershipError(f"page {ids[twice][0]} is given twice in one call")
-        return ids
+        self._stack_len += give_back(page_ids, self._in_use, self._stack, self._stack_len)
 
     def free_ids(self) -> PageIds:
         """All ids that are free now: a new int32 array, in no order. O(free)."""

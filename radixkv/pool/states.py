@@ -13,16 +13,16 @@ Storage writes RESERVED pages only, and reads what a copy or storage has written
 
 from __future__ import annotations
 
-import functools
 import threading
 from enum import IntEnum
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentTypeError, IntegrityError, InvalidArgumentError, PageOwnershipError, StateError
 from ..types import PageIds
+from . import page_ops
 from .arrays import Array, Library, to_library
 from .slots import SlotAllocator
 
@@ -40,15 +40,16 @@ class MemoryStateInt(IntEnum):
 
 
 _IDLE, _RESERVED, _PROTECTED, _SYNCED, _BACKUP = MemoryStateInt
-_NOTHING = np.zeros(0, np.bool_)
+_ANY = sum(1 << state for state in MemoryStateInt)
+_ANY_BUT_PROTECTED = _ANY & ~(1 << _PROTECTED)
 
 
-@functools.cache
-def _none_of(states: tuple[MemoryStateInt, ...]) -> npt.NDArray[np.bool_]:
-    """A table by state: whether it is none of these."""
-    table = np.ones(len(MemoryStateInt), np.bool_)
-    table[list(states)] = False
-    return table
+def _bits(states: tuple[MemoryStateInt, ...]) -> int:
+    """States as page_ops takes them."""
+    bits = 0
+    for state in states:
+        bits |= 1 << state
+    return bits
 
 
 class HostSlots:
@@ -129,17 +130,17 @@ class HostSlots:
         with self.lock:
             pages = self._allocator.alloc(num_pages)
             if pages is not None:
-                self._state[pages] = _PROTECTED if for_copy else _RESERVED
+                page_ops.move(self._state, pages, _ANY, _PROTECTED if for_copy else _RESERVED)
         return pages
 
     def free_pages(self, pages: npt.NDArray[Any]) -> None:
         """As ``free``, in pages."""
         with self.lock:
-            busy = self._state[pages] == _PROTECTED if len(pages) else _NOTHING
-            if busy.any():
-                raise StateError(f"host page {pages[busy][0]} is freed while a copy is in flight")
+            at = page_ops.find_not(self._state, pages, _ANY_BUT_PROTECTED)
+            if at >= 0:
+                raise StateError(f"host page {pages[at]} is freed while a copy is in flight")
             self._allocator.free(pages)
-            self._state[pages] = _IDLE
+            page_ops.move(self._state, pages, _ANY, _IDLE)
 
     def move_pages(self, pages: npt.NDArray[Any], to: MemoryStateInt, verb: str, *allowed: MemoryStateInt) -> None:
         """Change the state of pages that the caller knows to be of this pool.
@@ -148,8 +149,9 @@ class HostSlots:
         ``allowed``.
         """
         with self.lock:
-            self._check(pages, verb, allowed)
-            self._state[pages] = to
+            at = page_ops.move(self._state, pages, _bits(allowed), to)
+            if at >= 0:
+                self._refuse(pages, at, verb, allowed)
 
     def states_of(self, pages: npt.NDArray[Any] | slice) -> npt.NDArray[np.uint8]:
         """The states of pages (slice(None): of all), a copy."""
@@ -248,9 +250,11 @@ class HostSlots:
         return pages
 
     def _check(self, pages: npt.NDArray[Any], verb: str, allowed: tuple[MemoryStateInt, ...]) -> None:
-        states = self._state[pages]
-        wrong = _none_of(allowed)[states]
-        if np.count_nonzero(wrong):  # half the time of any()
-            names = " or ".join(state.name for state in allowed)
-            now = MemoryStateInt(states[wrong][0]).name
-            raise StateError(f"host page {pages[wrong][0]} is {now}, and must be {names} to {verb}")
+        at = page_ops.find_not(self._state, pages, _bits(allowed))
+        if at >= 0:
+            self._refuse(pages, at, verb, allowed)
+
+    def _refuse(self, pages: npt.NDArray[Any], at: int, verb: str, allowed: tuple[MemoryStateInt, ...]) -> NoReturn:
+        names = " or ".join(state.name for state in allowed)
+        now = MemoryStateInt(self._state[pages[at]]).name
+        raise StateError(f"host page {pages[at]} is {now}, and must be {names} to {verb}")

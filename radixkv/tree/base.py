@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InvalidArgumentError
 from ..key import NamespacePart
 from ..types import BackupRequest, Event, NextTier, NodeInfo, PageIds, Policy, TreeStats
 
@@ -373,6 +374,32 @@ class BaseRadixTree(ABC):
         Raises: InvalidArgumentError for ROOT, a mask outside 0..255, a bit in both masks, or a num_pages that is less
             than 1, longer than the path, or begins inside a node.
         """
+
+    def begin_write(self, node: int, marks: int) -> PageIds | None:
+        """Begin a copy of a node to the host, in one step: unless it has one of these marks, a host copy or one that is
+        asked for, or its device pages are not there (yet), lock its path and set the marks.
+
+        Returns: its device pages, a new int32 array; None, and nothing has changed, otherwise.
+        Raises: InvalidArgumentError for ROOT or a mask outside 0..255.
+        """
+        if not 0 <= marks <= 255:
+            raise InvalidArgumentError(f"begin_write: marks {marks:#x} are not in 0..255")
+        info = self.node_info(node)
+        if info.page_ids is None or info.host_page_ids is not None or info.loading or info.backup_pending:
+            return None
+        if info.marks & marks:
+            return None
+        self.mark(node, set=marks)
+        self.lock(node)
+        return info.page_ids
+
+    def host_pages(self, node: int) -> tuple[int, PageIds | None]:
+        """A node's parent (ROOT for the first of a path), and its host pages, a new int32 array; None: it has none.
+
+        What node_info says, for a fraction of its time. Raises: InvalidArgumentError for ROOT.
+        """
+        info = self.node_info(node)
+        return info.parent, info.host_page_ids
 
     @abstractmethod
     def due(self, node: int, tier: NextTier, min_hits: int, without_marks: int = 0) -> list[int]:

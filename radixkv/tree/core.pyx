@@ -914,6 +914,47 @@ cdef rkv_status take_snapshot(Tree *t, rkv_node only, Snapshot *s) noexcept nogi
     return status
 
 
+cdef rkv_status begin_write_locked(Tree *t, rkv_node node, uint32_t marks, int32_t **ids, uint64_t *num_pages) noexcept nogil:
+    """ids: of malloc, NULL if the node lacks no host copy, or has one of the marks; the caller has the lock."""
+    cdef uint32_t i = index_of(t, node)
+    cdef const Node *n
+    cdef int64_t delta
+    cdef rkv_status status
+    if node == 0:
+        return root_refused(b"begin_write")
+    if i == NO_INDEX:
+        return bad_handle(t, node)
+    n = &t.nodes[i]
+    if (n.flags & (DEVICE | HOST | LOADING | PENDING)) != DEVICE or marks_of(n) & marks:
+        return RKV_OK
+    num_pages[0] = n.num_pages
+    ids[0] = <int32_t *>malloc(4 * <size_t>n.num_pages + 1)
+    if ids[0] == NULL:
+        return fail(RKV_ERR_NO_MEMORY, b"begin_write: no memory for %u pages", n.num_pages)
+    memcpy(ids[0], t.store.device + n.start, 4 * <size_t>n.num_pages)
+    status = lock(t, i, &delta)
+    return mark(t, i, marks, 0, 0) if status == RKV_OK else status
+
+
+cdef rkv_status host_pages_locked(const Tree *t, rkv_node node, int32_t **ids, uint64_t *num_pages, rkv_node *parent) noexcept nogil:
+    """ids: of malloc, NULL if the node has no host copy; the caller has the lock, shared or not."""
+    cdef uint32_t i = index_of(t, node)
+    cdef const Node *n
+    if node == 0:
+        return root_refused(b"host_pages")
+    if i == NO_INDEX:
+        return bad_handle(t, node)
+    n = &t.nodes[i]
+    parent[0] = 0 if t.nodes[n.parent].flags & ROOT_NODE else handle_of(t, n.parent)
+    if n.flags & HOST:
+        num_pages[0] = n.num_pages
+        ids[0] = <int32_t *>malloc(4 * <size_t>n.num_pages + 1)
+        if ids[0] == NULL:
+            return fail(RKV_ERR_NO_MEMORY, b"host_pages: no memory for %u pages", n.num_pages)
+        memcpy(ids[0], t.store.host + n.start, 4 * <size_t>n.num_pages)
+    return RKV_OK
+
+
 # ======================================================================================================================
 # Python from here on. Nothing above can reach it: the plugin's link would fail.
 # ======================================================================================================================
@@ -1556,6 +1597,47 @@ cdef class RadixTree:
                 status = rkv_tree_mark(self.c, handle, on, off, pages)
         if status != RKV_OK:
             raise_status(status)
+
+    cdef void hold(self) noexcept:
+        """The tree's lock, however long it takes; for calls that then go on with the GIL for a moment."""
+        if not self.try_lock(0):
+            with nogil:
+                rwlock_write(&(<Tree *>self.c).lock)
+
+    def begin_write(self, node, marks):
+        """Lock and mark a node that lacks a host copy: its device pages, else None; see BaseRadixTree.begin_write."""
+        cdef rkv_node handle
+        cdef uint32_t mask = read_marks(marks, "marks")
+        cdef int32_t *ids = NULL
+        cdef uint64_t n = 0
+        cdef rkv_status status
+        read_node(node, &handle)
+        self.hold()
+        status = begin_write_locked(<Tree *>self.c, handle, mask, &ids, &n)
+        self.release()
+        try:
+            if status != RKV_OK:
+                raise_status(status)
+            return None if ids == NULL else int32_array(ids, n)
+        finally:
+            free(ids)
+
+    def host_pages(self, node):
+        """A node's parent and its host pages, None if it has none; see BaseRadixTree.host_pages."""
+        cdef rkv_node handle, parent = 0
+        cdef int32_t *ids = NULL
+        cdef uint64_t n = 0
+        cdef rkv_status status
+        read_node(node, &handle)
+        self.hold()
+        status = host_pages_locked(<Tree *>self.c, handle, &ids, &n, &parent)
+        self.release()
+        try:
+            if status != RKV_OK:
+                raise_status(status)
+            return parent, None if ids == NULL else int32_array(ids, n)
+        finally:
+            free(ids)
 
     cdef list nodes_of_path(self, object node, int what, uint64_t min_hits, uint32_t without_marks):
         cdef rkv_node small[NODES_AT_ONCE]

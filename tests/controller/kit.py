@@ -107,6 +107,9 @@ class ScriptedMover:
 
         return self._put("backup", ScriptedTicket(copy), check)
 
+    def flush(self) -> None:
+        """Copies begin when the test says."""
+
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CopyTicket:
         def copy() -> None:
             self._raise("load")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radixkv.controller.lanes import CopyLane, CopyTicket
+from radixkv.controller.lanes import CopyLane, CopyTicket, PageLane
 from radixkv.controller.workers import StorageWorkers
 from radixkv.errors import GroupError, LoadError, StateError, StorageError
 from radixkv.storage import MemoryStorage, Storage
@@ -350,3 +350,25 @@ def test_jobs_take_turns_and_look_ups_do_not_wait_for_them() -> None:
     assert again.wait(30)
     assert (again.pages, again.error) == (8, None)
     assert workers.close(5.0)
+
+
+def test_page_tickets_are_one_copy_and_a_bad_one_takes_no_other_along() -> None:
+    copies: list[list[int]] = []
+
+    def copy(src: np.ndarray, dst: np.ndarray, marks: list[str]) -> None:
+        assert marks == ["computed"]
+        copies.append(src.tolist())
+        if 9 in src:
+            raise StateError("page 9")
+
+    lane = PageLane("radixkv-test", copy, lambda: "computed")
+    good, bad, gone = (lane.take_on(np.array([page], np.int32), np.array([page], np.int32)) for page in (1, 9, 3))
+    assert copies == []
+    assert gone.cancel()
+    assert bad.wait(30)
+    assert good.wait(30)
+    assert copies == [[1, 9], [1], [9]]
+    assert (good.error, str(bad.error)) == (None, "page 9")
+    waiting = lane.take_on(np.array([1], np.int32), np.array([1], np.int32))
+    lane.close()
+    assert isinstance(waiting.error, StateError)

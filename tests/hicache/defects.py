@@ -124,6 +124,7 @@ def child_stored_before_its_parents_ack_has_its_own_keys(side: Side) -> None:
     with side.valve.hold("set"):
         put(side, A)
         put(side, A + page)
+        side.begin_copies()
         wait_for(lambda: side.valve.calls["backup"] == 2, lambda: "no second copy")
         time.sleep(0.01)  # the copy itself; nothing tells that it is over, and later is as good
         side.cache.check_hicache_events()

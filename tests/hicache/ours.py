@@ -122,12 +122,19 @@ class OurSide(Side):
     def core(self) -> Any:
         return self.cache.cache_controller.core
 
-    def settle(self) -> None:
+    def begin_copies(self) -> None:
+        self.core._context.flush_backups()
+
+    def settle(self, flush: bool = True) -> None:
+        if flush:
+            self.begin_copies()
         wait_for(lambda: not self._busy(), lambda: ", ".join(self._busy()))
 
     def _busy(self) -> list[str]:
         core = self.core
-        busy = [f"write {op.op_id}" for op in core._writes.operations if not op.ticket.done()]
+        put_off = core._context.mover._writes._taken_on
+        writes = [op for op in core._writes.operations if op.ticket not in put_off]
+        busy = [f"write {op.op_id}" for op in writes if not op.ticket.done()]
         busy += [f"load {batch.index}" for batch in core._loads.batches if not batch.ticket.done()]
         busy += [f"store {op.op_id}" for op in core._stores.operations if not op.job.done()]
         busy += [f"drain of {op.op_id}" for op in core._drains.operations if not op.work.done()]

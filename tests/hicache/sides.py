@@ -61,8 +61,11 @@ class Side(ABC):
 
     # ---- what the harness needs beyond the API ---------------------------------------------------------------------
     @abstractmethod
-    def settle(self) -> None:
-        """Wait until what was started is done. Raises: TimeoutError that names what is not."""
+    def settle(self, flush: bool = True) -> None:
+        """Wait until what was started is done. Raises: TimeoutError that names what is not.
+
+        flush: also what ``begin_copies`` begins.
+        """
 
     @abstractmethod
     def advance(self, seconds: float) -> None:
@@ -86,6 +89,9 @@ class Side(ABC):
     def in_flight_host_tokens(self) -> int:
         """Host slots taken by copies and prefetches that the cache has not been told of the end of."""
         return 0
+
+    def begin_copies(self) -> None:  # noqa: B027 - the original puts nothing off
+        """Begin what the cache has taken on, and would begin in the next check_hicache_events."""
 
     def has_copy(self, node: Any) -> bool:
         """A host copy, there or on its way."""
@@ -225,7 +231,7 @@ class OriginalSide(Side):
 
         cache.ready_to_load_host_cache = remembered
 
-    def settle(self) -> None:
+    def settle(self, flush: bool = True) -> None:
         wait_for(lambda: not self._busy(), lambda: ", ".join(self._busy()))
 
     def _busy(self) -> list[str]:

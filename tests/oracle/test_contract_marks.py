@@ -344,3 +344,38 @@ def test_a_backup_that_ends_makes_host_pages_evictable(kit: Kit) -> None:
     assert host_free(kit) == 2
     kit.tree.reset()
     assert host_free(kit) == 0
+
+
+# ---- begin_write, host_pages -----------------------------------------------------------------------------------------
+def test_begin_write_locks_and_marks_what_lacks_a_host_copy(kit: Kit) -> None:
+    kit.insert("ab", [1, 2])
+    node = kit.node("ab")
+    pages = kit.tree.begin_write(node, 1)
+    assert pages.tolist() == [1, 2]
+    assert pages.dtype == "int32"
+    assert (kit.info("ab").lock_ref, kit.info("ab").marks) == (1, 1)
+    assert kit.tree.begin_write(node, 1) is None  # it has the mark
+    kit.tree.mark(node, clear=1)
+    kit.tree.set_host(node, [7, 8])
+    assert kit.tree.begin_write(node, 1) is None  # it has a host copy
+    assert (kit.info("ab").lock_ref, kit.info("ab").marks) == (1, 0)
+    kit.tree.unlock(node)
+    kit.tree.evict(2 * kit.page_size)
+    assert kit.tree.begin_write(node, 1) is None  # it is not on the device
+    with pytest.raises(InvalidArgumentError):
+        kit.tree.begin_write(ROOT, 1)
+    with pytest.raises(InvalidArgumentError):
+        kit.tree.begin_write(node, 256)
+
+
+def test_host_pages_are_those_of_node_info(kit: Kit) -> None:
+    chain(kit, "ab", "abc")
+    above, node = kit.node("ab"), kit.node("abc")
+    assert kit.tree.host_pages(node) == (above, None)
+    kit.tree.set_host(node, [7, 8, 9])
+    parent, pages = kit.tree.host_pages(node)
+    assert (parent, pages.tolist()) == (above, [9])
+    parent, pages = kit.tree.host_pages(above)
+    assert (parent, pages.tolist()) == (ROOT, [7, 8])
+    with pytest.raises(InvalidArgumentError):
+        kit.tree.host_pages(ROOT)
