@@ -56,15 +56,17 @@ class Indices:
         Args: indices: a tensor, array or sequence of integers; num_pages: read only so many.
         Raises: InvalidArgumentError if there are too few, or they are not whole pages, each in ascending order.
         """
-        wanted = len(indices) if num_pages is None else num_pages * self.page_size
-        if wanted > len(indices) or wanted % self.page_size:
-            raise InvalidArgumentError(f"{len(indices)} slots for {wanted} tokens in pages of {self.page_size}")
+        on_cpu = getattr(indices, "is_cpu", None)
+        given = indices.numpy() if on_cpu else indices if on_cpu is False else np.asarray(indices)
+        have = len(given)
+        wanted = have if num_pages is None else num_pages * self.page_size
+        if wanted > have or wanted % self.page_size:
+            raise InvalidArgumentError(f"{have} slots for {wanted} tokens in pages of {self.page_size}")
         if not wanted:
             return np.zeros(0, np.int32)  # of an empty list the dtype is anything
-        if not getattr(indices, "is_cpu", True):
-            return self._pages_on_gpu(indices[: wanted : self.page_size])
-        array = indices.numpy() if hasattr(indices, "numpy") else np.asarray(indices)
-        array = array[:wanted]
+        if on_cpu is False:
+            return self._pages_on_gpu(given[: wanted : self.page_size])
+        array = given[:wanted]
         return pages_of(array if array.flags.c_contiguous else array.copy(), self.page_size)
 
     def _pages_on_gpu(self, starts: Any) -> PageIds:
