@@ -20,6 +20,7 @@ from radixkv.pool.arena import ArenaConfig
 from radixkv.pool.host import HostKVCache, HostPoolConfig
 from radixkv.pool.layout import KVGeometry, KVView
 from radixkv.pool.slots import SlotAllocator
+from radixkv.pool.states import MemoryStateInt
 from radixkv.storage import MemoryStorage, PageNamespace, PageStore, Storage, host_page_parts
 from radixkv.transfer.cpu import CpuTransfer, Progress
 from radixkv.transfer.plan import staging_view
@@ -28,6 +29,7 @@ from radixkv.types import ROOT, PageIds
 
 GEOMETRY = KVGeometry(kind="mha", num_layers=2, num_heads=1, head_bytes=16, page_size=4)
 P = GEOMETRY.page_size
+NOTHING_THERE = {MemoryStateInt.IDLE, MemoryStateInt.RESERVED}
 
 
 def content_of(tokens: Any, num_pages: int | None = None, salt: bytes = b"") -> np.ndarray[Any, Any]:
@@ -66,7 +68,9 @@ def host_cache(num_pages: int) -> HostKVCache:
 
 
 class ScriptedTicket(CopyTicket):
-    """A copy that may have begun long before it ends."""
+    """A copy that may have begun long before it ends. ``check``: that what it writes is still its own."""
+
+    check: Callable[[], None]
 
     def begin(self) -> None:
         """From now on it cannot be cancelled."""
@@ -74,6 +78,7 @@ class ScriptedTicket(CopyTicket):
 
     def run(self) -> None:
         if not self.done():
+            self.check()
             self._begun = False
             super().run()
 
@@ -82,9 +87,11 @@ class ScriptedMover:
     """A Mover that copies when told: ``step()`` runs the oldest copy. ``instant``: each at once. ``begins``: a copy
     begins at once, so that it cannot be cancelled, and ends with its step. ``fail``: what a copy of a kind raises."""
 
-    def __init__(self, device_view: KVView, host_view: KVView) -> None:
+    def __init__(self, device: DeviceMemory, host: HostKVCache) -> None:
         transfer = CpuTransfer(GEOMETRY, 1)
-        self._to_host, self._to_device = transfer.route(device_view, host_view), transfer.route(host_view, device_view)
+        self._device, self._host = device, host
+        self._to_host = transfer.route(device.view(), host.view())
+        self._to_device = transfer.route(host.view(), device.view())
         self.waiting: list[tuple[str, ScriptedTicket]] = []
         self.instant = self.begins = False
         self.fail: Callable[[str], BaseException | None] = lambda kind: None
@@ -94,14 +101,22 @@ class ScriptedMover:
             self._raise("backup")
             self._to_host.copy(device_pages, host_pages)
 
-        return self._put("backup", ScriptedTicket(copy))
+        def check() -> None:
+            states = set(self._host.states_of(host_pages).tolist())
+            assert states == {MemoryStateInt.PROTECTED}, f"a copy writes host pages in states {states}"
+
+        return self._put("backup", ScriptedTicket(copy), check)
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CopyTicket:
         def copy() -> None:
             self._raise("load")
             self._to_device.copy(host_pages, device_pages, progress)
 
-        return self._put("load", ScriptedTicket(copy, progress.fail))
+        def check() -> None:
+            free = set(device_pages.tolist()) & set(self._device.free_ids().tolist())
+            assert not free, f"a copy writes device pages {free}, which are free"
+
+        return self._put("load", ScriptedTicket(copy, progress.fail), check)
 
     def new_progress(self) -> Progress:
         return Progress(GEOMETRY.num_layers)
@@ -111,7 +126,8 @@ class ScriptedMover:
         if error is not None:
             raise error
 
-    def _put(self, kind: str, ticket: ScriptedTicket) -> ScriptedTicket:
+    def _put(self, kind: str, ticket: ScriptedTicket, check: Callable[[], None]) -> ScriptedTicket:
+        ticket.check = check
         if self.instant:
             ticket.run()
         else:
@@ -140,12 +156,14 @@ class ScriptedMover:
 
 
 class ScriptedEdge:
-    """A StorageEdge that works when told: ``step()`` makes one call to storage for the oldest job of a kind."""
+    """A StorageEdge that works when told: ``step()`` makes one call to storage for the oldest job of a kind.
+    ``begins``: one step begins the call, which no cancel stops then, and the next one does what it does."""
 
-    def __init__(self, store: PageStore, config: ControllerConfig) -> None:
-        self.pages, self._config = store, config
+    def __init__(self, store: PageStore, config: ControllerConfig, host: HostKVCache) -> None:
+        self.pages, self._config, self._host = store, config, host
         self.waiting: list[tuple[Job, Iterator[None]]] = []
-        self.closed = False
+        self.closed = self.begins = False
+        self._in_call: set[Job] = set()
 
     def look_up(self, digests: Digests, salt: bytes) -> Job:
         return self._put(Job("look_up", digests, None, salt))
@@ -165,16 +183,31 @@ class ScriptedEdge:
         """One call for the oldest job (of a kind). Returns: whether there was one."""
         for at, (job, work) in enumerate(self.waiting):
             if kind in (None, job.kind):
-                try:
-                    next(work)
-                except StopIteration:
-                    del self.waiting[at]
-                    job.end()
-                except Exception as error:
-                    del self.waiting[at]
-                    job.end(error)
+                if self.begins and job not in self._in_call and not job.cancelled:
+                    self._in_call.add(job)
+                else:
+                    self._call(at, job, work)
                 return True
         return False
+
+    def _call(self, at: int, job: Job, work: Iterator[None]) -> None:
+        cancelled = job.cancelled
+        if job in self._in_call:
+            self._in_call.remove(job)
+            job.cancelled = False
+        if job.host_pages is not None and not job.cancelled:
+            states = set(self._host.states_of(job.host_pages[job.pages :]).tolist())
+            fine = {MemoryStateInt.RESERVED} if job.kind == "fetch" else set(MemoryStateInt) - NOTHING_THERE
+            assert states <= fine, f"storage works on host pages in states {states}: {job.kind}"
+        try:
+            next(work)
+        except StopIteration:
+            del self.waiting[at]
+            job.end()
+        except Exception as error:
+            del self.waiting[at]
+            job.end(error)
+        job.cancelled = cancelled
 
     def run(self) -> None:
         """All calls."""
@@ -258,8 +291,10 @@ class Stack:
         self.device = DeviceMemory(device_pages)
         self.host = host_cache(host_pages)
         self.tree = tree if tree is not None else RadixTree(P, page_hash=sha256_page_hash())
-        views = self.device.view(), self.host.view()
-        self.mover: Any = CpuMover(CpuTransfer(GEOMETRY, 1), *views) if threads else ScriptedMover(*views)
+        if threads:
+            self.mover: Any = CpuMover(CpuTransfer(GEOMETRY, 1), self.device.view(), self.host.view())
+        else:
+            self.mover = ScriptedMover(self.device, self.host)
         more = {} if clock is None else {"clock": clock}
         self.config = ControllerConfig(
             **{"write_policy": "write_through", "prefetch_threshold": P, "load_back_threshold": 1,
@@ -268,7 +303,7 @@ class Stack:
         self.edge: Any = None
         self.pages = page_store(self.host, None if storage is True else storage) if storage else None
         if self.pages is not None and not threads:
-            self.edge = ScriptedEdge(self.pages, self.config)
+            self.edge = ScriptedEdge(self.pages, self.config, self.host)
         self.controller = Controller(
             self.tree, self.device, self.host, self.mover, storage=self.edge or self.pages, group=group,
             listener=listener, config=self.config, **more,

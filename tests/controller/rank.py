@@ -66,7 +66,11 @@ def soak(job: dict[str, Any], group: TorchGroup) -> dict[str, Any]:
     served = 0
     for seed in job["seeds"]:
         shared = bool(seed % 2)
-        storage = FileStorage(Path(job["folder"]) / (f"{seed}" if shared else f"{seed}-{group.rank}"))
+        folder = Path(job["folder"]) / (f"{seed}" if shared else f"{seed}-{group.rank}")
+        if group.rank == 0:
+            FileStorage(folder).close()  # a new folder is made by one process
+        group.min([0])
+        storage = FileStorage(folder)
         run = Soak(seed, group=group, shared=shared, storage=storage)
         run.run(job["steps"])
         served += run.served_pages

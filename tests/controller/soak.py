@@ -126,6 +126,7 @@ class Soak:
         self.storage = Unreliable(storage or MemoryStorage(), np.random.default_rng([seed, self.group.rank, 1]))
         self.now_s = 0.0
         self.trouble, self.at = 0.0, 0
+        self.copy_speed = self.storage_speed = 1.0
         self.done: Counter[str] = Counter()
         self.served_pages = 0
         self.segments = [self.random.integers(0, 50, int(n) * P) for n in self.random.integers(1, 4, 6)]
@@ -133,12 +134,12 @@ class Soak:
         self.number = 0
         self.settings = {
             "write_policy": str(self.random.choice(POLICIES)),
-            "prefetch_policy": str(self.random.choice(["best_effort", "wait_complete", "timeout"])),
+            "prefetch_policy": str(self.random.choice(["best_effort", "wait_complete", "timeout", "timeout"])),
             "load_policy": str(self.random.choice(["all", "longest_prefix", "cost"])),
-            "store_after_backup": bool(self.random.integers(2)),
+            "store_after_backup": bool(self.random.integers(4)),
             "adaptive_thresholds": bool(self.random.integers(2)),
             "write_through_threshold_storage": int(self.random.integers(1, 3)),
-            "max_writes": int(self.random.integers(2, 8)), "max_stores": int(self.random.integers(2, 8)),
+            "max_writes": int(self.random.integers(2, 8)), "max_stores": int(self.random.integers(3, 12)),
             "prefetch_capacity_floor": 0.5, "settle_timeout_s": 0.0, "copy_timeout_s": 1e-6, "share_storage": shared,
             "write_timeout_s": 0.5, "prefetch_deadline_s": 2.0,
         }  # fmt: skip
@@ -176,7 +177,7 @@ class Soak:
     def step_request(self) -> None:
         if self.requests:
             request = self.requests[int(self.random.integers(len(self.requests)))]
-            if self.chance(0.02):
+            if self.chance(0.01):
                 self.abort(request)
             else:
                 getattr(self, f"do_{request.step}")(request)
@@ -200,10 +201,10 @@ class Soak:
         request.step = "wait_prefetch" if begun else "match"
 
     def do_wait_prefetch(self, request: Request) -> None:
-        if self.chance(0.03):
+        if self.chance(0.02):
             self.controller.cancel_prefetch(request.req_id)
             request.step = "match"
-        elif self.controller.finish_prefetch(request.req_id):
+        elif self.chance(0.25) and self.controller.finish_prefetch(request.req_id):
             request.step = "match"
 
     def do_match(self, request: Request) -> None:
@@ -298,13 +299,15 @@ class Soak:
         self.controller.evict_host(int(self.random.integers(1, 12)) * P)
 
     def copy(self) -> None:
-        for _ in range(int(self.local.integers(3)) if self.group.size > 1 else 1):
+        for _ in range(self.pace(self.copy_speed)):
             self.stack.mover.step()
 
     def call_storage(self) -> None:
         assert self.stack.edge is not None
-        for _ in range(int(self.local.integers(3)) if self.group.size > 1 else 1):
-            self.stack.edge.step(str(self.local.choice(["look_up", "fetch", "store"])))
+        for _ in range(self.pace(self.storage_speed)):
+            kinds = sorted({job.kind for job, _ in self.stack.edge.waiting})
+            if kinds:
+                self.stack.edge.step(kinds[int(self.local.integers(len(kinds)))])
 
     def poll(self) -> None:
         self.now_s += 0.2 * self.local.random()
@@ -324,11 +327,19 @@ class Soak:
             node = nodes[int(self.random.integers(len(nodes)))]
             getattr(self.controller, str(self.random.choice(["backup", "store", "hit"])))(node)
 
+    def pace(self, speed: float) -> int:
+        """How much happens at a time: one thing; nothing for long where it is slow; any number on one of many ranks."""
+        if self.local.random() >= speed:
+            return 0
+        return int(self.local.integers(3)) if self.group.size > 1 else 1
+
     def machine(self) -> None:
-        """The machine is idle, or busy, or slow."""
+        """The machine is idle, or busy, or slow; a call to storage takes no time, or some."""
         mover = self.stack.mover
         mover.run()
         mover.instant, mover.begins = [(True, False), (False, False), (False, True)][int(self.local.integers(3))]
+        self.stack.edge.begins = bool(self.local.integers(2))
+        self.copy_speed, self.storage_speed = self.local.choice([1.0, 1.0, 1.0, 0.05], 2).tolist()
 
     def reset(self) -> None:
         for request in list(self.requests):
@@ -356,7 +367,7 @@ class Soak:
             assert low == -high == tree, f"rank {self.group.rank} has another tree"
 
     ACTIONS = (
-        (new_request, 10), (step_request, 60), (copy, 16), (call_storage, 24), (poll, 12), (evict, 1.5),
+        (new_request, 10), (step_request, 60), (copy, 16), (call_storage, 36), (poll, 12), (evict, 1.5),
         (evict_host, 0.5), (some_node, 2), (refuse, 0.5), (change_trouble, 0.5), (machine, 0.5), (reset, 0.1),
         (reattach, 0.1), (restart, 0.05), (check, 3),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radixkv.controller import LayerCounter
 from radixkv.controller.ledger import Ledger
 from radixkv.controller.loads import Loads
 from radixkv.controller.prefetches import Prefetches
@@ -67,13 +68,13 @@ def copies_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy counts as done when it has been asked for."""
     from radixkv.controller import operations
 
-    monkeypatch.setattr(operations.WriteOp, "status", lambda self: operations.SUCCEEDED)
+    monkeypatch.setattr(operations.WriteOp, "status", lambda self, now_s: operations.SUCCEEDED)
 
 
 def loads_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     from radixkv.controller import operations
 
-    monkeypatch.setattr(operations.LoadBatch, "status", lambda self: operations.SUCCEEDED)
+    monkeypatch.setattr(operations.LoadBatch, "status", lambda self, now_s: operations.SUCCEEDED)
 
 
 def failures_count_as_stored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +116,26 @@ def failed_load_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Loads, "settle", lambda self, batch, status: settle(self, batch, 2))
 
 
+def freed_while_storage_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a prefetch did not bring is free, though a call to storage may still bring it."""
+    settle = Prefetches._settle_pages
+    monkeypatch.setattr(Prefetches, "_settle_pages", lambda self, op, pages, ended: settle(self, op, pages, True))
+
+
+def drained_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    from radixkv.controller import operations
+
+    monkeypatch.setattr(operations.DrainOp, "status", lambda self, now_s: operations.SUCCEEDED)
+
+
+def failures_of_earlier_loads_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerCounter, "_raise_failures", lambda self, oldest, index: None)
+
+
 DEFECTS = [
     hash_from_nothing, host_pages_not_kept, copies_not_awaited, loads_not_awaited, failures_count_as_stored,
-    store_not_protected, write_not_locked, failed_load_is_kept,
+    store_not_protected, write_not_locked, failed_load_is_kept, freed_while_storage_writes, drained_too_early,
+    failures_of_earlier_loads_ignored,
 ]  # fmt: skip
 
 

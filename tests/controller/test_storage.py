@@ -498,7 +498,7 @@ def test_storage_comes_and_goes() -> None:
     assert stack.controller.store(node) is None
     assert not stack.controller.prefetch("r", prompt(2, 3), ROOT)
     assert stack.controller.detach_storage() is None
-    edge = ScriptedEdge(page_store(stack.host), stack.config)
+    edge = ScriptedEdge(page_store(stack.host), stack.config, stack.host)
     stack.controller.attach_storage(edge)
     with pytest.raises(StateError):
         stack.controller.attach_storage(edge)
@@ -509,5 +509,5 @@ def test_storage_comes_and_goes() -> None:
     stack.check()
     assert stack.controller.stats().stuck_pages == 0
     assert (stack.tree.node_info(node).marks, stack.tree.node_info(node).host_ref) == (0, 0)
-    stack.controller.attach_storage(ScriptedEdge(page_store(stack.host), stack.config))
+    stack.controller.attach_storage(ScriptedEdge(page_store(stack.host), stack.config, stack.host))
     assert stack.controller.store(node) is not None  # the new one does not have it
