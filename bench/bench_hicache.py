@@ -6,8 +6,8 @@ are evicted to the host and loaded back. Both sides get the same Python lists, i
 calls of the cache are timed; of these, calls into the device allocator (the engine's) are taken off, and transfers move
 nothing and are waited for outside of the timed part. The original runs under the shims of tests/hicache/original.
 
-Of several rounds each call counts with its median, as all rounds make the same calls. ``--clock cpu`` takes the CPU time
-of the calling thread, without waits for the threads that copy (a write-back waits for them inside of evict and
+Of several rounds each call counts with its median, as all rounds make the same calls. ``--clock cpu`` takes the CPU
+time of the calling thread, without waits for the threads that copy (a write-back waits for them inside of evict and
 load_back); reading that clock takes longer than the wall's, which weighs on small calls.
 
 One request: match_prefix (with its indices), inc_lock_ref, init_load_back + ready_to_load_host_cache if there is a host
