@@ -65,9 +65,10 @@ fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then li
 sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 	$(PYTEST) tests/abi/test_sanitizers.py
 
-soak: $(BUILT) ## hours of churn: the whole stack with every byte checked (SOAK_STEPS=N), the tree under a bounded memory (SOAK_OPS=N)
+soak: $(BUILT) ## hours of churn: the whole stack with every byte checked (SOAK_STEPS=N), HiRadixCache beside the original (SOAK_SEEDS=N), the tree under a bounded memory (SOAK_OPS=N)
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000}
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads
+	$(PY) -m tests.hicache.compare --seeds 0:$${SOAK_SEEDS:-500}
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 
 bench: $(BUILT) ## every benchmark beside its peers: table and JSON

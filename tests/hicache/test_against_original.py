@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from . import side_by_side
-from .compare import CASES, POLICIES, compare, original, setup_of
+from .compare import POLICIES, compare, original, setup_of
 from .gate import original_or_skip
 from .rules import RULES
 from .sides import Setup, make_original, make_ours
 
 pytestmark = [pytest.mark.usefixtures("wheel"), pytest.mark.filterwarnings("ignore:The given buffer is not writable")]
 
-STEPS = 120
+STEPS = 90
 
 
 @pytest.fixture(scope="module", name="wheel")
@@ -38,14 +38,14 @@ def test_both_do_the_same(policy: str, seed: int) -> None:
     """Device and host. Each seed has its own kind of KV, layout and io backend; page sizes go round."""
     for page_size in (1, 16, 64)[seed % 3 :: 2]:
         report = compare(page_size, policy, seed, False, STEPS)
-        assert report.steps > 50, f"ended early by {report.ended_by}"
+        assert report.steps > 40, f"ended early by {report.ended_by}"
 
 
-@pytest.mark.parametrize("seed", [0, 7, 20])
+@pytest.mark.parametrize("seed", [0, 1, 10])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_both_do_the_same_with_storage(policy: str, seed: int) -> None:
     """Three tiers; the original's are files."""
-    for page_size in (1, 16):
+    for page_size in (16, 1)[: 1 + seed % 2]:
         report = compare(page_size, policy, seed, True, STEPS)
         assert report.steps > 20, f"ended early by {report.ended_by}"
 
@@ -53,14 +53,14 @@ def test_both_do_the_same_with_storage(policy: str, seed: int) -> None:
 def test_scripts_do_what_they_are_for() -> None:
     """Scripts that evict nothing, load nothing and fetch nothing would agree on anything."""
     done: Counter[str] = Counter()
-    for storage, (page_size, policy) in ((False, CASES[4]), (True, CASES[3])):
-        for seed in (3, 4):
-            report = side_by_side.run(
-                setup_of(page_size, policy, seed, storage), seed, STEPS, make_original, make_original
-            )
-            done.update(loaded=report.loaded, evicted=report.evicted, fetched=report.fetched)
-    assert done["loaded"] > 100
-    assert done["evicted"] > 500
+    for seed, storage in ((0, False), (1, True)):
+        report = side_by_side.run(
+            setup_of(16, "write_through", seed, storage), seed, 2 * STEPS, make_original, make_original
+        )
+        done.update(loaded=report.loaded, evicted=report.evicted, fetched=report.fetched)
+    assert done["loaded"] > 200
+    assert done["evicted"] > 1_000
+    assert done["fetched"] > 50
 
 
 @pytest.mark.parametrize("storage", [False, True], ids=["memory", "storage"])
