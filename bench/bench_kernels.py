@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from radixkv.errors import DeviceUnavailableError, InvalidArgumentError
-from radixkv.pool.layout import KVGeometry, KVView, Layout, view_of_layout
+from radixkv.pool.layout import KVGeometry, KVView, Layout, contiguous_dims, view_of_layout
 from radixkv.transfer.choose import Chooser, PathName
 from radixkv.transfer.cuda import CudaKernels
 from radixkv.transfer.engine import CopyEngine
@@ -49,8 +49,9 @@ BUSY_BYTES = 64 << 20
 """Of the copy that keeps the stream busy meanwhile: 1.2 ms of PCIe gen 5."""
 AIM_BYTES = 16 << 10
 AIMS = {"backup": 0.95, "load_back": 0.95, "gather": 0.85}
-"""Ratio to the contiguous copy. Host and device: of the path that the chooser picks, with at most 4 blocks, from 16 KiB
-a page and layer up. Device and device: of the best line of a shape."""
+"""Ratio to the contiguous copy. Host and device: of the path that the chooser picks, with at most 4 blocks, from 16
+contiguous KiB a page and layer up (page_first and page_head have a row or a head). Device and device: of the best line
+of a shape."""
 
 PUBLISHED = (
     # what, GB/s, where; rows are a token's bytes of one layer and half
@@ -58,7 +59,7 @@ PUBLISHED = (
      "https://github.com/sgl-project/sglang/pull/37231"),
     ("sgl_kernel's transfer a layer, layer_first to page_first, H20, 8192 rows of 656 B", 19.56,
      "https://github.com/sgl-project/sglang/pull/37231"),
-    ("SGLang's register kernel, 2 CTAs, host (page_first) to device a layer, GB300, 32768 rows of 512 B", 97.0,
+    ("SGLang's register kernel, 2 CTAs, host (page_first) to device, by layer, GB300, 32768 rows of 512 B", 97.0,
      "https://github.com/sgl-project/sglang/pull/40278"),
     ("SGLang's TMA kernel, 4 CTAs, the same", 192.0, "https://github.com/sgl-project/sglang/pull/40278"),
     ("SGLang's register kernel, 2 blocks, host to device, AMD CDNA", 24.0,
@@ -83,6 +84,8 @@ class Case:
     order: str  # random or contiguous page ids
     ctas: int
     kind: str = "mha"
+    tokens: int = 0  # that move; 0: half of the pool's
+    layers: int = LAYERS  # that move, of LAYERS
 
 
 class Gpu(Protocol):
@@ -224,6 +227,19 @@ def cases(quick: bool, sms: int) -> Iterator[Case]:
         yield Case(direction=direction, family=family, layout="page_first_direct", ctas=ctas, **base)
     for direction in DIRECTIONS:
         yield Case(direction=direction, family="copy", layout="page_first_direct", ctas=4, kind="mla", **base)
+    yield from published_cases()
+
+
+def published_cases() -> Iterator[Case]:
+    """The shapes of PUBLISHED. H20: one layer of 8192 latent rows, backed up; the page size is not told, and no matter
+    to a kernel that goes by rows: 64 as in its model. GB300: 8 layers, one by one, of 32768 tokens in pages of 128."""
+    h20: dict[str, Any] = {"direction": "backup", "kind": "mla", "row_bytes": 656, "page_size": 64, "tokens": 8192}
+    gb300: dict[str, Any] = {"direction": "load_back", "layout": "page_first", "row_bytes": 512, "page_size": 128}
+    layouts: tuple[Layout, ...] = ("layer_first", "page_first")
+    for layout, family in itertools.product(layouts, ("copy", "bulk")):
+        yield Case(layout=layout, family=family, order="random", ctas=4, layers=1, **h20)
+    for family, ctas in (("copy", 2), ("copy", 4), ("bulk", 4)):
+        yield Case(family=family, order="random", ctas=ctas, tokens=32768, **gb300)
 
 
 def geometry_of(case: Case) -> KVGeometry:
@@ -238,9 +254,10 @@ def geometry_of(case: Case) -> KVGeometry:
 
 
 def measure(gpu: Gpu, case: Case, pool_bytes: int, repeats: int) -> dict[str, Any]:
-    """One line: half of the pages of a pool of pool_bytes move to a pool of the same size."""
+    """One line: half of the pages of a pool of pool_bytes, or case.tokens, move to a pool of the same size."""
     g = geometry_of(case)
-    pages = max(2, pool_bytes // g.page_bytes)
+    asked = -(-case.tokens // case.page_size)
+    pages = max(2, asked, pool_bytes // g.page_bytes)
     half_bytes = pages * g.page_bytes // g.halves
     rng = np.random.default_rng(SEED)
     content = rng.integers(0, 256, min(1 << 24, half_bytes), dtype=np.uint8)
@@ -256,9 +273,9 @@ def measure(gpu: Gpu, case: Case, pool_bytes: int, repeats: int) -> dict[str, An
             view_of_layout(layout, g, pages * g.page_size, at, gpu.device if tier == "device" else "cpu")
             for layout, at, tier in zip(layouts, (src_at, dst_at), tiers, strict=True)
         ]
-        count = pages // 2
+        count = asked or pages // 2
         ids = [rng.permutation(pages)[:count] if case.order == "random" else np.arange(count) for _ in range(2)]
-        plan = plan_copy(g, views[0], views[1], ids[0].astype(np.int32), ids[1].astype(np.int32))
+        plan = plan_copy(g, *views, ids[0].astype(np.int32), ids[1].astype(np.int32), range(case.layers))
         return _time(gpu, case, plan, (src_at, dst_at), repeats)
     finally:
         gpu.free()
@@ -289,7 +306,7 @@ def _time(gpu: Gpu, case: Case, plan: CopyPlan, at: tuple[list[int], list[int]],
         "kernel": launches[0].kernel,
         "blocks": launches[0].grid,
         "bytes": plan.total_bytes,
-        "contiguous_bytes_a_page_and_layer": case.page_size * case.row_bytes,
+        "contiguous_bytes_a_page_and_layer": contiguous_dims(plan.geometry, plan.src, plan.dst)[0],
         "gb_per_s": plan.total_bytes / seconds / 1e9,
         "call_ms": call * 1e3,
         "memcpy_gb_per_s": plan.total_bytes / limit / 1e9,
@@ -310,7 +327,7 @@ def _time(gpu: Gpu, case: Case, plan: CopyPlan, at: tuple[list[int], list[int]],
 def verdicts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The aims: for each shape that one speaks of, the ratio, the aim, and pass or SHORT (or absent: not measured)."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    shape_keys = ("direction", "layout", "page_size", "row_bytes", "order", "kind")
+    shape_keys = ("direction", "layout", "page_size", "row_bytes", "order", "kind", "tokens", "layers")
     for line in lines:
         if "refused" in line:
             continue
@@ -353,7 +370,7 @@ def _check_first_page(gpu: Gpu, case: Case, plan: CopyPlan) -> None:
         address = int(view.bases[half, layer]) + page * view.page_stride + token * view.token_stride
         return gpu.read(tier, address, g.head_bytes)
 
-    for half, layer, token in itertools.product(range(g.halves), (0, g.num_layers - 1), range(g.page_size)):
+    for half, layer, token in itertools.product(range(g.halves), (0, plan.layers.stop - 1), range(g.page_size)):
         src = head(plan.src, tiers[0], int(plan.src_pages[0]), half, layer, token)
         dst = head(plan.dst, tiers[1], int(plan.dst_pages[0]), half, layer, token)
         assert (src == dst).all(), f"{case}: half {half}, layer {layer}, token {token} differs"

@@ -454,3 +454,7 @@ def _write_json(path: str | None, figures: dict[str, Any]) -> None:
         sys.stdout.write(text)
     else:
         Path(path).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

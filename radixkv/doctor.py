@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -47,13 +48,15 @@ Status = Literal["ok", "missing", "failed"]
 class Finding:
     """One line. missing: not there, which is no fault. failed: there, and not usable, or the probe itself broke.
 
-    data: figures for programs (bytes, counts, versions).
+    data: figures for programs (bytes, counts, versions). brief: the value without its cause, for the reasons of
+    choices; "": the value.
     """
 
     name: str
     status: Status
     value: str
     data: dict[str, Any] = field(default_factory=dict)
+    brief: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +162,7 @@ def _driver(machine: Machine) -> Finding:
     try:
         cuda = machine.library("libcuda.so.1")
     except OSError as error:
-        return Finding("driver", "missing", f"no libcuda.so.1 ({error})")
+        return _no_library("driver", "libcuda.so.1", error)
     version, count = ctypes.c_int(), ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
     code = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
@@ -167,6 +170,12 @@ def _driver(machine: Machine) -> Finding:
     if code:
         return Finding("driver", "failed", f"{name}, but it does not start: error {code}", {"version": version.value})
     return Finding("driver", "ok", f"{name}, {count.value} devices", {"version": version.value, "count": count.value})
+
+
+def _no_library(name: str, library: str, error: OSError) -> Finding:
+    """The loader's text begins with the name of the file, which is said already."""
+    cause = re.sub(rf"^{re.escape(library)}[\w.]*: ", "", str(error))
+    return Finding(name, "missing", f"no {library} ({cause})", brief=f"no {library}")
 
 
 def _torch(machine: Machine) -> Finding:
@@ -225,7 +234,7 @@ def _nvrtc(machine: Machine) -> Finding:
         try:  # CuPy's wheels find the one of the nvidia packages
             major, minor = machine.load("cupy.cuda.nvrtc").getVersion()
         except ImportError:
-            return Finding("nvrtc", "missing", f"no libnvrtc ({error})")
+            return _no_library("nvrtc", "libnvrtc", error)
         return Finding("nvrtc", "ok", f"{major}.{minor}, through CuPy", {"version": f"{major}.{minor}"})
     parts = ctypes.c_int(), ctypes.c_int()
     code = library.nvrtcVersion(*map(ctypes.byref, parts))
@@ -311,7 +320,7 @@ def _pinned(machine: Machine) -> Finding:
     try:
         data["registrar"] = machine.registrar_name()
     except DeviceUnavailableError as error:
-        return Finding("page-locking", "missing", f"{error}; mlock: {shown}", data)
+        return Finding("page-locking", "missing", f"{error}; mlock: {shown}", data, brief="no CUDA that sees a GPU")
     return Finding("page-locking", "ok", f"through {data['registrar']} (not bound by mlock's {shown})", data)
 
 
@@ -417,7 +426,9 @@ def decide(findings: Iterable[Finding]) -> list[Choice]:
 
     def why(*names: str) -> str:
         return "; ".join(
-            f"{name}: {found[name].value}" for name in names if name in found and found[name].status != "ok"
+            f"{name}: {found[name].brief or found[name].value}"
+            for name in names
+            if name in found and found[name].status != "ok"
         )
 
     return [_copies(data, why), _device_pools(data, why), *_host_pools(data, why)]
@@ -500,10 +511,13 @@ def tables(diagnosis: Diagnosis) -> list[Any]:
     box, table = importlib.import_module("rich.box"), importlib.import_module("rich.table")
     escape = importlib.import_module("rich.markup").escape
     colours = {"ok": "green", "missing": "yellow", "failed": "red"}
-    offers = table.Table("", "status", "what there is", title="this machine", title_justify="left", box=box.SIMPLE_HEAD)
+    offers = table.Table(title="this machine", title_justify="left", box=box.SIMPLE_HEAD)
+    uses = table.Table(title="radixkv will use", title_justify="left", box=box.SIMPLE_HEAD)
+    heads = ((offers, ("", "status", "what there is")), (uses, ("for", "uses", "because")))
+    for one, name in ((one, name) for one, names in heads for name in names):
+        one.add_column(name, overflow="fold")  # a path is copied: it must be whole
     for f in diagnosis.findings:
         offers.add_row(f.name, f"[{colours[f.status]}]{f.status}[/]", escape(f.value))
-    uses = table.Table("for", "uses", "because", title="radixkv will use", title_justify="left", box=box.SIMPLE_HEAD)
     for c in diagnosis.choices:
         uses.add_row(c.purpose, escape(c.uses), escape(c.reason))
     return [offers, uses]

@@ -31,6 +31,7 @@ typedef struct CUctx_st *CUcontext;
 typedef struct CUmod_st *CUmodule;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUstream_st *CUstream;
+typedef struct CUevent_st *CUevent;
 
 enum {
     CUDA_SUCCESS = 0,
@@ -60,6 +61,14 @@ enum { POINTER_ON_DEVICE = 3, RANGE_START = 11, RANGE_BYTES = 12 };
     X(release, "cuMemFreeAsync", (CUdeviceptr, CUstream)) \
     X(pointer_attribute, "cuPointerGetAttribute", (void *, int, CUdeviceptr)) \
     X(upload, "cuMemcpyHtoDAsync_v2", (CUdeviceptr, const void *, size_t, CUstream)) \
+    X(host_allocate, "cuMemHostAlloc", (void **, size_t, unsigned int)) \
+    X(host_release, "cuMemFreeHost", (void *)) \
+    X(event_create, "cuEventCreate", (CUevent *, unsigned int)) \
+    X(event_destroy, "cuEventDestroy_v2", (CUevent)) \
+    X(event_record, "cuEventRecord", (CUevent, CUstream)) \
+    X(event_query, "cuEventQuery", (CUevent)) \
+    X(event_wait, "cuEventSynchronize", (CUevent)) \
+    X(stream_wait, "cuStreamSynchronize", (CUstream)) \
     X(launch, "cuLaunchKernel", \
       (CUfunction, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, unsigned int, \
        CUstream, void **, void **))
@@ -113,10 +122,32 @@ static rkv_cuda_status failed(const char *call, CUresult result)
 
 /* ------------------------------------------------------------------------------------------------------------ GPU */
 
+enum { MAX_SLOTS = 16, MAX_FUNCTIONS = 32, EVENT_DISABLE_TIMING = 2 };
+#define MIN_SLOT_BYTES ((size_t)64 << 10)
+
+/* Page-locked memory that one upload reads: from pageable memory the caller would wait for the stream. It may be written
+ * again once its event has passed. */
+typedef struct slot {
+    void *host;
+    size_t capacity;
+    CUevent event; /* behind the last upload */
+    uint64_t turn; /* of the last upload; 0: none yet */
+    int taken;     /* by a thread, between take_slot and give_slot */
+} slot;
+
 struct rkv_cuda {
     CUdevice device;
     CUcontext context;
     CUmodule module;
+    pthread_mutex_t mutex; /* about all below */
+    pthread_cond_t given;  /* a slot came back from a thread */
+    slot slots[MAX_SLOTS];
+    uint32_t num_slots, num_functions;
+    uint64_t turns;
+    struct {
+        char name[sizeof((rkv_cuda_launch){0}.kernel)];
+        CUfunction function;
+    } functions[MAX_FUNCTIONS];
 };
 
 /* The step that failed has left its message; undo what came before. */
@@ -156,6 +187,8 @@ rkv_cuda_status rkv_cuda_open(int32_t device, rkv_cuda **out)
         free(cuda);
         return status;
     }
+    pthread_mutex_init(&cuda->mutex, NULL);
+    pthread_cond_init(&cuda->given, NULL);
     *out = cuda;
     return RKV_CUDA_OK;
 }
@@ -165,11 +198,105 @@ void rkv_cuda_close(rkv_cuda *cuda)
     if (cuda == NULL) return;
     CUcontext popped;
     if (driver.context_push(cuda->context) == CUDA_SUCCESS) {
+        for (uint32_t i = 0; i < cuda->num_slots; i++) {
+            slot *one = &cuda->slots[i];
+            if (one->turn) driver.event_wait(one->event);
+            if (one->host) driver.host_release(one->host);
+            driver.event_destroy(one->event);
+        }
         driver.module_unload(cuda->module);
         driver.context_pop(&popped);
     }
     driver.context_release(cuda->device);
+    pthread_cond_destroy(&cuda->given);
+    pthread_mutex_destroy(&cuda->mutex);
     free(cuda);
+}
+
+/* -------------------------------------------------------------------------------------------------------- staging */
+
+/* Under the mutex: an idle slot (the first that is large enough, else any), a new one, or the one that will be
+ * idle first, and is waited for. NULL: threads have all of them. */
+static CUresult find_slot(rkv_cuda *cuda, size_t bytes, slot **found)
+{
+    slot *idle = NULL, *oldest = NULL;
+    for (uint32_t i = 0; i < cuda->num_slots; i++) {
+        slot *one = &cuda->slots[i];
+        if (one->taken) continue;
+        if (oldest == NULL || one->turn < oldest->turn) oldest = one;
+        if (one->turn && driver.event_query(one->event) != CUDA_SUCCESS) continue;
+        if (idle == NULL || (idle->capacity < bytes && one->capacity >= bytes)) idle = one;
+    }
+    CUresult result = CUDA_SUCCESS;
+    if (idle == NULL && cuda->num_slots < MAX_SLOTS) {
+        slot *one = &cuda->slots[cuda->num_slots];
+        result = driver.event_create(&one->event, EVENT_DISABLE_TIMING);
+        if (result == CUDA_SUCCESS) {
+            cuda->num_slots++;
+            idle = one;
+        }
+    } else if (idle == NULL && oldest != NULL) {
+        result = driver.event_wait(oldest->event);
+        idle = oldest;
+    }
+    *found = result == CUDA_SUCCESS ? idle : NULL;
+    return result;
+}
+
+/* A slot for this thread, of `bytes` and more; waits while other threads have all of them. */
+static rkv_cuda_status take_slot(rkv_cuda *cuda, size_t bytes, slot **taken)
+{
+    size_t capacity = MIN_SLOT_BYTES;
+    while (capacity < bytes) capacity *= 2;
+    const char *call = "cuEvent";
+    pthread_mutex_lock(&cuda->mutex);
+    CUresult result;
+    while ((result = find_slot(cuda, bytes, taken)) == CUDA_SUCCESS && *taken == NULL) {
+        pthread_cond_wait(&cuda->given, &cuda->mutex);
+    }
+    slot *one = *taken;
+    if (one != NULL && one->capacity < bytes) {
+        call = "cuMemHostAlloc";
+        if (one->host != NULL) driver.host_release(one->host);
+        one->host = NULL;
+        one->capacity = 0;
+        result = driver.host_allocate(&one->host, capacity, 0);
+        if (result == CUDA_SUCCESS) one->capacity = capacity;
+    }
+    if (one != NULL && result == CUDA_SUCCESS) one->taken = 1;
+    pthread_mutex_unlock(&cuda->mutex);
+    return result == CUDA_SUCCESS ? RKV_CUDA_OK : failed(call, result);
+}
+
+/* The slot is anybody's again; its event was recorded if used is set. */
+static void give_slot(rkv_cuda *cuda, slot *one, int used)
+{
+    pthread_mutex_lock(&cuda->mutex);
+    if (used) one->turn = ++cuda->turns;
+    one->taken = 0;
+    pthread_cond_signal(&cuda->given);
+    pthread_mutex_unlock(&cuda->mutex);
+}
+
+/* The function of a kernel, which the driver is asked for once. */
+static CUresult find_function(rkv_cuda *cuda, const char *name, CUfunction *function)
+{
+    CUresult result = CUDA_SUCCESS;
+    uint32_t i = 0;
+    pthread_mutex_lock(&cuda->mutex);
+    while (i < cuda->num_functions && strcmp(cuda->functions[i].name, name) != 0) i++;
+    if (i < cuda->num_functions) {
+        *function = cuda->functions[i].function;
+    } else {
+        result = driver.module_function(function, cuda->module, name);
+        if (result == CUDA_SUCCESS && i < MAX_FUNCTIONS) {
+            snprintf(cuda->functions[i].name, sizeof cuda->functions[i].name, "%s", name);
+            cuda->functions[i].function = *function;
+            cuda->num_functions++;
+        }
+    }
+    pthread_mutex_unlock(&cuda->mutex);
+    return result;
 }
 
 /* ----------------------------------------------------------------------------------------------------------- copy */
@@ -182,7 +309,7 @@ typedef struct tables {
     size_t size;
 } tables;
 
-static rkv_cuda_status make_tables(const rkv_cuda_copy *copy, tables *t)
+static void size_tables(const rkv_cuda_copy *copy, tables *t)
 {
     memset(t, 0, sizeof *t);
     t->bases_bytes = (size_t)copy->geometry->halves * copy->geometry->num_layers * sizeof *copy->src->bases;
@@ -196,13 +323,14 @@ static rkv_cuda_status make_tables(const rkv_cuda_copy *copy, tables *t)
         t->dst_pages = t->size;
         t->size += (t->pages_bytes + 7) / 8 * 8;
     }
-    t->bytes = calloc(1, t->size);
-    if (t->bytes == NULL) return rkv_cuda_fail(RKV_CUDA_ERR_NO_MEMORY, "no memory for %zu bytes of page ids", t->size);
+}
+
+static void fill_tables(const rkv_cuda_copy *copy, const tables *t)
+{
     memcpy(t->bytes, copy->src->bases, t->bases_bytes);
     memcpy(t->bytes + t->bases_bytes, copy->dst->bases, t->bases_bytes);
     if (t->src_pages) memcpy(t->bytes + t->src_pages, copy->src_pages, t->pages_bytes);
     if (t->dst_pages) memcpy(t->bytes + t->dst_pages, copy->dst_pages, t->pages_bytes);
-    return RKV_CUDA_OK;
 }
 
 /* Bytes [first, end) that are known to be of one allocation. */
@@ -276,7 +404,7 @@ static rkv_cuda_status launch_all(rkv_cuda *cuda, const rkv_cuda_copy *copy, con
         params.src.pages = t->src_pages ? at + t->src_pages + skip : 0;
         params.dst.pages = t->dst_pages ? at + t->dst_pages + skip : 0;
         CUfunction function;
-        CUresult result = driver.module_function(&function, cuda->module, plan.kernel);
+        CUresult result = find_function(cuda, plan.kernel, &function);
         if (result != CUDA_SUCCESS) return failed(plan.kernel, result);
         void *arguments[] = {&params};
         result = driver.launch(function, plan.grid, 1, 1, plan.block, 1, 1, 0, stream, arguments, NULL);
@@ -311,18 +439,31 @@ static rkv_cuda_status launch_layers(rkv_cuda *cuda, const rkv_cuda_copy *copy, 
 static rkv_cuda_status upload_and_launch(rkv_cuda *cuda, const rkv_cuda_copy *copy, CUstream stream, const follower *f)
 {
     tables t;
-    rkv_cuda_status status = make_tables(copy, &t);
+    slot *staged;
+    size_tables(copy, &t);
+    rkv_cuda_status status = take_slot(cuda, t.size, &staged);
     if (status != RKV_CUDA_OK) return status;
+    t.bytes = staged->host;
+    fill_tables(copy, &t);
     CUdeviceptr at = 0;
     const char *call = "cuMemAllocAsync";
     CUresult result = driver.allocate(&at, t.size, stream);
-    if (result == CUDA_SUCCESS) {
-        call = "cuMemcpyHtoDAsync"; /* from pageable memory: the driver has read it all when it returns */
-        result = driver.upload(at, t.bytes, t.size, stream);
-        if (result == CUDA_SUCCESS) status = launch_layers(cuda, copy, &t, at, stream, f);
-        driver.release(at, stream); /* in stream order: after the kernels */
+    if (result != CUDA_SUCCESS) {
+        give_slot(cuda, staged, 0);
+        return failed(call, result);
     }
-    free(t.bytes);
+    call = "cuMemcpyHtoDAsync";
+    result = driver.upload(at, t.bytes, t.size, stream);
+    if (result != CUDA_SUCCESS) {
+        give_slot(cuda, staged, 0);
+    } else {
+        call = "cuEventRecord";
+        result = driver.event_record(staged->event, stream);
+        if (result != CUDA_SUCCESS) driver.stream_wait(stream); /* nothing else tells when the slot has been read */
+        give_slot(cuda, staged, result == CUDA_SUCCESS);
+        if (result == CUDA_SUCCESS) status = launch_layers(cuda, copy, &t, at, stream, f);
+    }
+    driver.release(at, stream); /* in stream order: after the kernels */
     return result == CUDA_SUCCESS ? status : failed(call, result);
 }
 

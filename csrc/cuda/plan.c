@@ -262,21 +262,44 @@ static int same_view(const rkv_cuda_copy *copy)
            memcmp(a->bases, b->bases, (size_t)g->halves * g->num_layers * sizeof *a->bases) == 0;
 }
 
+enum { FEW_PAGES = 256 };
+
+/* The pages that are written: open addressing, at most half full. A slot holds 1 + the id, which is below 2^31; 0: empty. */
+typedef struct page_set {
+    uint32_t *slots;
+    uint32_t log2;
+} page_set;
+
+/* The slot of a page, or the empty one where it belongs. */
+static uint32_t *slot_of(const page_set *set, uint64_t id)
+{
+    const uint32_t mask = (uint32_t)(((uint64_t)1 << set->log2) - 1);
+    uint32_t at = (uint32_t)(id * 0x9E3779B97F4A7C15u >> (64 - set->log2));
+    while (set->slots[at] && set->slots[at] != id + 1) at = (at + 1) & mask;
+    return &set->slots[at];
+}
+
 /* No page is written twice; within one pool none is both read and written; two views that reach into each other are
- * refused. A bit for each page that is written, so that it takes O(pages). */
+ * refused. O(pages of the copy), whatever the pools have. */
 static rkv_cuda_status check_overlap(const rkv_cuda_copy *copy)
 {
-    unsigned char *written = calloc((size_t)(copy->dst->num_pages / 8 + 1), 1);
-    if (written == NULL) {
-        return rkv_cuda_fail(RKV_CUDA_ERR_NO_MEMORY, "no memory for %" PRIu64 " bits", copy->dst->num_pages);
+    uint32_t few[2 * FEW_PAGES] = {0};
+    page_set set = {few, 9};
+    /* of one more page than the pool has, one is given twice */
+    const uint64_t most = copy->dst->num_pages + 1, count = copy->num_pages < most ? copy->num_pages : most;
+    if (count > FEW_PAGES) {
+        while ((uint64_t)1 << set.log2 < 2 * count) set.log2++;
+        set.slots = calloc((size_t)1 << set.log2, sizeof *set.slots);
+        if (set.slots == NULL) {
+            return rkv_cuda_fail(RKV_CUDA_ERR_NO_MEMORY, "no memory for a set of %" PRIu64 " pages", count);
+        }
     }
     rkv_cuda_status status = RKV_CUDA_OK;
-    for (uint64_t i = 0; i < copy->num_pages && status == RKV_CUDA_OK; i++) {
+    for (uint64_t i = 0; i < count && status == RKV_CUDA_OK; i++) {
         const uint64_t id = (uint64_t)id_at(copy->dst_pages, i, copy->index_bits);
-        if (written[id / 8] >> (id % 8) & 1) {
-            status = rkv_cuda_fail(RKV_CUDA_ERR_OVERLAP, "destination page %" PRIu64 " is given twice", id);
-        }
-        written[id / 8] |= (unsigned char)(1u << (id % 8));
+        uint32_t *slot = slot_of(&set, id);
+        if (*slot) status = rkv_cuda_fail(RKV_CUDA_ERR_OVERLAP, "destination page %" PRIu64 " is given twice", id);
+        *slot = (uint32_t)id + 1;
     }
     uint64_t src_first, src_end, dst_first, dst_end;
     reach(copy, copy->src, &src_first, &src_end);
@@ -287,12 +310,12 @@ static rkv_cuda_status check_overlap(const rkv_cuda_copy *copy)
         }
         for (uint64_t i = 0; i < copy->num_pages && status == RKV_CUDA_OK; i++) {
             const uint64_t id = (uint64_t)id_at(copy->src_pages, i, copy->index_bits);
-            if (id < copy->dst->num_pages && written[id / 8] >> (id % 8) & 1) {
+            if (*slot_of(&set, id)) {
                 status = rkv_cuda_fail(RKV_CUDA_ERR_OVERLAP, "page %" PRIu64 " is both source and destination", id);
             }
         }
     }
-    free(written);
+    if (set.slots != few) free(set.slots);
     return status;
 }
 

@@ -95,6 +95,9 @@ static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent
 /* Start helpers until there are ``wanted``, or no more threads to be had. Under the mutex. */
 static void grow(uint32_t wanted)
 {
+    if (pool.num_helpers >= wanted) {
+        return; /* nearly every copy: no system call */
+    }
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* helpers inherit it: signals are for the threads of the program */

@@ -240,6 +240,16 @@ class Arena:
         """The memory as uint8 [num_bytes]. The arena cannot be closed while this, or a view of it, lives."""
         return np.frombuffer(self._mapped(), np.uint8, self.num_bytes)
 
+    def hold(self) -> memoryview:
+        """The memory, at a tenth of the price of ``data``: a copy keeps it from being closed meanwhile.
+
+        Raises: StateError if it is closed.
+        """
+        try:
+            return memoryview(self._mapped())
+        except ValueError as error:  # another thread is in the middle of ``close``
+            raise StateError("the arena is closed") from error
+
     def _mapped(self) -> mmap.mmap:
         if self._map is None:
             raise StateError("the arena is closed")

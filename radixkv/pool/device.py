@@ -86,7 +86,7 @@ class DevicePool:
         return sum(self._buffer_bytes()) / _GIB
 
     def view(self) -> KVView:
-        """Where each byte lies. Valid as long as the pool."""
+        """Where each byte lies. Keeps the buffers alive, beyond the pool."""
         return self.recognized().view
 
     def recognized(self) -> EnginePool:
@@ -254,10 +254,13 @@ class MHATokenToKVPool(DevicePool):
         ``layer``), or of ``layer_id_override``.
 
         Rows of another dtype are divided by their scale and converted.
+        Raises (nothing is written): InvalidArgumentError for rows that are not [len(loc), H, head_dim].
         """
         at = self._place(getattr(layer, "layer_id", layer) if layer_id_override is None else layer_id_override)
-        self.k_buffer[at][loc] = self._storable(cache_k, k_scale)
-        self.v_buffer[at][loc] = self._storable(cache_v, v_scale)
+        k, v = self._storable(cache_k, k_scale), self._storable(cache_v, v_scale)
+        _check_rows("cache_k", k, (len(loc), self.head_num, self.head_dim))
+        _check_rows("cache_v", v, (len(loc), self.head_num, self.head_dim))
+        self.k_buffer[at][loc], self.v_buffer[at][loc] = k, v
 
 
 class MLATokenToKVPool(DevicePool):
@@ -316,10 +319,16 @@ class MLATokenToKVPool(DevicePool):
         self.kv_buffer[at][loc] = self._storable(cache_k)
 
     def set_mla_kv_buffer(self, layer: Any, loc: Array, cache_k_nope: Array, cache_k_rope: Array) -> None:
-        """Write the two parts of rows: the latent [n, 1, kv_lora_rank] and the rotary [n, 1, qk_rope_head_dim]."""
+        """Write the two parts of rows: the latent [n, 1, kv_lora_rank] and the rotary [n, 1, qk_rope_head_dim].
+
+        Raises (nothing is written): InvalidArgumentError for others.
+        """
         buffer = self.kv_buffer[self._place(getattr(layer, "layer_id", layer))]
-        buffer[loc, :, : self.kv_lora_rank] = self._storable(cache_k_nope)
-        buffer[loc, :, self.kv_lora_rank :] = self._storable(cache_k_rope)
+        nope, rope = self._storable(cache_k_nope), self._storable(cache_k_rope)
+        _check_rows("cache_k_nope", nope, (len(loc), 1, self.kv_lora_rank))
+        _check_rows("cache_k_rope", rope, (len(loc), 1, self.qk_rope_head_dim))
+        buffer[loc, :, : self.kv_lora_rank] = nope
+        buffer[loc, :, self.kv_lora_rank :] = rope
 
 
 def _check_unused(enable_memory_saver: bool, start_layer: int | None, end_layer: int | None, layer_num: int) -> None:
@@ -327,6 +336,11 @@ def _check_unused(enable_memory_saver: bool, start_layer: int | None, end_layer:
         raise InvalidArgumentError("enable_memory_saver is SGLang's torch_memory_saver, which these pools do not use")
     if end_layer is not None and end_layer - (start_layer or 0) not in (layer_num - 1, layer_num):
         raise InvalidArgumentError(f"layers {start_layer} .. {end_layer} are not {layer_num}")
+
+
+def _check_rows(name: str, rows: Array, shape: tuple[int, ...]) -> None:
+    if tuple(rows.shape) != shape:
+        raise InvalidArgumentError(f"{name} is {tuple(rows.shape)}, not {shape}")
 
 
 def _to_host(array: Array) -> Array:

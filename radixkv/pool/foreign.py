@@ -50,8 +50,7 @@ silently."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePool:
-    """An engine's device pool as radixkv sees it. ``arrays`` keeps the engine's tensors alive as long as the view is
-    used."""
+    """An engine's device pool as radixkv sees it. ``arrays``, the view's owner, keeps the engine's tensors alive."""
 
     geometry: KVGeometry
     view: KVView
@@ -116,6 +115,8 @@ def view_of_tensors(
     Raises: UnsupportedLayoutError with the shapes and strides found; InvalidArgumentError for wrong letters.
     """
     apart = values is not None
+    if page_size is not None and page_size < 1:
+        raise InvalidArgumentError(f"page_size is {page_size}, and must be at least 1")
     if apart and kind == "mla":
         raise InvalidArgumentError("MLA has one buffer, no values apart")
     groups = [_as_list(tensors), *([_as_list(values)] if apart else [])]
@@ -270,7 +271,7 @@ def _pool(
         raise UnsupportedLayoutError(f"{first.shown}: MLA keeps one latent row a token, not {first.heads.size}")
     slots, pages = first.slots, first.pages
     if pages is None:
-        size = page_size or 1
+        size = 1 if page_size is None else page_size
         num_slots, page_stride = slots.size, size * slots.stride
     else:
         size, num_slots, page_stride = slots.size, slots.size * pages.size, pages.stride
@@ -293,6 +294,7 @@ def _pool(
         head_stride=first.heads.stride,
         num_slots=num_slots // size * size,  # a rest that is no page is nobody's
         device=first.device,
+        owner=arrays,
     )
     return EnginePool(geometry=geometry, view=view, dims=dims, arrays=arrays)
 

@@ -28,6 +28,9 @@ __all__ += ["copy_pages", "host_slots"]
 
 PageBytes = npt.NDArray[np.uint8]
 
+_BEYOND = 2.0**63
+"""Bytes and slots that no machine has: they are refused for that, whatever is asked beyond."""
+
 _WRITTEN = (MemoryStateInt.PROTECTED, MemoryStateInt.SYNCED, MemoryStateInt.BACKUP)
 
 
@@ -121,9 +124,6 @@ class HostKVCache(HostSlots):
             raise InvalidArgumentError(f"unknown layout {layout!r}; one of {', '.join(LAYOUTS)}")
         if num_slots < 1 or num_slots % geometry.page_size:
             raise InvalidArgumentError(f"{num_slots} slots are not one or more whole pages of {geometry.page_size}")
-        super().__init__(num_slots // geometry.page_size, geometry.page_size, library)
-        self.geometry, self.layout = geometry, layout
-        self.layer_num, self.head_num = geometry.num_layers, geometry.num_heads
         num_bytes = num_slots * geometry.token_bytes
         arena = config.arena
         memory = require_host_memory(
@@ -133,6 +133,9 @@ class HostKVCache(HostSlots):
             num_bytes + config.headroom_bytes > memory.available_bytes
         ):  # it fits into reserved huge pages, and only there
             arena = replace(arena, huge_pages="hugetlb")
+        super().__init__(num_slots // geometry.page_size, geometry.page_size, library)
+        self.geometry, self.layout = geometry, layout
+        self.layer_num, self.head_num = geometry.num_layers, geometry.num_heads
         self.arena = Arena(num_bytes, arena, kernel)
         try:
             if registrar is not None:
@@ -142,7 +145,14 @@ class HostKVCache(HostSlots):
             raise
         self._kv: PageBytes | None = self._shaped(self.arena.data)
         bases = [self.arena.address + half * num_bytes // geometry.halves for half in range(geometry.halves)]
-        self._view = view_of_layout(layout, geometry, num_slots, bases, boundaries=self.arena.boundaries)
+        seams = self.arena.boundaries
+        self._view = view_of_layout(layout, geometry, num_slots, bases, boundaries=seams, owner=self.arena)
+
+    def alloc_pages(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
+        """As of HostSlots. Raises: StateError once the pool is closed."""
+        if self._kv is None or self.arena.closed:
+            raise StateError("the host pool is closed")
+        return super().alloc_pages(num_pages, for_copy)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
     def _shaped(self, data: PageBytes) -> PageBytes:
@@ -193,7 +203,7 @@ class HostKVCache(HostSlots):
         return f"K {inner}" if self.geometry.kind == "mha" else inner
 
     def view(self) -> KVView:
-        """Where each byte lies. Valid until ``close``."""
+        """Where each byte lies. Until ``close``; copies over a view that is older than that raise StateError."""
         if self._kv is None or self.arena.closed:  # in a child of fork, a page-locked one is
             raise StateError("the host pool is closed")
         return self._view
@@ -319,7 +329,7 @@ def host_slots(geometry: KVGeometry, device_slots: int, ratio: float = 0.0, num_
     """
     if num_bytes < 0 or not 0 <= ratio < math.inf:
         raise InvalidArgumentError(f"a host pool of {num_bytes:,} bytes, or {ratio} times {device_slots} device slots")
-    wanted = num_bytes // geometry.token_bytes if num_bytes > 0 else int(device_slots * ratio)
+    wanted = num_bytes // geometry.token_bytes if num_bytes > 0 else int(min(device_slots * ratio, _BEYOND))
     slots = wanted - wanted % geometry.page_size
     if slots < 1:
         asked = f"{num_bytes:,} bytes" if num_bytes > 0 else f"{ratio} times {device_slots} device slots"
@@ -380,7 +390,7 @@ class _HostPoolOfDevice(HostKVCache):
                 config = replace(config, arena=replace(config.arena, numa_node=node))
         super().__init__(
             found.geometry,
-            host_slots(found.geometry, device_slots, host_to_device_ratio, int(host_size * 1e9)),
+            host_slots(found.geometry, device_slots, host_to_device_ratio, int(min(host_size * 1e9, _BEYOND))),
             layout,
             registrar=registrar if pin_memory else None,
             config=config,

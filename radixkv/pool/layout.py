@@ -23,8 +23,8 @@ K and V are separate outer halves of a host pool (all of K, then all of V).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +87,7 @@ class KVGeometry:
         return self.page_size * self.token_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class KVView:
     """One tier's memory as the copies see it; see the module's docstring for the address formula.
 
@@ -98,6 +98,8 @@ class KVView:
         device: "cpu", or "cuda:N".
         boundaries: addresses, rising, that no one copy of a driver may span: where a chunk of page-locked memory ends
             and the next begins. () for memory in one piece.
+        owner: whatever keeps the memory: tensors, arrays, an Arena. It lives as long as the view, and every plan and
+            route over it. None: the caller sees to that.
     """
 
     bases: npt.NDArray[np.uint64]
@@ -107,6 +109,15 @@ class KVView:
     num_slots: int
     device: str = "cpu"
     boundaries: tuple[int, ...] = ()
+    owner: Any = field(default=None, compare=False, repr=False)
+
+    def hold(self) -> object:
+        """Keep an owner that can be closed (an Arena) open as long as what is returned lives.
+
+        Raises: StateError if it is closed already.
+        """
+        hold = getattr(self.owner, "hold", None)
+        return self.owner if hold is None else hold()
 
 
 def view_of_layout(
@@ -116,13 +127,14 @@ def view_of_layout(
     half_bases: list[int],
     device: str = "cpu",
     boundaries: tuple[int, ...] = (),
+    owner: Any = None,
 ) -> KVView:
     """The view of one contiguous block a half, in one of the four layouts.
 
     Args:
         num_slots: S, a multiple of page_size.
         half_bases: the address of each half's block (halves of them), each num_slots * L * H * D bytes long.
-        device, boundaries: of the view.
+        device, boundaries, owner: of the view.
     Raises: InvalidArgumentError for an unknown layout, a partial page, or a wrong number of blocks.
     """
     g = geometry
@@ -155,6 +167,7 @@ def view_of_layout(
         num_slots=num_slots,
         device=device,
         boundaries=boundaries,
+        owner=owner,
     )
 
 

@@ -2,7 +2,8 @@
 
 A container's limit does not show in MemAvailable, and a pool that is populated beyond it is not refused but killed.
 So the limits of the own cgroup and all above it count, version 1 and 2, less what is in use; page cache that the
-kernel can drop is no use.
+kernel can drop is no use. memory.high of version 2 is a limit, too: beyond it the kernel reclaims, and slows down
+whoever allocates, without an end if the memory is locked.
 """
 
 from __future__ import annotations
@@ -106,20 +107,24 @@ def _cgroups(root: Path) -> Iterator[tuple[str, int, int]]:
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:  # version 2, alone or beside version 1
             for mount in ("sys/fs/cgroup", "sys/fs/cgroup/unified"):
-                yield from _walk(root / mount, path, "memory.max", "memory.current", "inactive_file")
+                yield from _walk(root / mount, path, ("memory.max", "memory.high"), "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            yield from _walk(root / "sys/fs/cgroup/memory", path, *names)
+            names = ("memory.usage_in_bytes", "total_inactive_file")
+            yield from _walk(root / "sys/fs/cgroup/memory", path, ("memory.limit_in_bytes",), *names)
 
 
-def _walk(mount: Path, path: str, limit_name: str, used_name: str, cache_name: str) -> Iterator[tuple[str, int, int]]:
+def _walk(
+    mount: Path, path: str, limit_names: tuple[str, ...], used_name: str, cache_name: str
+) -> Iterator[tuple[str, int, int]]:
     """The limits of a cgroup and of those above it. In a container the path may not exist: then its mount is the
     cgroup."""
     folder = mount / path.strip("/")
     for place in (folder, *folder.parents):
-        limit, used = (read_text(place / limit_name) or "").strip(), (read_text(place / used_name) or "").strip()
-        if limit.isdigit() and used.isdigit() and int(limit) < _UNLIMITED:
+        found = [(read_text(place / name) or "").strip() for name in limit_names]
+        limits = [int(text) for text in found if text.isdigit() and int(text) < _UNLIMITED]
+        used = (read_text(place / used_name) or "").strip()
+        if limits and used.isdigit():
             cache = _fields(read_text(place / "memory.stat") or "").get(cache_name, 0)
-            yield str(place), int(limit), max(0, int(used) - cache)
+            yield str(place), min(limits), max(0, int(used) - cache)
         if place == mount:
             return

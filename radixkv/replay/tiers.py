@@ -93,6 +93,7 @@ class TierReplay(BaseReplay):
         device = KVView(
             bases=np.array([[self.device.data.ctypes.data]], np.uint64), page_stride=size * token_bytes,
             token_stride=token_bytes, head_stride=token_bytes, num_slots=config.device_pages * size,
+            owner=self.device.data,
         )  # fmt: skip
         self._storage = create_storage("file", path=config.storage, max_bytes=config.storage_bytes)
         namespace = PageNamespace.of_geometry(geometry, self.host.page_dims, model="radixkv replay", dtype="uint8")

@@ -10,9 +10,11 @@ alignment.
 cimport numpy as cnp
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from operator import index
+
 import numpy as np
 
-from ..errors import AllocationError, InvalidArgumentError, StateError, TransferError
+from ..errors import AllocationError, ArgumentTypeError, InvalidArgumentError, StateError, TransferError
 from ..pool.memory import usable_cpus
 from .base import Transfer
 from .loops import loops_of
@@ -188,6 +190,10 @@ class CpuTransfer(Transfer):
         super().__init__(geometry)
         if num_threads is None:
             num_threads = min(16, usable_cpus())
+        try:
+            num_threads = index(num_threads)
+        except TypeError as error:
+            raise ArgumentTypeError(f"num_threads is an int, not {num_threads!r}") from error
         if not 1 <= num_threads <= RKV_COPY_MAX_THREADS:
             raise InvalidArgumentError(f"{num_threads} threads, and 1 .. {RKV_COPY_MAX_THREADS} are possible")
         if store not in STORES:
@@ -200,8 +206,8 @@ class CpuTransfer(Transfer):
 
         Args:
             progress: a new Progress of len(plan.layers), told of each layer as it completes; the copy then goes by layers.
-        Raises: InvalidArgumentError if a view is not on the cpu; StateError for a progress that had a copy;
-            AllocationError, with nothing copied. A progress that was taken fails with whatever is raised.
+        Raises: InvalidArgumentError if a view is not on the cpu; StateError for a progress that had a copy, or memory that
+            was closed; AllocationError, with nothing copied. A progress that was taken fails with whatever is raised.
         """
         if progress is None:
             self._run(plan, None)
@@ -214,6 +220,7 @@ class CpuTransfer(Transfer):
             raise
 
     def _run(self, plan, progress):
+        held = plan.src.hold(), plan.dst.hold()  # nobody closes them meanwhile
         plan.require_device("cpu")
         loops = loops_of(plan, outer_layers=progress is not None)
         run_loops(loops, len(plan.layers), self.num_threads, self.store, progress)
@@ -244,11 +251,11 @@ class CpuTransfer(Transfer):
 cdef class CpuRoute:
     """Copies between two views that have been checked. Made by ``CpuTransfer.route``.
 
-    The memory of both views must outlive it, and their tables of bases are read once, when it is made.
+    It keeps the owners of both views alive, and open while it copies. Their tables of bases are read once, when it is made.
     Thread: any number of threads may use one object at once; the GIL is released while copying.
     """
     cdef rkv_copy_route plain, by_layer
-    cdef object transfer, kept
+    cdef object transfer, kept, hold_src, hold_dst
     cdef bint fast
     cdef int num_layers
     cdef readonly object src, dst, layers
@@ -261,6 +268,7 @@ cdef class CpuRoute:
         plan.require_device("cpu")
         self.transfer, self.src, self.dst, self.layers = transfer, src, dst, plan.layers
         self.num_layers = len(plan.layers)
+        self.hold_src, self.hold_dst = (getattr(view.owner, "hold", None) for view in (src, dst))
         self.kept = [loops_of(plan), loops_of(plan, outer_layers=True)]
         overlap = overlap_of(plan)
         self.fast = overlap != "bytes"  # else each copy is compared run by run, by plan_copy
@@ -285,8 +293,8 @@ cdef class CpuRoute:
         Args:
             src_pages, dst_pages: int32 or int64 [n]; numpy arrays in C order are the fast way.
             progress: a new Progress of len(layers), told of each layer as it completes; the copy then goes by layers.
-        Raises: what ``plan_copy`` raises for page ids, with nothing copied; StateError for a progress that had a copy;
-            AllocationError. A progress that was taken fails with whatever is raised.
+        Raises: what ``plan_copy`` raises for page ids and closed memory, with nothing copied; StateError for a progress that
+            had a copy; AllocationError. A progress that was taken fails with whatever is raised.
         """
         if progress is None:
             self._copy(src_pages, dst_pages, None)
@@ -304,6 +312,8 @@ cdef class CpuRoute:
         cdef rkv_copy_ids src, dst
         cdef int64_t num_pages = _ids_of(src_pages, &src)
         cdef int status = RKV_ROUTE_REFUSED
+        src_held = None if self.hold_src is None else self.hold_src()
+        dst_held = None if self.hold_dst is None else self.hold_dst()
         if self.fast and num_pages >= 0 and _ids_of(dst_pages, &dst) == num_pages:
             with nogil:
                 status = rkv_leaf_route_copy(route, src, dst, num_pages, state)

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import DeviceUnavailableError, InvalidArgumentError, TransferError
-from ..pool.layout import KVGeometry, KVView
+from ..pool.layout import KVView
 from .launch import DEFAULT_CTAS, Addresses, Family, Launch, common_ids, first_of_run, launches_of, layer_launches
-from .plan import CopyPlan, reach_of
+from .plan import CopyPlan
+from .reach import Reach
 from .staging import UploadRing
 
 __all__ = ["CudaKernels", "kernel_folder", "kernel_source"]
@@ -83,7 +84,7 @@ class CudaKernels:
         self._module: Any = None
         self._functions: dict[str, int] = {}
         self._tables: OrderedDict[bytes, int] = OrderedDict()
-        self._checked: OrderedDict[int, KVView] = OrderedDict()  # by id, which is the view's as long as it is kept here
+        self._reach = Reach(self._runtime, device)
         self._uploads = UploadRing(self._runtime)
         self._lock = threading.Lock()  # a table in use must not be dropped for another thread's
 
@@ -175,33 +176,6 @@ class CudaKernels:
         if here not in sides.values():
             raise InvalidArgumentError(f"neither side is on {here}: copy on the CPU path")
 
-    def _check_reachable(self, geometry: KVGeometry, view: KVView) -> None:
-        """The device can use all that lies behind a view at its own address: the first and last byte of each base, and
-        the first of each page-locked chunk between them.
-
-        Remembered for the view, not for its addresses: memory that was freed and mapped anew comes with another view.
-        Raises: InvalidArgumentError.
-        """
-        if self._checked.get(id(view)) is view:
-            self._checked.move_to_end(id(view))
-            return
-        reach = reach_of(geometry, view)
-        for base in map(int, view.bases.flat):
-            inside = (seam for seam in view.boundaries if base < seam < base + reach)
-            for address in (base, *inside, base + reach - 1):
-                self._check_address(view, address)
-        while len(self._checked) >= CACHED_TABLES:
-            self._checked.popitem(last=False)
-        self._checked[id(view)] = view
-
-    def _check_address(self, view: KVView, address: int) -> None:
-        found = self._runtime.pointerGetAttributes(address)
-        if found.devicePointer != address:
-            what = "has another address on the device" if found.type else "is memory that the driver does not know"
-            raise InvalidArgumentError(f"{view.device} address {address:#x} {what}; page-lock host pools first")
-        if view.device != "cpu" and found.device != self.device:
-            raise InvalidArgumentError(f"address {address:#x} is on cuda:{found.device}, not {view.device}")
-
     def _bases(self, view: KVView) -> int:
         """The device's copy of a view's table of bases, uploaded once; the last 256 are kept."""
         key = view.device.encode() + view.bases.tobytes()
@@ -225,7 +199,7 @@ class CudaKernels:
     def _tables_of(self, plan: CopyPlan, stream: int) -> Iterator[Addresses]:
         """The tables that a plan's launches read: bases, which stay, and page ids, in a slot of the ring."""
         for view in (plan.src, plan.dst):
-            self._check_reachable(plan.geometry, view)
+            self._reach.check(plan.geometry, view)
         bases = self._bases(plan.src), self._bases(plan.dst)
         ids = common_ids(plan)
         uploads = [side for side in (0, 1) if first_of_run(ids[side]) is None]

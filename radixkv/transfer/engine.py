@@ -18,9 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..errors import DeviceUnavailableError, InvalidArgumentError, TransferError
+from ..pool.layout import KVGeometry, KVView
 from .launch import DEFAULT_CTAS
 from .loops import Runs, expand, loops_of
 from .plan import CopyPlan
+from .reach import Reach
 
 __all__ = ["MAX_BATCH", "CopyEngine", "CudaRuntime", "EngineWork", "LayerRuns", "Runtime", "batches_of"]
 
@@ -44,6 +46,9 @@ class EngineWork(NamedTuple):
 
 class Runtime(Protocol):
     """What the path needs from a driver."""
+
+    def check(self, geometry: KVGeometry, view: KVView) -> None:
+        """Raises: InvalidArgumentError unless the GPU reaches all that lies behind a view (``Reach``)."""
 
     def copy(self, src: int, dst: int, num_bytes: int, stream: int) -> None:
         """Put one copy on a stream. Raises: TransferError."""
@@ -99,8 +104,7 @@ def batches_of(plan: CopyPlan, max_batch: int = MAX_BATCH, runs: Runs | None = N
 
 
 class CopyEngine:
-    """Copies through the copy engines of one GPU. Host memory should be page-locked: else the driver copies through its
-    own.
+    """Copies through the copy engines of one GPU. Host memory must be page-locked, as for the kernels.
 
     Args:
         device: number of the GPU.
@@ -123,9 +127,10 @@ class CopyEngine:
             stream: a cudaStream_t as a number. On the legacy default stream (0) each run is a call of its own.
             ctas: not needed here: no block of threads takes part.
             runs: the plan's, all layers together, if they have been expanded already.
-        Raises: InvalidArgumentError for views of another device, before anything is put on the stream; TransferError.
+        Raises: InvalidArgumentError for views of another device, or host memory that is not page-locked, before
+            anything is put on the stream; TransferError.
         """
-        self._check_devices(plan)
+        self._check(plan)
         work = EngineWork(0, 0, 0)
         for batch in batches_of(plan, self.max_batch, runs):
             work = self._put(batch, stream, work)
@@ -147,7 +152,7 @@ class CopyEngine:
             runs: the plan's, if they have been expanded already.
         Raises: as ``run``.
         """
-        self._check_devices(plan)
+        self._check(plan)
         runs = LayerRuns(plan) if runs is None and plan.num_pages else runs
         work = EngineWork(0, 0, 0)
         for layer in plan.layers:
@@ -157,13 +162,15 @@ class CopyEngine:
                 after_layer(layer)
         return work
 
-    def _check_devices(self, plan: CopyPlan) -> None:
+    def _check(self, plan: CopyPlan) -> None:
         here = f"cuda:{self.device}"
         for side, view in (("src", plan.src), ("dst", plan.dst)):
             if view.device not in ("cpu", here):
                 raise InvalidArgumentError(f"{side} is on {view.device}, and this engine is of {here}")
         if here not in (plan.src.device, plan.dst.device):
             raise InvalidArgumentError(f"neither side is on {here}: copy on the CPU path")
+        for view in (plan.src, plan.dst) if plan.num_pages else ():
+            self._runtime.check(plan.geometry, view)
 
     def _put(self, runs: Runs, stream: int, before: EngineWork) -> EngineWork:
         """Put one batch on the stream. Returns: the work with it."""
@@ -211,11 +218,20 @@ class CudaRuntime:
         self.device = device
         self._runtime: Any = self._cupy.cuda.runtime
         self._batch, self._batch_name = _find_batch(driver)
+        self._reach = Reach(self._runtime, device)
 
     @property
     def has_batch(self) -> bool:
         """Whether batches go in one call; turns False when the driver says that this GPU cannot."""
         return self._batch is not None
+
+    def check(self, geometry: KVGeometry, view: KVView) -> None:
+        """Raises: InvalidArgumentError unless the GPU reaches all behind a view (``Reach``); TransferError."""
+        with self._cupy.cuda.Device(self.device):
+            try:
+                self._reach.check(geometry, view)
+            except self._runtime.CUDARuntimeError as error:
+                raise TransferError(f"cuda:{self.device} does not say what it reaches: {error}") from error
 
     def copy(self, src: int, dst: int, num_bytes: int, stream: int) -> None:
         """Put one copy on a stream. Raises: TransferError."""

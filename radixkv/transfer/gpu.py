@@ -153,7 +153,8 @@ class GpuTransfer(Transfer):
 
         Args:
             ctas: quota of this copy; None: that of the transfer.
-        Raises: InvalidArgumentError for views of another device; TransferError.
+        Raises: InvalidArgumentError for views of another device, or memory that it does not reach, by either path;
+            StateError for memory that is closed; TransferError.
         """
         if not plan.num_pages:
             return

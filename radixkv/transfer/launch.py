@@ -47,6 +47,7 @@ TILE_BYTES = 32768  # RKV_TILE_BYTES
 RELAYOUT_BLOCK = 512  # threads: with 4 vectors of 16 bytes each, a whole tile is in flight
 BULK_SLOT_BYTES = 4096  # RKV_BULK_SLOT_BYTES
 MAX_UNITS = 2**31 - 1  # what rkv_split can divide
+MAX_BULK_UNITS = MAX_UNITS // 4  # a block of bulk.cu counts halves of units in 32 bits, and looks ahead
 MAX_GRID = 1 << 16  # far beyond any GPU; kernels count threads in 32 bits, and 2^23 blocks of 512 make a step of 0
 DEFAULT_CTAS = 4  # of a copy over the link to the host
 LOCAL_CTAS = 32  # of a copy within the device, whose memory needs more bytes in flight (docs/kernels.md)
@@ -276,15 +277,16 @@ def _copy_launches(plan: CopyPlan, bulk: bool, ctas: int, asked: int | None) -> 
     chunk_vecs = min(chunk_vecs, run_vecs)
     chunks = -(-run_vecs // chunk_vecs)
     units_a_page = chunks * heads * tokens * len(plan.layers)
-    if units_a_page > MAX_UNITS:
-        raise InvalidArgumentError(f"a page of {units_a_page} units; at most {MAX_UNITS}")
+    most = MAX_BULK_UNITS if bulk else MAX_UNITS
+    if units_a_page > most:
+        raise InvalidArgumentError(f"a page of {units_a_page} units; at most {most}")
     src_ids, dst_ids = common_ids(plan)
     bits = src_ids.itemsize * 8
     kernel = f"rkv_bulk_{g.kind}_i{bits}" if bulk else f"rkv_copy_{g.kind}_v{vector}_i{bits}"
     block = 32 if bulk else 512
     units_a_block = 1 if bulk else block >> lanes_log2
     launches = []
-    for first, count in _parts(plan.num_pages, units_a_page):
+    for first, count in _parts(plan.num_pages, most // units_a_page):
         units = count * units_a_page
         params = CopyParams(
             src=_side(plan.src, src_ids, first),
@@ -319,9 +321,8 @@ def _launch(
     )
 
 
-def _parts(num_pages: int, units_a_page: int) -> list[tuple[int, int]]:
-    """(first page, pages) of each launch."""
-    most = MAX_UNITS // units_a_page
+def _parts(num_pages: int, most: int) -> list[tuple[int, int]]:
+    """(first page, pages) of each launch, at most ``most`` pages."""
     return [(first, min(most, num_pages - first)) for first in range(0, num_pages, most)]
 
 
@@ -436,7 +437,7 @@ def _relayout_launches(plan: CopyPlan, ctas: int, asked: int | None) -> list[Lau
     src_ids, dst_ids = common_ids(plan)
     triple = ctypes.c_uint32 * 3
     launches = []
-    for first, count in _parts(plan.num_pages, tiles_a_page):
+    for first, count in _parts(plan.num_pages, MAX_UNITS // tiles_a_page):
         params = RelayoutParams(
             src=_side(plan.src, src_ids, first),
             dst=_side(plan.dst, dst_ids, first),

@@ -18,7 +18,7 @@ from ..pool.layout import KVGeometry
 from .base import Transfer
 from .choose import ENVIRONMENT
 from .gpu import GpuTransfer
-from .launch import DEFAULT_CTAS
+from .launch import DEFAULT_CTAS, LOCAL_CTAS
 
 __all__ = ["Wanted", "transfer_for"]
 
@@ -32,6 +32,7 @@ def transfer_for(
     *,
     stream: int = 0,
     ctas: int = DEFAULT_CTAS,
+    local_ctas: int = LOCAL_CTAS,
     path: Wanted | None = None,
     tune: bool = False,
     num_threads: int | None = None,
@@ -41,7 +42,7 @@ def transfer_for(
     Args:
         geometry: of the pool and of whatever it exchanges pages with.
         device: the device pool's: "cpu", "cuda", "cuda:N", or a torch.device.
-        stream, ctas: of a GpuTransfer; see there.
+        stream, ctas, local_ctas: of a GpuTransfer; see there.
         path: None: $RADIXKV_TRANSFER, else "auto".
         tune: where there is no measurement of this device yet, measure now, and keep it on disk: takes seconds, and
             768 MiB of memory for a while. Without it, and without a measurement, published figures decide.
@@ -56,7 +57,8 @@ def transfer_for(
 
         return CpuTransfer(geometry, num_threads)
     try:
-        transfer = GpuTransfer(geometry, int(name.removeprefix("cuda:")), stream=stream, ctas=ctas)
+        number = int(name.removeprefix("cuda:"))
+        transfer = GpuTransfer(geometry, number, stream=stream, ctas=ctas, local_ctas=local_ctas)
     except DeviceUnavailableError as error:
         raise DeviceUnavailableError(f"no copies for the pool on {name}: {error}") from error
     transfer.chooser.override = None if wanted == "auto" else wanted

@@ -27,7 +27,7 @@ Ids: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyPlan:
-    """A copy that was found sound. Made by ``plan_copy``; the views' memory must outlive it.
+    """A copy that was found sound. Made by ``plan_copy``; the views' owners live as long as it does.
 
     Attributes:
         geometry: of both sides.
@@ -84,10 +84,13 @@ def plan_copy(
         InvalidArgumentError: lengths differ; an id or layer out of range; a view of another shape than the geometry, or
             whose strides fold onto themselves; source and destination bytes that overlap.
         PageOwnershipError: a destination page is given twice.
+        StateError: the owner of a view is closed.
     """
     layers = range(geometry.num_layers) if layers is None else layers
     if layers.step != 1 or not 0 <= layers.start < layers.stop <= geometry.num_layers:
         raise InvalidArgumentError(f"{layers} is no run of the {geometry.num_layers} layers")
+    for view in (src, dst):
+        view.hold()
     _check_view("src", geometry, src)
     _check_view("dst", geometry, dst)
     _check_apart("dst", geometry, dst)
@@ -124,11 +127,14 @@ def pages_of_slots(slots: Ids, page_size: int) -> npt.NDArray[np.int64]:
     return pages
 
 
-def staging_view(geometry: KVGeometry, address: int, num_pages: int, device: str = "cpu") -> KVView:
+def staging_view(
+    geometry: KVGeometry, address: int, num_pages: int, device: str = "cpu", owner: Any = None
+) -> KVView:
     """The view of a staging buffer for storage: uint8 [num_pages, halves, L, P, H, D], so one page is one object.
 
     Args:
         address: of the buffer, num_pages * geometry.page_bytes bytes long.
+        owner: the buffer, so that it lives as long as the view.
     """
     g = geometry
     layer_bytes = g.page_size * g.row_bytes
@@ -140,6 +146,7 @@ def staging_view(geometry: KVGeometry, address: int, num_pages: int, device: str
         head_stride=g.head_bytes,
         num_slots=num_pages * g.page_size,
         device=device,
+        owner=owner,
     )
 
 

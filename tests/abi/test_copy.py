@@ -22,6 +22,14 @@ def test_random_nests_threads_and_forks(tmp_path: Path, optimised: str) -> None:
     assert "4 threads, 400 copies each" in run([program, "4", "400", "1"]).stdout
 
 
+def test_a_copy_makes_no_system_call_while_there_are_helpers_enough(tmp_path: Path) -> None:
+    program = tmp_path / "copy_signals"
+    flags = ["-std=gnu11", *STRICT, "-O1", "-g", f"-I{SOURCES}", f"-I{INCLUDE}", "-pthread"]
+    sources = [HERE / "copy_signals.c", *sorted(SOURCES.glob("copy*.c")), library(), f"-Wl,-rpath,{library().parent}"]
+    run([tool("gcc"), *flags, *sources, "-o", program])
+    assert run([program]).stdout == "ok\n"
+
+
 @pytest.mark.parametrize("flavour", ["asan", "tsan"])
 def test_sanitized(tmp_path: Path, flavour: str) -> None:
     program = compile_flavour(flavour, DRIVER, tmp_path / "program", f"-I{SOURCES}")

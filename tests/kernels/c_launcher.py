@@ -176,7 +176,7 @@ def main(path: str) -> None:
     library = Library(Path(path))
     status, handle = library.open(0)
     assert status == OK, library.error()
-    fake = c.CDLL("libcuda.so.1")
+    fake: Any = c.CDLL("libcuda.so.1")
 
     def held() -> list[int]:
         return [fake.fake_cuda_balance(what) for what in range(4)]
@@ -197,8 +197,7 @@ def main(path: str) -> None:
     assert held() == at_rest
     for name, code, expected in (
         ("cuCtxPushCurrent_v2", 201, DRIVER), ("cuMemAllocAsync", 2, NO_MEMORY), ("cuMemcpyHtoDAsync_v2", 700, DRIVER),
-        ("cuModuleGetFunction", 500, DRIVER), ("cuLaunchKernel", 719, DRIVER),
-        ("cuPointerGetAttribute", 700, DRIVER),
+        ("cuLaunchKernel", 719, DRIVER), ("cuEventRecord", 700, DRIVER), ("cuPointerGetAttribute", 700, DRIVER),
     ):  # fmt: skip
         os.environ["FAKE_CUDA_FAIL"] = f"{name}:{code}"
         assert library.copy_pages(handle, copy_of(plan)) == expected, name
@@ -214,11 +213,14 @@ def main(path: str) -> None:
         assert f"fake error {code}" in library.error()
         assert held() == at_rest, name
     del os.environ["FAKE_CUDA_FAIL"]
+    _check_first_use(library, fake, plan)
+    _check_staging(library, handle, fake)
     assert library.open(1)[0] == NO_DEVICE
     assert library.error() == "GPU 1 of 1"
     assert library.open(-1)[0] == NO_DEVICE
     library.close(handle)
     assert held() == [0, 0, 0, 0]
+    assert [fake.fake_cuda_balance(what) for what in (7, 8)] == [0, 0], "page-locked memory and events"
     print("done")
 
 
@@ -266,6 +268,56 @@ def _follow_layers(library: Library, handle: Any, fake: Any, case: Case) -> None
     assert library.copy_layers(handle, copy_of(plan), after) == OK, library.error()
     assert fake.fake_cuda_balance(5) == uploads + 1
     assert seen == [(layer, True, 1) for layer in case.layer_range]  # with the context current
+
+
+def _check_first_use(library: Library, fake: Any, plan: CopyPlan) -> None:
+    """What a handle asks the driver for once: a failure leaves nothing behind, and it is asked again."""
+    status, handle = library.open(0)
+    assert status == OK
+    before = [fake.fake_cuda_balance(what) for what in (0, 2, 7, 8)]
+    for name, code, expected in (
+        ("cuEventCreate", 2, NO_MEMORY), ("cuMemHostAlloc", 2, NO_MEMORY), ("cuModuleGetFunction", 500, DRIVER)
+    ):  # fmt: skip
+        os.environ["FAKE_CUDA_FAIL"] = f"{name}:{code}"
+        assert library.copy_pages(handle, copy_of(plan)) == expected, name
+        assert f"fake error {code}" in library.error()
+    del os.environ["FAKE_CUDA_FAIL"]
+    lookups = fake.fake_cuda_balance(9)
+    for _ in range(3):
+        assert library.copy_pages(handle, copy_of(plan)) == OK
+    assert fake.fake_cuda_balance(9) == lookups + 1, "a function is looked up once"
+    assert fake.fake_cuda_balance(7) == before[2] + 1, "a copy that is done gives its slot to the next"
+    library.close(handle)
+    assert [fake.fake_cuda_balance(what) for what in (0, 2, 7, 8)] == before
+
+
+def _check_staging(library: Library, handle: Any, fake: Any) -> None:
+    """Copies on a stream that does nothing before somebody waits: each must find its own page ids, however many are
+    under way. Reused too early, a slot would give the ids of another copy."""
+    case = Case(pages=8)
+    g, copies = case.geometry, 40
+    src, dst, src_at, _ = _memory(case)
+    targets = [dst.copy() for _ in range(copies)]
+    rng = np.random.default_rng(5)
+    plans = []
+    for target in targets:
+        plan = plan_of(case, src_at, [int(half.ctypes.data) for half in target])
+        ids = rng.permutation(case.pages)
+        plans.append(replace(plan, src_pages=plan.src_pages[ids], dst_pages=plan.dst_pages[ids[::-1]].copy()))
+    os.environ["FAKE_CUDA_LAZY"] = "1"
+    waits = fake.fake_cuda_balance(10)
+    for plan in plans:
+        assert library.copy_pages(handle, copy_of(plan)) == OK, library.error()
+    assert fake.fake_cuda_balance(7) <= 16
+    assert fake.fake_cuda_balance(10) - waits == copies - 16, "only a full ring waits"
+    assert (targets[-1] == dst).all(), "nobody has waited for the last"
+    fake.cuStreamSynchronize(None)
+    del os.environ["FAKE_CUDA_LAZY"]
+    for plan, target in zip(plans, targets, strict=True):
+        sizes = ((case.pages + 3) * g.page_size, (case.pages + 2) * g.page_size)
+        lists = plan.src_pages.tolist(), plan.dst_pages.tolist()
+        expected = expect_copy(g, (case.src, sizes[0], src), (case.dst, sizes[1], dst), *lists, case.layer_range)
+        assert (target == expected).all()
 
 
 def _check_reach(library: Library, handle: Any, fake: Any) -> None:

@@ -175,7 +175,7 @@ class FakeCupy:
         if any(base <= address < base + size for base, size in self._locked.items()):
             found = (-1, address)
         device, seen = self.known.get(address, found)
-        return SimpleNamespace(device=device, devicePointer=seen, type=2 if seen else 0)
+        return SimpleNamespace(device=device, devicePointer=seen, type=0 if not seen else 1 if device < 0 else 2)
 
     def _fail(self, name: str) -> None:
         if self.failing == name:

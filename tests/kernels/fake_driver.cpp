@@ -6,18 +6,45 @@
  *     FAKE_CUDA_HOLE     an address (decimal) whose chunk the driver does not know
  *     FAKE_CUDA_MOVED    an address (decimal) that lies elsewhere on the device
  *
+ *     FAKE_CUDA_LAZY     if set, uploads, launches and frees happen when somebody waits for an event or the stream
+ *
  * fake_cuda_balance() tells what is held: allocations, contexts retained and pushed, modules; and how many launches,
- * uploads and questions about pointers there were. */
+ * uploads and questions about pointers there were; page-locked memory and events held; how many functions were looked up,
+ * and how often somebody waited for an event. */
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <string>
+
+#include "../../kernels/params.h"
 
 extern "C" {
 
 const char *rkv_sim_launch(const char *name, unsigned grid, unsigned block, void **args, int mode, unsigned seed);
 
-static long allocations, retained, pushed, modules, launches, uploads, asked;
+static long allocations, retained, pushed, modules, launches, uploads, asked, locked, events, lookups, waits;
+
+/* The one stream: what is still to be done, and how much was ever put on it and done. */
+static std::deque<std::function<void()>> stream;
+static long put, done;
+static int broken;
+
+static void step(long until)
+{
+    for (; done < until; done++) {
+        stream.front()();
+        stream.pop_front();
+    }
+}
+
+static void on_stream(std::function<void()> action)
+{
+    stream.push_back(action);
+    put++;
+    if (std::getenv("FAKE_CUDA_LAZY") == nullptr) step(put);
+}
 
 static int failing(const char *name)
 {
@@ -75,6 +102,7 @@ int cuModuleUnload(void *) { modules--; return 0; }
 int cuModuleGetFunction(void **function, void *, const char *name)
 {
     FAIL_OR("cuModuleGetFunction");
+    lookups++;
     static std::string names[64];
     for (std::string &known : names) {
         if (known.empty()) known = name;
@@ -94,12 +122,17 @@ int cuMemAllocAsync(uint64_t *address, size_t bytes, void *)
     return 0;
 }
 
-int cuMemFreeAsync(uint64_t address, void *) { std::free((void *)address); allocations--; return 0; }
+int cuMemFreeAsync(uint64_t address, void *)
+{
+    on_stream([=] { std::free((void *)address); });
+    allocations--;
+    return 0;
+}
 
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *)
 {
     FAIL_OR("cuMemcpyHtoDAsync_v2");
-    std::memcpy((void *)to, from, bytes);
+    on_stream([=] { std::memcpy((void *)to, from, bytes); });
     uploads++;
     return 0;
 }
@@ -133,15 +166,35 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
     FAIL_OR("cuLaunchKernel");
     if (gy * gz * by * bz != 1 || shared || extra) return 1;
     launches++;
-    return rkv_sim_launch((const char *)function, gx, bx, args, 0, 0) == nullptr ? 0 : 719;
+    const rkv_copy_params params = *(const rkv_copy_params *)args[0];
+    on_stream([=] {
+        void *kept[] = {(void *)&params};
+        broken |= rkv_sim_launch((const char *)function, gx, bx, kept, 0, 0) != nullptr;
+    });
+    return broken ? 719 : 0;
 }
 
-int cuMemHostAlloc(void **memory, size_t bytes, unsigned) { *memory = std::malloc(bytes); return *memory ? 0 : 2; }
-int cuStreamSynchronize(void *) { return 0; }
+int cuMemHostAlloc(void **memory, size_t bytes, unsigned)
+{
+    FAIL_OR("cuMemHostAlloc");
+    *memory = std::malloc(bytes);
+    locked++;
+    return *memory ? 0 : 2;
+}
+
+int cuMemFreeHost(void *memory) { std::free(memory); locked--; return 0; }
+int cuStreamSynchronize(void *) { step(put); return 0; }
+
+/* An event is how much was on the stream. */
+int cuEventCreate(void **event, unsigned) { FAIL_OR("cuEventCreate"); *event = new long(0); events++; return 0; }
+int cuEventDestroy_v2(void *event) { delete (long *)event; events--; return 0; }
+int cuEventRecord(void *event, void *) { FAIL_OR("cuEventRecord"); *(long *)event = put; return 0; }
+int cuEventQuery(void *event) { return done >= *(long *)event ? 0 : 600; }
+int cuEventSynchronize(void *event) { waits++; step(*(long *)event); return 0; }
 
 long fake_cuda_balance(int what)
 {
-    const long all[] = {allocations, retained, pushed, modules, launches, uploads, asked};
+    const long all[] = {allocations, retained, pushed, modules, launches, uploads, asked, locked, events, lookups, waits};
     return all[what];
 }
 

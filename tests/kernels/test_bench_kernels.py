@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +108,7 @@ def test_a_line_says_what_was_measured(case: Case) -> None:
 def test_aims_get_verdicts(capsys: pytest.CaptureFixture[str]) -> None:
     def line(direction: str, ratio: float, page_bytes: int = 16384, **more: object) -> dict[str, object]:
         shape = {"layout": "page_first", "page_size": page_bytes // 1024, "row_bytes": 1024, "order": "random"}
-        of_line = {"kind": "mha", "family": "copy", "ctas": 4, "ratio": ratio}
+        of_line = {"kind": "mha", "family": "copy", "ctas": 4, "ratio": ratio, "tokens": 0, "layers": 8}
         return {"direction": direction, "contiguous_bytes_a_page_and_layer": page_bytes, **shape, **of_line, **more}
 
     lines = [
@@ -132,6 +133,35 @@ def test_aims_get_verdicts(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.count("https://") == len(bench_kernels.PUBLISHED)
 
 
+def test_aims_go_by_what_is_contiguous_on_both_sides() -> None:
+    """16 KiB a page and layer are one run in page_first_direct, rows in page_first, heads in page_head."""
+    shape = {"direction": "backup", "family": "copy", "page_size": 16, "row_bytes": 1024, "order": "random", "ctas": 4}
+    found = {}
+    for layout in ("layer_first", "page_first_direct", "page_first", "page_head"):
+        case = Case(layout=layout, **shape)  # type: ignore[arg-type]
+        [line] = run(SimulatedGpu(plain()), iter([case]), 4 * geometry_of(case).page_bytes, repeats=1)
+        found[layout] = line["contiguous_bytes_a_page_and_layer"], len(bench_kernels.verdicts([line]))
+    assert found == {
+        "layer_first": (16384, 1), "page_first_direct": (16384, 1), "page_first": (1024, 0), "page_head": (128, 0),
+    }  # fmt: skip
+
+
+def test_the_shapes_that_others_have_published_are_measured() -> None:
+    mine = [c for c in cases(quick=False, sms=132) if c.tokens]
+    assert mine == list(bench_kernels.published_cases())
+    assert {(c.kind, c.direction, c.row_bytes, c.tokens, c.layers) for c in mine} == {
+        ("mla", "backup", 656, 8192, 1), ("mha", "load_back", 512, 32768, 8),
+    }  # fmt: skip
+    assert {(c.layout, c.ctas) for c in mine if c.family == "copy"} >= {
+        ("layer_first", 4), ("page_first", 4), ("page_first", 2),
+    }  # fmt: skip
+    for case in mine:
+        small = replace(case, tokens=3 * case.page_size)
+        gpu = SimulatedGpu(plain())
+        [line] = run(gpu, iter([small]), 0, repeats=1)
+        assert line["bytes"] == small.tokens * case.row_bytes * case.layers * (2 if case.kind == "mha" else 1)
+
+
 def test_a_wrong_copy_is_no_figure() -> None:
     [case] = [c for c in cases(quick=True, sms=1) if c.family == "copy" and c.direction == "backup"]
     with pytest.raises(AssertionError, match="differs"):
@@ -142,7 +172,7 @@ def test_the_full_run_covers_what_the_design_asks_for() -> None:
     full = list(cases(quick=False, sms=132))
     assert len(set(full)) == len(full)
     for direction in DIRECTIONS:
-        mine = [c for c in full if c.direction == direction]
+        mine = [c for c in full if c.direction == direction and not c.tokens]
         assert {c.family for c in mine} == {"copy", "relayout", "bulk"}
         assert {c.page_size for c in mine} == {1, 4, 16, 64}
         assert {c.row_bytes for c in mine} == {128, 256, 512, 1024, 2048, 4096}

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from radixkv.errors import InvalidArgumentError
-from radixkv.pool.layout import LAYOUTS
+from radixkv.pool.layout import LAYOUTS, KVGeometry, view_of_layout
 from radixkv.transfer.launch import MAX_GRID, launches_of
 from radixkv.transfer.plan import plan_copy
 
@@ -247,6 +247,56 @@ def test_wrong_arguments_are_refused(
     change(copy)
     assert lib.plan(copy)[0] == status
     assert said in lib.error()
+
+
+def test_a_page_costs_no_memory_of_the_whole_pool(lib: Library) -> None:
+    """A bit for each page of this pool would be 256 MiB."""
+    resource = pytest.importorskip("resource", reason="limits of memory are POSIX")
+    g = KVGeometry(kind="mla", num_layers=1, num_heads=1, head_bytes=16, page_size=1)
+    slots = 2**31 - 1
+    views = [view_of_layout("layer_first", g, slots, [base]) for base in (1 << 40, 1 << 44)]
+    ids = [np.array(side, np.int64) for side in ([slots - 1, 0, 7], [5, slots - 1, 0])]
+    wrong = plan_copy(g, *views, *ids)
+    wrong.dst_pages[2] = 5
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), before[1]))
+    try:
+        assert lib.plan(copy_of(plan_copy(g, *views, ids[0], np.array([1, 2, 3]))))[0] == OK
+        assert lib.plan(copy_of(wrong))[0] == OVERLAP
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert lib.error() == "destination page 5 is given twice"
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 5000])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_sets_of_pages_find_what_comes_twice(lib: Library, count: int, dtype: Any) -> None:
+    rng = np.random.default_rng(count)
+    g = KVGeometry(kind="mla", num_layers=1, num_heads=1, head_bytes=16, page_size=1)
+    view = view_of_layout("layer_first", g, 4 * count, [1 << 40])
+    ids = rng.permutation(4 * count).astype(dtype)
+    src, dst = ids[:count].copy(), ids[count : 2 * count].copy()
+    plan = plan_copy(g, view, view, src, dst)
+    assert lib.plan(copy_of(plan))[0] == OK
+    plan.src_pages[-1] = plan.dst_pages[0]
+    assert lib.plan(copy_of(plan))[0] == OVERLAP
+    assert lib.error() == f"page {dst[0]} is both source and destination"
+    plan.src_pages[-1] = src[0] if count > 1 else ids[-1]
+    if count > 1:
+        assert lib.plan(copy_of(plan))[0] == OK, "a source may be read twice"
+        plan.dst_pages[-1] = plan.dst_pages[0]
+        assert lib.plan(copy_of(plan))[0] == OVERLAP
+        assert lib.error() == f"destination page {plan.dst_pages[0]} is given twice"
+
+
+def test_more_pages_than_the_pool_has_come_twice(lib: Library) -> None:
+    g = KVGeometry(kind="mla", num_layers=1, num_heads=1, head_bytes=16, page_size=1)
+    views = [view_of_layout("layer_first", g, slots, [base]) for slots, base in ((400, 1 << 40), (300, 1 << 41))]
+    plan = plan_copy(g, *views, np.arange(300), np.arange(300))
+    more = replace(plan, src_pages=np.arange(400), dst_pages=np.concatenate([np.arange(300), np.arange(100)]))
+    assert lib.plan(copy_of(more))[0] == OVERLAP
+    assert lib.error() == "destination page 0 is given twice"
 
 
 def test_no_copy_and_no_launch(lib: Library) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,32 @@ def test_memory_that_was_mapped_anew_is_checked_anew(cupy: FakeCupy) -> None:
     pools.views["cpu"] = replace(pools.views["cpu"])
     with pytest.raises(InvalidArgumentError, match="the driver does not know"):
         kernels.run(pools.backup([5, 1], [2, 0]), stream=STREAM)
+
+
+def test_a_pool_that_was_copied_once_is_not_kept(cupy: FakeCupy) -> None:
+    class Tensor:
+        pass
+
+    owner = Tensor()
+    pools, kernels = Pools(cupy), CudaKernels()
+    pools.views["cuda:0"] = replace(pools.views["cuda:0"], owner=owner)
+    plan = pools.backup([5, 1], [2, 0])
+    kernels.run(plan, stream=STREAM)
+    gone = weakref.ref(owner)
+    del pools, owner
+    assert gone() is not None, "the plan keeps it"
+    del plan
+    assert gone() is None
+
+
+def test_a_view_that_says_the_other_tier_is_refused(cupy: FakeCupy) -> None:
+    pools = Pools(cupy)
+    for address, (device, _) in list(cupy.known.items()):
+        cupy.known[address] = (0 if device < 0 else -1, address)
+    assert "is in host memory, and its view says cuda:0" in refused(cupy, pools.backup([5, 1], [2, 0]))
+    for address in cupy.known:
+        cupy.known[address] = (0, address)
+    assert "is on cuda:0, and its view says cpu" in refused(cupy, pools.backup([5, 1], [2, 0]))
 
 
 def test_host_memory_mapped_elsewhere_is_refused(cupy: FakeCupy) -> None:

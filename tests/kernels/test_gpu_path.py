@@ -111,6 +111,25 @@ def test_a_reader_on_the_host_sees_each_layer_when_its_event_has_passed(rig: Rig
     assert sum(rig.transfer.copies.values()) == 2
 
 
+def test_both_paths_refuse_the_same_memory(rig: Rig) -> None:
+    """Whichever the chooser picks: a host pool that is not page-locked, or a host pool that says it is on the GPU."""
+    addresses = [address for address, (device, _) in rig.cupy.known.items() if device < 0]
+    for address in addresses:
+        del rig.cupy.known[address]
+    for copy in (rig.load_back, lambda: rig.transfer.backup(rig.device_view, rig.host_view, *IDS)):
+        rig.cupy.log.clear()
+        with pytest.raises(InvalidArgumentError, match="the driver does not know; page-lock host pools first"):
+            copy()
+        assert {entry[0] for entry in rig.cupy.log} <= {"RawModule"}, "nothing is on the stream"
+    rig.cupy.known |= {address: (-1, address) for address in addresses}
+    rig.load_back()
+    assert (rig.device == rig.expected()).all()
+    labelled = replace(rig.host_view, device="cuda:0")
+    with pytest.raises(InvalidArgumentError, match="is in host memory, and its view says cuda:0"):
+        rig.transfer.gather(labelled, [1], rig.host_view)
+    assert rig.transfer.copies[rig.transfer.chooser.override or "kernel"] == 1
+
+
 def test_a_stream_waits_for_its_layer(rig: Rig) -> None:
     """A model that reads each layer right behind wait_on_stream, on a stream that runs ahead of the copies."""
     progress = rig.transfer.make_progress(compute_stream=lambda: COMPUTE)
@@ -280,6 +299,9 @@ def test_a_pool_on_a_gpu_gets_the_gpu_path(cached: FakeCupy, monkeypatch: pytest
     assert isinstance(transfer, GpuTransfer)
     assert (transfer.device, transfer.stream, transfer.ctas) == (0, STREAM, 2)
     assert transfer.chooser.device == device_key(0, 2)
+    local = pick.transfer_for(GEOMETRY, "cuda", local_ctas=7)
+    assert isinstance(local, GpuTransfer)
+    assert (local.ctas, local.local_ctas, local.chooser.device) == (4, 7, device_key(0, 4, 7))
     assert (transfer.chooser.override, transfer.chooser.tuned) == (None, False)
     monkeypatch.setenv(choose.ENVIRONMENT, "engine")
     for wanted, override in ((None, "engine"), ("kernel", "kernel"), ("auto", None)):

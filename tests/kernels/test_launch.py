@@ -196,6 +196,21 @@ def test_work_beyond_31_bits_is_split_over_pages(monkeypatch: pytest.MonkeyPatch
             launches_of(plan(layers=5), family=family)  # type: ignore[arg-type]
 
 
+def test_a_block_of_bulk_copies_can_count_what_it_has_to_do() -> None:
+    """It counts halves of units in 32 bits, some ahead of the one that is stored; one block may have all units."""
+    ids = np.arange(3, dtype=np.int64)
+    g = KVGeometry(kind="mha", num_layers=1, num_heads=1, head_bytes=16, page_size=1 << 28)
+    views = [view_of_layout(layout, g, 3 << 28, at) for layout, at in (("layer_first", [1 << 40, 1 << 42]),
+             ("layer_first", [1 << 44, 1 << 46]))]  # type: ignore[arg-type]  # fmt: skip
+    views[1] = replace(views[1], token_stride=32, page_stride=32 << 28)
+    found = launches_of(plan_copy(g, *views, ids, ids), family="bulk", ctas=1)
+    assert sum(part.num_pages for part in found) == 3
+    for part in found:
+        assert isinstance(part.params, CopyParams)
+        assert part.params.num_units * g.halves + 64 < 2**32 / 2
+    assert len(launches_of(plan_copy(g, *views, ids, ids), family="copy")) == 1
+
+
 def test_binding_leaves_the_launch_as_it_was() -> None:
     [found] = launches_of(plan())
     bound = found.bind(launch.Addresses(src_bases=1, dst_bases=2, src_pages=3, dst_pages=0))

@@ -501,6 +501,14 @@ def test_version_2_limits_count_less_what_is_used_without_cache(tmp_path: Path, 
         assert memory.available_bytes == 100 * GB
 
 
+@pytest.mark.parametrize(("high", "most", "available"), [(30, "max", 29), (30, 20, 19), ("max", 50, 49), (50, 90, 49)])
+def test_version_2_memory_high_is_a_limit(tmp_path: Path, high: Any, most: Any, available: int) -> None:
+    files = {f"{V2}/memory.{name}": value * GB if isinstance(value, int) else value
+             for name, value in (("high", high), ("max", most), ("current", 1))}  # fmt: skip
+    root = machine(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/"} | files)
+    assert host_memory(root).available_bytes == available * GB
+
+
 def test_version_1_limits(tmp_path: Path) -> None:
     root = machine(tmp_path, {
         "proc/meminfo": MEMINFO, "proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/docker/ab\n0::/",

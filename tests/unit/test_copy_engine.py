@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from radixkv.errors import DeviceUnavailableError, InvalidArgumentError, TransferError
-from radixkv.pool.layout import LAYOUTS, KVGeometry, Layout
+from radixkv.pool.layout import LAYOUTS, KVGeometry, KVView, Layout
 from radixkv.transfer import engine
 from radixkv.transfer.engine import CopyEngine, CudaRuntime, batches_of
 from radixkv.transfer.loops import Runs
@@ -32,6 +32,9 @@ class FakeRuntime:
 
     batched: bool = True
     calls: list[tuple[str, int, int, int]] = field(default_factory=list)  # what, runs, bytes, stream
+
+    def check(self, geometry: KVGeometry, view: KVView) -> None:
+        pass
 
     def copy(self, src: int, dst: int, num_bytes: int, stream: int) -> None:
         self.calls.append(("one", 1, num_bytes, stream))
@@ -185,7 +188,10 @@ class FakeCupy(ModuleType):
         self.fails = False
         self.cuda = SimpleNamespace(
             Device=self._device,
-            runtime=SimpleNamespace(memcpyAsync=self._copy, memcpyDefault=4, CUDARuntimeError=FakeError),
+            runtime=SimpleNamespace(
+                memcpyAsync=self._copy, memcpyDefault=4, CUDARuntimeError=FakeError,
+                pointerGetAttributes=self._attributes,
+            ),
         )
 
     @contextlib.contextmanager
@@ -193,6 +199,11 @@ class FakeCupy(ModuleType):
         self.current.append(number)
         yield
         self.current.pop()
+
+    def _attributes(self, address: int) -> Any:
+        """Managed memory, which is of both tiers."""
+        assert self.current == [3]
+        return SimpleNamespace(type=3, device=3, devicePointer=address)
 
     def _copy(self, dst: int, src: int, num_bytes: int, kind: int, stream: int) -> None:
         assert self.current == [3]
@@ -278,6 +289,13 @@ def test_the_drivers_errors_are_raised(cupy: FakeCupy) -> None:
         backup_through(runtime)
     cupy.fails = True
     with pytest.raises(TransferError, match="on cuda:3: cudaErrorIllegalAddress"):
+        backup_through(CudaRuntime(3, SimpleNamespace()))
+
+    def broken(address: int) -> None:
+        raise FakeError("cudaErrorIllegalAddress")
+
+    cupy.cuda.runtime.pointerGetAttributes = broken
+    with pytest.raises(TransferError, match="cuda:3 does not say what it reaches: cudaErrorIllegalAddress"):
         backup_through(CudaRuntime(3, SimpleNamespace()))
 
 

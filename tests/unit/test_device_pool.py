@@ -307,6 +307,27 @@ def test_packed_rows_are_bytes_and_nothing_is_converted_to_them() -> None:
         pool.set_kv_buffer(0, torch.tensor([5]), rows.float(), rows.float())
 
 
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_rows_of_a_wrong_shape_write_nothing(library: Any) -> None:
+    pool = MHATokenToKVPool(S, P, "fp32", H, D, L, library=library)
+    rows, loc = np.ones((2, H, D), np.float32), np.array([4, 9])
+    if library == "torch":
+        rows, loc = torch.from_numpy(rows), torch.from_numpy(loc)
+    for k, v, name in ((rows, rows[:1], "cache_v"), (rows[..., :-1], rows, "cache_k"), (rows[:, 0], rows, "cache_k")):
+        with pytest.raises(InvalidArgumentError, match=rf"{name} is \(.*not \(2, {H}, {D}\)"):
+            pool.set_kv_buffer(0, loc, k, v)
+    assert not pool.k_buffer[0].any()
+    mla = MLATokenToKVPool(S, P, "fp32", 4, 2, L, library=library)
+    with pytest.raises(InvalidArgumentError, match=r"cache_k_rope is \(2, 1, 3\), not \(2, 1, 2\)"):
+        mla.set_mla_kv_buffer(0, loc, rows[:, :1, :4], rows[:, :1, :3])
+    assert not mla.kv_buffer[0].any()
+
+
+def test_a_page_of_no_slots_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="page_size is 0, and must be at least 1"):
+        view_of_tensors([np.zeros((8, 1, 16))], kind="mla", page_size=0)
+
+
 def test_numpy_pools_take_bytes_of_what_numpy_has_no_name_for() -> None:
     pool = MHATokenToKVPool(S, P, "bf16", H, D, 1, library="numpy")
     rows = np.full((2, H, D), 0x3F80, np.uint16)

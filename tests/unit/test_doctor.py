@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -432,6 +433,38 @@ def test_square_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     for shown in ("radixkv[cuda12]", "the [CPU] path", "[why]"):
         assert shown in out
+
+
+def test_nothing_is_cut_in_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    rich = pytest.importorskip("rich.console", reason="no rich, no tables")
+    path = "/" + "/".join(["a_long_folder_name"] * 8) + "/radixkv_kernels.fatbin"
+    diagnosis = Diagnosis([Finding("kernels", "ok", f"prebuilt, {path}")], [Choice("copies", "kernels", path)])
+    for table in doctor.tables(diagnosis):
+        rich.Console(width=80).print(table)
+    out = capsys.readouterr().out
+    assert "\u2026" not in out
+    assert "".join(out.split()).count(path) == 2
+
+
+def test_reasons_do_not_repeat_what_the_loader_said(tmp_path: Path) -> None:
+    machine = Bare(tmp_path)
+    machine.library = lambda *names: ctypes.CDLL(f"{names[0]}.is.not.there")  # type: ignore[method-assign]
+    diagnosis = diagnose(machine, measure=False)
+    findings = found(diagnosis)
+    assert findings["driver"].value.count("libcuda.so.1") == 1
+    assert "cannot open shared object" in findings["driver"].value
+    reasons = " ".join(choice.reason for choice in diagnosis.choices)
+    assert "driver: no libcuda.so.1" in reasons
+    assert "cannot open" not in reasons
+    assert chosen(diagnosis)["page-locking"].reason == "page-locking: no CUDA that sees a GPU"
+
+
+@pytest.mark.parametrize("module", ["radixkv", "radixkv.cli"])
+def test_both_modules_are_the_command(module: str) -> None:
+    command = [sys.executable, "-m", module, "doctor", "--no-bandwidth", "--json", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["will_use"]
 
 
 def test_the_command_runs_here_with_nothing_installed() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from radixkv.errors import InvalidArgumentError, TransferError
-from radixkv.pool.layout import LAYOUTS, KVGeometry, Layout
+from radixkv.pool.layout import LAYOUTS, KVGeometry, KVView, Layout
 from radixkv.transfer import choose, gpu
 from radixkv.transfer.choose import Chooser
 from radixkv.transfer.engine import CopyEngine, LayerRuns
@@ -151,6 +151,9 @@ def check_layer_by_layer(g: KVGeometry, src_layout: Layout, dst_layout: Layout) 
 
 class MemmoveRuntime:
     """Copies at once, batches too."""
+
+    def check(self, geometry: KVGeometry, view: KVView) -> None:
+        pass
 
     def copy(self, src: int, dst: int, num_bytes: int, stream: int) -> None:
         ctypes.memmove(dst, src, num_bytes)

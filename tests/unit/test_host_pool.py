@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +238,22 @@ def test_a_pool_that_would_take_the_headroom_is_refused_before_anything_is_mappe
         pool_of(MHA, config=config, kernel=kernel)
 
 
+def test_sizes_beyond_any_machine_are_refused_for_their_size(tmp_path: Path) -> None:
+    """Not for the number of pages, which is nobody's question."""
+    config = small_machine(tmp_path, 8)
+    device = MHATokenToKVPool(S, P, "fp32", 2, 4, 1, library="numpy")
+    absurd: list[Callable[[], object]] = [
+        lambda: HostKVCache(MHA, P << 40, "page_first", config=config),
+        lambda: HostKVCache(MHA, host_slots(MHA, S, num_bytes=10**20), "page_first", config=config),
+        lambda: MHATokenToKVPoolHost(device, 1e308, 0, P, "page_first", config=config),
+        lambda: MHATokenToKVPoolHost(device, 0, 1e12, P, "page_first", config=config),
+        lambda: MHATokenToKVPoolHost(device, 0, 1e308, P, "page_first", config=config),
+    ]
+    for make in absurd:
+        with pytest.raises(HostMemoryError, match=r"GB is asked for, and 0\.00 GB can be had"):
+            make()
+
+
 def test_a_pool_that_just_fits_is_made(tmp_path: Path) -> None:
     assert pool_of(MHA, config=small_machine(tmp_path, 3)).available_size() == S
 
@@ -370,7 +387,7 @@ def test_close() -> None:
     pool.close()
     pool.close()
     assert pool.arena.closed
-    for use in (lambda: pool.kv_buffer, pool.view):
+    for use in (lambda: pool.kv_buffer, pool.view, lambda: pool.alloc(P), lambda: pool.alloc_pages(1, for_copy=True)):
         with pytest.raises(StateError, match="closed"):
             use()
 

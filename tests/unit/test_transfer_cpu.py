@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radixkv.errors import InvalidArgumentError, PageOwnershipError
+from radixkv.errors import ArgumentTypeError, InvalidArgumentError, PageOwnershipError
 from radixkv.pool.layout import LAYOUTS, KVGeometry, KVView, Layout
 from radixkv.transfer import cpu
 from radixkv.transfer.cpu import CpuTransfer, Progress
@@ -354,6 +354,13 @@ def test_a_child_of_fork_starts_its_own_helpers() -> None:
 def test_options_are_checked(options: Any, words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
         CpuTransfer(geometry(), **options)
+
+
+def test_a_number_of_threads_is_an_int() -> None:
+    for wrong in (1.5, 2.0, "2"):
+        with pytest.raises(ArgumentTypeError, match="num_threads is an int, not"):
+            CpuTransfer(geometry(), wrong)  # type: ignore[arg-type]
+    assert CpuTransfer(geometry(), np.int64(2)).num_threads == 2  # type: ignore[arg-type]
 
 
 def test_nothing_moves_when_an_argument_is_wrong() -> None:
