@@ -102,6 +102,12 @@ class Folder:
     def _make(self) -> None:
         for name in ("", "segments", "tmp"):
             (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (self.root / "FORMAT").exists():
+            self._check_format()  # of another kind of folder not even the lock is touched
+
+    def _check_format(self) -> None:
+        """Raise StorageError if this is another kind of folder; in a new one say which it is, under ``exclusive``: for
+        whoever starts meanwhile, an unfinished file of a process that has not joined is an orphan."""
         marker = self.root / "FORMAT"
         if not marker.exists():
             temporary = self.root / f"tmp/FORMAT.{os.urandom(8).hex()}"
@@ -112,6 +118,7 @@ class Folder:
 
     def _start(self, deadline: Deadline) -> None:
         with self.journal.exclusive(deadline):
+            self._check_format()
             self.journal.join()
             with self._lock:
                 for line in self.journal.news():  # of what was before, only unfinished reservations matter

@@ -113,7 +113,7 @@ class Journal:
         except BlockingIOError:
             return True
         else:
-            os.unlink(path)
+            path.unlink(missing_ok=True)  # it may just have left by itself
             return False
         finally:
             os.close(fd)
