@@ -90,6 +90,8 @@ class Folder:
         self._unread: dict[str, Line] = {}
         self._order: list[tuple[int, str]] = []
         self._bytes, self._closed = 0, False
+        self.lost = 0
+        """Values that have left the view, whoever removed them."""
         self._make()
         self.journal = Journal(root)
         try:
@@ -252,12 +254,14 @@ class Folder:
         for key in segment.keys:
             if (place := self._places.get(key)) is not None and place.segment is segment:
                 del self._places[key]
+                self.lost += 1
         return len(segment.keys)
 
     def _forget_key(self, key: str) -> None:
         place = self._places.pop(key, None)
         if place is not None:
             place.segment.keys.remove(key)
+            self.lost += 1
 
     def forget(self, segment: Segment) -> None:
         """Someone removed its file."""

@@ -171,8 +171,11 @@ class ScriptedEdge:
     def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
         return self._put(Job("fetch", digests, host_pages, salt))
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
-        return self._put(Job("store", digests, host_pages, salt))
+    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
+        return self._put(Job("store", digests, host_pages, salt, again))
+
+    def lost(self) -> int:
+        return self.pages.lost()
 
     def _put(self, job: Job) -> Job:
         assert not self.closed

@@ -75,6 +75,9 @@ class Unreliable(Storage):
     def clear(self, *, timeout_s: float | None = None) -> None:
         self.inner.clear(timeout_s=timeout_s)
 
+    def lost(self) -> int:
+        return self.inner.lost()
+
     def close(self) -> None:
         self.inner.close()
 
@@ -141,7 +144,8 @@ class Soak:
             "write_through_threshold_storage": int(self.random.integers(1, 3)),
             "max_writes": int(self.random.integers(2, 8)), "max_stores": int(self.random.integers(3, 12)),
             "prefetch_capacity_floor": 0.5, "settle_timeout_s": 0.0, "copy_timeout_s": 1e-6, "share_storage": shared,
-            "write_timeout_s": 0.5, "prefetch_deadline_s": 2.0,
+            "write_timeout_s": 0.5, "prefetch_deadline_s": 2.0, "prefetch_abandon_s": 5.0,
+            "recheck_stored_s": 1.0,
         }  # fmt: skip
         self.device_pages = int(self.random.integers(16, 40))
         self.host_pages = int(self.random.integers(8, 60))
