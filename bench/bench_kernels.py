@@ -38,7 +38,7 @@ from radixkv.transfer.gpu import (
     runs_of,
     shape_of,
 )
-from radixkv.transfer.launch import DEFAULT_CTAS, Family, Launch
+from radixkv.transfer.launch import DEFAULT_CTAS, LOCAL_CTAS, Family, Launch
 from radixkv.transfer.plan import CopyPlan, plan_copy
 
 from . import report
@@ -207,7 +207,7 @@ class CudaGpu:
 def cases(quick: bool, sms: int) -> Iterator[Case]:
     """Every family and direction; page sizes 1 .. 64, rows 128 B .. 4 KiB, quotas of 1 .. 16 blocks, one at a time."""
     base: dict[str, Any] = {"page_size": 16, "row_bytes": 1024, "order": "random"}
-    quotas = {"backup": (4,), "load_back": (4,), "gather": (4, 2 * sms)}
+    quotas = {"backup": (4,), "load_back": (4,), "gather": (4, LOCAL_CTAS, 2 * sms)}
     layouts: tuple[Layout, ...] = ("page_first_direct",) if quick else ("page_first_direct", "page_first", "page_head")
     families: tuple[Family, ...] = ("copy", "relayout", "bulk")
     for direction, family, layout in itertools.product(DIRECTIONS, families, layouts):
@@ -276,7 +276,8 @@ def _time(gpu: Gpu, case: Case, plan: CopyPlan, at: tuple[list[int], list[int]],
     def kernels() -> list[Launch]:
         return gpu.copy(plan, case.family, case.ctas, by_layer=by_layer)
 
-    beside = case.family == "copy" and case.ctas == DEFAULT_CTAS  # the engine knows neither family nor quota
+    unasked = LOCAL_CTAS if case.direction == "gather" else DEFAULT_CTAS  # the quota that the chooser was tuned for
+    beside = case.family == "copy" and case.ctas == unasked  # the engine knows neither family nor quota
     engine = gpu.engine(plan, by_layer) if beside else None
     before, _ = gpu.seconds(contiguous, repeats)
     seconds, call = gpu.seconds(kernels, repeats)

@@ -36,6 +36,7 @@ COMPOSERS = {"controller", "hicache", "engines", "replay", "cli", "demo", "docto
 
 # Nothing but the standard library and numpy may be imported when a module of these is loaded.
 HEAVY = {"torch", "cupy", "matplotlib", "rich", "transformers", "zmq", "msgspec", "prometheus_client"}
+HEAVY |= {"xxhash", "redis", "obstore", "mooncake", "nixl_cu13"}
 
 
 PYTHON, CYTHON = (".py", ".pyi"), (".pyx", ".pxd")

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENT = ROOT / "build" / "peers" / "venv"
 
-NEEDED = ("numpy==2.4.6", "cython==3.3.1", "setuptools==84.2.1", "rich==15.0.0")
-"""For radixkv's own build and for the reports."""
+NEEDED = ("numpy==2.4.6", "cython==3.3.1", "setuptools==84.2.1", "rich==15.0.0", "xxhash==4.1.0")
+"""For radixkv's own build, its storage, and for the reports."""
 
 PEERS: dict[str, tuple[tuple[str, ...], ...]] = {
     # torch: this version only, it is the one that the Rust core was linked with and has a CPU build

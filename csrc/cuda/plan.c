@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_UNITS = 0x7fffffff, DEFAULT_BLOCKS = 4, THREADS = 512, WIDEST_VECTOR = 16 };
+enum { MAX_UNITS = 0x7fffffff, MAX_GRID = 1 << 16, DEFAULT_BLOCKS = 4, THREADS = 512, WIDEST_VECTOR = 16 };
 
 #define MAX_STRIDE ((uint64_t)1 << 48) /* more than an address space; products with 2^31 pages are checked */
 
@@ -398,7 +398,8 @@ void rkv_cuda_plan_checked(const rkv_cuda_copy *copy, uint64_t first_page, rkv_c
     if (pages > MAX_UNITS / units_a_page) pages = MAX_UNITS / units_a_page;
     const uint64_t units = pages * units_a_page, units_a_block = THREADS >> lanes_log2;
     const uint64_t blocks = (units + units_a_block - 1) / units_a_block;
-    const uint64_t quota = copy->max_blocks ? copy->max_blocks : DEFAULT_BLOCKS;
+    uint64_t quota = copy->max_blocks ? copy->max_blocks : DEFAULT_BLOCKS;
+    if (quota > MAX_GRID) quota = MAX_GRID; /* kernels count threads in 32 bits */
 
     rkv_copy_params params;
     memset(&params, 0, sizeof params);

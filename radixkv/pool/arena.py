@@ -18,6 +18,7 @@ import mmap
 import os
 import platform
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -272,7 +273,8 @@ class Arena:
         """Page-lock all of the memory, chunk by chunk; if one fails, those before it are unlocked again.
 
         A child of fork does not get the memory while it is locked (MADV_DONTFORK), and must not touch it: copy on write
-        would move a page from under the device, or the kernel would copy all of it at the fork.
+        would move a page from under the device, or the kernel would copy all of it at the fork. There the arena is
+        closed.
 
         Args: chunk_bytes: 1 page .. 64 GiB, rounded down to 2 MiB (or to pages, below that).
         Raises: PageLockError with the chunk and the cause; StateError if closed or pinned already.
@@ -289,6 +291,7 @@ class Arena:
         total = self.report.mapped_bytes
         chunks = [(self.address + at, min(step, total - at)) for at in range(0, total, step)]
         self._registrar = registrar
+        _locked.add(self)
         self._keep_from_children()
         for number, (address, num_bytes) in enumerate(chunks):
             try:
@@ -328,8 +331,17 @@ class Arena:
                 left.append((address, num_bytes))
         self.registered = left[::-1]
         if not left and self._map is not None:
+            _locked.discard(self)
             self._kernel.madvise(self.address, self.report.mapped_bytes, _MADV_DOFORK)
         return "; ".join(causes)
+
+    def _leave_to_parent(self) -> None:
+        """In a child of fork: the locks are not its own, and where the memory was something else may lie by now, which
+        unmapping would take away. So the mapping is never closed here."""
+        self.registered = []
+        if self._map is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))
+            self._map = None
 
     def _keep_from_children(self) -> None:
         """A failure is noted: everything works until the process forks."""
@@ -363,6 +375,21 @@ class Arena:
         # Unmapping locked memory would leave the driver with ranges that are gone. The map closes with its last view.
         if getattr(self, "registered", None):
             self._unregister()
+
+
+# ---- fork ------------------------------------------------------------------------------------------------------------
+_locked: weakref.WeakSet[Arena] = weakref.WeakSet()
+"""Page-locked arenas."""
+
+
+def _after_fork_in_child() -> None:
+    for arena in list(_locked):
+        arena._leave_to_parent()
+    _locked.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------

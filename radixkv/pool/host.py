@@ -4,6 +4,7 @@ of an engine, in one of the four layouts, on an arena that may be page-locked, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidArgumentError, PageOwnershipError, StateError
+from ..errors import ArgumentTypeError, InvalidArgumentError, PageOwnershipError, StateError
 from ..types import PageIds
 from .arena import MAX_PIN_CHUNK_BYTES, Arena, ArenaConfig, Kernel
 from .arrays import Library, describe
@@ -158,7 +159,7 @@ class HostKVCache(HostSlots):
     @property
     def kv_buffer(self) -> PageBytes:
         """All bytes: uint8 [halves, ...the layout's dimensions..., D]. The pool cannot be closed while it lives."""
-        if self._kv is None:
+        if self._kv is None or self.arena.closed:  # in a child of fork, a page-locked one is
             raise StateError("the host pool is closed")
         return self._kv
 
@@ -193,7 +194,7 @@ class HostKVCache(HostSlots):
 
     def view(self) -> KVView:
         """Where each byte lies. Valid until ``close``."""
-        if self._kv is None:
+        if self._kv is None or self.arena.closed:  # in a child of fork, a page-locked one is
             raise StateError("the host pool is closed")
         return self._view
 
@@ -206,9 +207,13 @@ class HostKVCache(HostSlots):
     def close(self) -> None:
         """Unlock and release the memory. A second call does nothing.
 
-        Raises: StateError if a view of kv_buffer lives, PageLockError; call it again then. The pool is of no use
-        after either.
+        Raises (call it again then): StateError if a copy is in flight (a page is PROTECTED), and nothing changes;
+            StateError if a view of kv_buffer lives, PageLockError: the pool is of no use after either.
         """
+        with self.lock:
+            busy = np.flatnonzero(self._state == MemoryStateInt.PROTECTED)
+        if busy.size and not self.arena.closed:
+            raise StateError(f"host pool closed while {busy.size} pages have a copy in flight, the first is {busy[0]}")
         self._kv = None
         self.arena.close()
 
@@ -223,9 +228,11 @@ class HostKVCache(HostSlots):
         return np.zeros(self.geometry.page_bytes, np.uint8)
 
     def set_from_flat_data_page(self, index: int, data_page: Any) -> None:
-        """Write a page: page_bytes bytes in the order of ``page_dims`` (a buffer, or an array of any dtype)."""
-        data = data_page if isinstance(data_page, np.ndarray) else np.frombuffer(data_page, np.uint8)
-        self.set_from_flat_data_pages(index + self._offsets, np.ascontiguousarray(data).reshape(1, -1).view(np.uint8))
+        """Write a page: page_bytes bytes in the order of ``page_dims`` (a buffer, or an array or tensor of any dtype).
+
+        Raises: ArgumentTypeError for anything else; as ``set_from_flat_data_pages``.
+        """
+        self.set_from_flat_data_pages(index + self._offsets, _flat_bytes(data_page)[None])
 
     def get_flat_data_pages(self, indices: Any) -> PageBytes:
         """Read pages that have been written: a new uint8 [pages, page_bytes]. Args: indices: slots of whole pages.
@@ -308,8 +315,10 @@ class HostKVCache(HostSlots):
 def host_slots(geometry: KVGeometry, device_slots: int, ratio: float = 0.0, num_bytes: int = 0) -> int:
     """Slots of a host pool, whole pages: as many as ``num_bytes`` hold if that is above 0, else ratio * device_slots.
 
-    Raises: InvalidArgumentError with the numbers if it is not even a page.
+    Raises: InvalidArgumentError with the numbers if it is not even a page, or one is negative or not finite.
     """
+    if num_bytes < 0 or not 0 <= ratio < math.inf:
+        raise InvalidArgumentError(f"a host pool of {num_bytes:,} bytes, or {ratio} times {device_slots} device slots")
     wanted = num_bytes // geometry.token_bytes if num_bytes > 0 else int(device_slots * ratio)
     slots = wanted - wanted % geometry.page_size
     if slots < 1:
@@ -359,6 +368,8 @@ class _HostPoolOfDevice(HostKVCache):
         self.dtype = getattr(device_pool, "store_dtype", None)
         self.start_layer = getattr(device_pool, "start_layer", None) or 0
         self.end_layer = self.start_layer + found.geometry.num_layers - 1
+        if not 0 <= host_size < math.inf:
+            raise InvalidArgumentError(f"a host pool of {host_size} GB")
         device_slots = int(getattr(device_pool, "size", found.view.num_slots))
         registrar = config.registrar
         if found.view.device != "cpu":
@@ -389,6 +400,20 @@ class MLATokenToKVPoolHost(_HostPoolOfDevice):
     """The host pool of a device pool of latent rows."""
 
     _kind = "mla"
+
+
+def _flat_bytes(data: Any) -> PageBytes:
+    """uint8 [bytes] of a buffer, or of an array or tensor of any dtype and shape; a copy if it is not contiguous."""
+    if hasattr(data, "detach"):  # numpy has not all of torch's dtypes: by bytes
+        import torch
+
+        data = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if isinstance(data, np.ndarray):
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    try:
+        return np.frombuffer(data, np.uint8)
+    except TypeError as error:
+        raise ArgumentTypeError(f"a page is a buffer, an array or a tensor, not {type(data).__name__}") from error
 
 
 def _is_torch(pool: EnginePool) -> bool:

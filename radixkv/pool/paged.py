@@ -30,7 +30,7 @@ _NONE = np.zeros(0, np.int64)
 class AllocatorState:
     """What ``backup_state`` saved, for ``restore_state`` of the same allocator. Opaque."""
 
-    owner: int
+    owner: object
     epoch: int
     ready: Ints
     released: Ints
@@ -78,6 +78,7 @@ class PagedTokenToKVPoolAllocator:
         self._in_use = np.zeros(total_pages, np.bool_)
         self._page_order = np.zeros(total_pages, np.int32)
         self._slot_order = np.zeros(total_pages * page_size, np.int32)
+        self._identity = object()  # of this allocator: id() may be another's later
         self._epoch = 0
         self._ready: Ints = _NONE
         self._released: list[Ints] = []
@@ -341,7 +342,7 @@ class PagedTokenToKVPoolAllocator:
         Raises: StateError in an open free group.
         """
         self._outside_of_a_group("backup_state")
-        return AllocatorState(id(self), self._epoch, self._ready, self.release_pages, self._in_use.copy())
+        return AllocatorState(self._identity, self._epoch, self._ready, self.release_pages, self._in_use.copy())
 
     def restore_state(self, state: AllocatorState) -> None:
         """Go back to a saved state: pages taken since are free again, pages freed since are in use again.
@@ -349,7 +350,7 @@ class PagedTokenToKVPoolAllocator:
         Raises: StateError if the state is of another allocator or from before ``clear``, or a free group is open.
         """
         self._outside_of_a_group("restore_state")
-        if (state.owner, state.epoch) != (id(self), self._epoch):
+        if state.owner is not self._identity or state.epoch != self._epoch:
             raise StateError("this state is of another allocator, or was saved before clear()")
         self._ready = state.ready
         self._released = [state.released] if state.released.size else []

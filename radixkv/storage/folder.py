@@ -112,7 +112,7 @@ class Folder:
         whoever starts meanwhile, an unfinished file of a process that has not joined is an orphan."""
         marker = self.root / "FORMAT"
         if not marker.exists():
-            temporary = self.root / f"tmp/FORMAT.{os.urandom(8).hex()}"
+            temporary = self.root / f".FORMAT.{os.urandom(8).hex()}"  # not in tmp, which whoever is first may clean
             temporary.write_text(FORMAT)
             temporary.rename(marker)
         if (found := marker.read_text()) != FORMAT:
@@ -199,6 +199,7 @@ class Folder:
                 self._unread.pop(line.name, None)
                 self._drop(line.name)
             elif line.kind == "K":
+                self._read_new()  # it may be in one of them
                 self._forget_key(line.name)
 
     def _note_reservation(self, line: Line) -> None:
@@ -244,6 +245,9 @@ class Folder:
             segment.keys = list(entries)
             self._places.update((key, Place(segment, entry)) for key, entry in entries.items())
             heapq.heappush(self._order, (segment.used_ns, segment.name))
+            if len(self._order) > 2 * len(self._segments) + 100:  # of segments that have left
+                self._order = [(segment.used_ns, name) for name, segment in self._segments.items()]
+                heapq.heapify(self._order)
 
     def _drop(self, name: str) -> int:
         """Out of the view. Returns: its values."""

@@ -67,14 +67,21 @@ def cache_folder() -> Path:
     """Where measurements are kept: $RADIXKV_CACHE_DIR, else radixkv in the platform's cache folder."""
     if given := os.environ.get("RADIXKV_CACHE_DIR"):
         return Path(given)
-    home = Path.home()
     if sys.platform == "darwin":
-        base = home / "Library" / "Caches"
+        base = _home() / "Library" / "Caches"
     elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     return base / "radixkv"
+
+
+def _home() -> Path:
+    """The user's home; a folder of temporary files for a user that has none (a container under any uid, no $HOME)."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"radixkv-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 
 
 class Chooser:

@@ -47,6 +47,7 @@ TILE_BYTES = 32768  # RKV_TILE_BYTES
 RELAYOUT_BLOCK = 512  # threads: with 4 vectors of 16 bytes each, a whole tile is in flight
 BULK_SLOT_BYTES = 4096  # RKV_BULK_SLOT_BYTES
 MAX_UNITS = 2**31 - 1  # what rkv_split can divide
+MAX_GRID = 1 << 16  # far beyond any GPU; kernels count threads in 32 bits, and 2^23 blocks of 512 make a step of 0
 DEFAULT_CTAS = 4  # of a copy over the link to the host
 LOCAL_CTAS = 32  # of a copy within the device, whose memory needs more bytes in flight (docs/kernels.md)
 REQUEST_BYTES = 128  # what one request of an SM carries: runs shorter than this waste the rest
@@ -299,7 +300,7 @@ def _copy_launches(plan: CopyPlan, bulk: bool, ctas: int, asked: int | None) -> 
             tokens=Div.by(tokens),
             layers=Div.by(len(plan.layers)),
         )
-        grid = min(ctas, -(-units // units_a_block))
+        grid = min(ctas, MAX_GRID, -(-units // units_a_block))
         launches.append(_launch(kernel, grid, block, params, first, count, src_ids.itemsize))
     return launches
 
@@ -454,6 +455,6 @@ def _relayout_launches(plan: CopyPlan, ctas: int, asked: int | None) -> list[Lau
             dst_walk=_walk(tile.dst_order, tile.cells),
         )
         kernel = f"rkv_relayout_v{vector}_i{src_ids.itemsize * 8}"
-        grid = min(ctas, params.num_tiles)
+        grid = min(ctas, MAX_GRID, params.num_tiles)
         launches.append(_launch(kernel, grid, RELAYOUT_BLOCK, params, first, count, src_ids.itemsize))
     return launches

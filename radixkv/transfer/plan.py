@@ -217,7 +217,14 @@ def _touch(distance: npt.NDArray[np.int64], dims: list[tuple[int, int]], part_by
 
 
 def _integers(name: str, given: Any) -> Ids:
-    ids = np.asarray(given)
+    try:
+        ids = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # in a GPU's memory, ragged, with a gradient
+        where = getattr(given, "device", None)
+        kind = type(given).__name__ + ("" if where is None else f" on {where}")
+        raise ArgumentTypeError(
+            f"{name} is a 1-d array of int32 or int64 in host memory, not a {kind} ({error})"
+        ) from error
     if ids.size == 0 and not isinstance(given, np.ndarray):
         ids = ids.astype(np.int64)
     if ids.ndim != 1 or ids.dtype not in (np.int32, np.int64):

@@ -63,13 +63,16 @@ class CudaProgress:
     def begin(self, num_layers: int) -> None:
         """Take this progress for a copy of ``num_layers``, which then calls ``record`` for each, or ``fail``.
 
-        Raises: StateError if a copy has taken it or it has failed; InvalidArgumentError for another number of layers.
+        Raises: StateError if a copy has taken it or it has failed; InvalidArgumentError for another number of layers,
+            and it fails with that.
         """
         with self._changed:
             if self._used:
                 raise StateError(f"a progress is of one copy, and this one had its own ({self._recorded} layers begun)")
             if num_layers != self.num_layers:
-                raise InvalidArgumentError(f"progress over {self.num_layers} layers for a copy of {num_layers}")
+                error = InvalidArgumentError(f"progress over {self.num_layers} layers for a copy of {num_layers}")
+                self.fail(error)
+                raise error
             self._used = True
 
     def record(self, stream: int) -> None:

@@ -37,8 +37,8 @@ def setup_of(page_size: int, policy: str, seed: int, storage: bool) -> Setup:
     kind, layout, io_backend = KINDS[seed % len(KINDS)]
     return Setup(
         page_size=page_size, write_policy=policy, kind=kind, layout=layout, io_backend=io_backend,
-        device_tokens=DEVICE_TOKENS[page_size], host_ratio=(2.0, 1.1, 4.0, 1.5)[seed // 6 % 4] + 2 * storage, storage=storage,
-        prefetch_policy=PREFETCH[seed % 3], prefetch_threshold=2 * page_size,
+        device_tokens=DEVICE_TOKENS[page_size], host_ratio=(2.0, 1.1, 4.0, 1.5)[seed // 6 % 4] + 2 * storage,
+        storage=storage, prefetch_policy=PREFETCH[seed % 3], prefetch_threshold=2 * page_size,
     )  # fmt: skip
 
 

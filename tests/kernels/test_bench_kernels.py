@@ -15,7 +15,7 @@ from bench.bench_kernels import DIRECTIONS, Case, cases, geometry_of, measure, r
 from radixkv.transfer import choose, engine
 from radixkv.transfer import gpu as gpu_path
 from radixkv.transfer.choose import PathName
-from radixkv.transfer.launch import Family, Launch
+from radixkv.transfer.launch import LOCAL_CTAS, Family, Launch
 from radixkv.transfer.plan import CopyPlan
 
 from .fake_cupy import FakeCupy
@@ -95,7 +95,7 @@ def test_a_line_says_what_was_measured(case: Case) -> None:
     assert gpu.layers == (by_layer if case.direction == "load_back" else [range(bench_kernels.LAYERS)] * 2)
     assert not gpu.held
     by_layer = case.direction == "load_back"
-    if case.family == "copy" and case.ctas == 4:
+    if case.family == "copy" and case.ctas == (LOCAL_CTAS if case.direction == "gather" else 4):
         assert gpu.engine_runs == [by_layer]
         assert (line["engine_gb_per_s"], line["engine_call_ms"]) == (pool / 2 / 3 / 1e9, 1.0)
         assert (line["picked"], line["picked_ratio"]) == (("engine", 1 / 3) if by_layer else ("kernel", 0.5))
@@ -149,6 +149,7 @@ def test_the_full_run_covers_what_the_design_asks_for() -> None:
         assert {c.order for c in mine} == {"random", "contiguous"}
         assert {c.kind for c in mine} == {"mha", "mla"}
     assert {c.ctas for c in full if c.direction != "gather"} == {1, 2, 4, 8, 16}
+    assert {c.ctas for c in full if c.direction == "gather"} == {4, LOCAL_CTAS, 264}
 
 
 def test_a_family_that_cannot_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +179,8 @@ def test_the_real_device_class_runs_on_a_simulated_cupy(monkeypatch: pytest.Monk
     assert (gpu.name, gpu.sms) == ("Fake 100", 8)
     assert gpu._chooser.tuned
     for direction in DIRECTIONS:
-        options = {"layout": "page_first_direct", "page_size": 16, "row_bytes": 1024, "order": "random", "ctas": 4}
+        options = {"layout": "page_first_direct", "page_size": 16, "row_bytes": 1024, "order": "random"}
+        options["ctas"] = LOCAL_CTAS if direction == "gather" else 4
         case = Case(direction=direction, family="copy", **options)  # type: ignore[arg-type]
         [line] = run(gpu, iter([case]), 4 * geometry_of(case).page_bytes, repeats=1)
         assert line["engine_ratio"] > 0

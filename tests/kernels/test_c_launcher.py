@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from radixkv.errors import InvalidArgumentError
 from radixkv.pool.layout import LAYOUTS
-from radixkv.transfer.launch import launches_of
+from radixkv.transfer.launch import MAX_GRID, launches_of
 from radixkv.transfer.plan import plan_copy
 
 from ..abi.toolchain import EXAMPLES, INCLUDE, STRICT, library, run, tool
@@ -161,7 +161,7 @@ def case_plan(case: Case) -> Any:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     dtype=st.sampled_from(["int32", "int64"]),
-    ctas=st.integers(1, 9),
+    ctas=st.integers(1, 9) | st.just(2**32 - 1),
     case=st.builds(
         Case, src=st.sampled_from(LAYOUTS), dst=st.sampled_from(LAYOUTS), kind=st.sampled_from(["mha", "mla"]),
         layers=st.integers(1, 90), heads=st.integers(1, 9), head_bytes=st.integers(1, 4096),
@@ -177,6 +177,16 @@ def test_both_planners_agree_byte_for_byte(lib: Library, case: Case, dtype: str,
     assert (found.kernel.decode(), found.grid, found.block) == (expected.kernel, expected.grid, expected.block)
     assert found.num_pages == expected.num_pages
     assert bytes(found.params)[: found.params_bytes] == bytes(expected.params)
+
+
+def test_a_grid_has_an_end_in_both_planners(lib: Library) -> None:
+    """2^27 units of 17 .. 31 vectors: 2^23 blocks would make 2^32 threads, and a step of 0 that never ends."""
+    case = Case(kind="mla", heads=1, head_bytes=31, layers=80, page_size=64, pages=40_000, pattern="reversed")
+    plan = case_plan(case)
+    for family in ("copy", "relayout"):
+        for launched in launches_of(plan, family=family, ctas=2**32 - 1):  # type: ignore[arg-type]
+            assert launched.grid == MAX_GRID
+    assert lib.plan(copy_of(plan, 2**32 - 1))[1].grid == MAX_GRID
 
 
 def test_a_plan_of_no_more_pages(lib: Library) -> None:

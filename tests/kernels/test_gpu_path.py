@@ -235,6 +235,15 @@ def test_mistakes_with_progress(rig: Rig) -> None:
         CudaProgress(0)
 
 
+def test_another_number_of_layers_fails_whoever_waits(rig: Rig) -> None:
+    progress = rig.transfer.make_progress(3)
+    with pytest.raises(InvalidArgumentError, match="progress over 3 layers for a copy of 4"):
+        rig.load_back(progress)
+    for wait in (lambda: progress.wait(0, timeout_s=1), lambda: progress.wait_on_stream(2, COMPUTE)):
+        with pytest.raises(TransferError, match="progress over 3 layers"):
+            wait()
+
+
 def test_no_pages_complete_at_once(rig: Rig) -> None:
     progress = rig.transfer.make_progress()
     rig.transfer.load_back(rig.host_view, rig.device_view, [], [], progress)

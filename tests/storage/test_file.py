@@ -118,7 +118,7 @@ def test_a_put_with_fsync_syncs_each_segment_and_the_folder_once(
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     with FileStorage(folder, fsync=True, segment_bytes=2000) as storage:
         put(storage, *"abcdef")
-        files = [path for path in synced if "/tmp/" in path.removeprefix(str(folder))]
+        files = [path for path in synced if "/store/tmp/" in path]
         shard = {str(path.parent) for path in segments(folder)}
         assert len(files) == 3
         assert len(shard) == 1
@@ -748,3 +748,81 @@ def test_threads_that_write_and_evict(folder: Path) -> None:
         assert not errors
         assert storage.stats()["used_bytes"] == disk_bytes(folder) <= 20 * 4096
         assert storage.stats()["reserved_bytes"] == 0
+
+
+def test_the_benchmark_measures_what_it_says(tmp_path: Path) -> None:
+    from bench import bench_storage
+
+    row = bench_storage.measure(tmp_path, "64 x 1 MiB", "pages", False, 1)
+    assert row["put_ratio"] > 0
+    assert row["get_mib_s"] > 0
+    assert len(bench_storage.checks_of([row])) == 2
+    assert not list(tmp_path.glob("store"))
+
+
+def test_eviction_that_the_disk_refuses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileStorage(folder, max_bytes=2 * 4096) as storage:
+        put(storage, "a")
+        put(storage, "b")
+        with monkeypatch.context() as patch:
+            failing(patch, "unlink", errno.EROFS, "/store/segments/")
+            assert put(storage, "c") == [False]
+        assert storage.stats()["io_errors"] == 2
+        assert get(storage, "a", "b", "c") == [True, True, False]
+
+
+def test_a_delete_that_the_disk_refuses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone for all who live; the next start finds it again."""
+    with FileStorage(folder) as storage, FileStorage(folder) as other:
+        put(storage, "a", "b")
+        with monkeypatch.context() as patch:
+            failing(patch, "open", errno.EROFS, "/store/segments/")
+            storage.delete_many(["a"])
+        assert storage.stats()["io_errors"] == 1
+        assert get(storage, "a", "b") == get(other, "a", "b") == [False, True]
+        segments(folder)[0].unlink()
+        storage.delete_many(["b"])
+        assert get(other, "b") == [False]
+
+
+def test_an_index_longer_than_the_first_read(folder: Path) -> None:
+    keys = [f"{number:0200d}" for number in range(300)]
+    with FileStorage(folder) as storage:
+        put(storage, *keys, size=10)
+        assert len(segments(folder)) == 1
+    with FileStorage(folder) as storage:
+        assert all(get(storage, *keys, size=10))
+        assert storage.stats()["torn"] == 0
+
+
+def test_a_segment_that_cannot_be_read_at_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileStorage(folder) as storage:
+        put(storage, "a")
+    for name in ("open", "pread"):
+        with monkeypatch.context() as patch:
+            failing(patch, name, errno.EIO, "/store/segments/")
+            with FileStorage(folder) as storage:
+                assert get(storage, "a") == [False]
+                assert storage.stats()["io_errors"] == 1
+                assert len(segments(folder)) == 1  # it may be whole
+    with FileStorage(folder) as storage:
+        assert get(storage, "a") == [True]
+
+
+def test_many_that_start_at_once(folder: Path) -> None:
+    """As the ranks of a group do, in a folder that is not there yet."""
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: FileStorage(folder), range(8)))
+    for number, storage in enumerate(stores):
+        assert put(storage, f"k{number}") == [True]
+    assert all(all(get(storage, *(f"k{number}" for number in range(8)))) for storage in stores)
+    for storage in stores:
+        storage.close()
+    assert not list((folder / "owners").iterdir())
+
+
+def test_the_order_of_eviction_does_not_grow_with_time(storage: FileStorage) -> None:
+    for number in range(300):
+        put(storage, f"k{number}", size=1)
+        storage.clear()
+    assert len(storage.folder._order) < 200

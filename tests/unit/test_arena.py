@@ -8,6 +8,7 @@ import errno
 import gc
 import mmap
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -304,6 +305,41 @@ def flags_of(arena: Arena) -> set[str]:
         elif inside and name == "VmFlags:":
             return set(line.split()[1:])
     pytest.skip("this kernel's smaps has no VmFlags")
+
+
+@pytest.mark.parametrize("how", ["close", "del"])
+def test_a_child_of_fork_neither_unlocks_nor_unmaps(how: str) -> None:
+    """What the child maps may lie where the arena was: unmapping would take it away."""
+    code = f"""
+import ctypes, gc, mmap, os
+from radixkv.pool.arena import Arena, ArenaConfig
+class Fake:
+    name, calls = "fake", []
+    def register(self, address, num_bytes): pass
+    def unregister(self, address): self.calls.append(address)
+fake = Fake()
+arena = Arena(64 << 20, ArenaConfig(huge_pages="none"))
+arena.pin(fake)
+first = arena.address
+if (child := os.fork()) == 0:
+    map_at = ctypes.CDLL(None).mmap
+    map_at.restype = ctypes.c_void_p
+    map_at.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    mine = map_at(first, 1 << 20, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    closed = arena.closed
+    if {how!r} == "close":
+        arena.close()
+    del arena
+    gc.collect()
+    ctypes.memset(mine, 1, 1 << 20)
+    os._exit(0 if mine == first and closed and not fake.calls else 9)
+assert os.waitpid(child, 0)[1] == 0, "the child"
+assert arena.pinned
+arena.close()
+assert fake.calls == [first]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_child_of_fork_does_not_get_locked_memory() -> None:

@@ -296,5 +296,19 @@ def test_where_the_cache_is(
     assert Chooser(DEVICE).path.parent == Path(expected)
 
 
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RADIXKV_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(choose.sys, "platform", "linux")
+    monkeypatch.setattr(choose.Path, "home", homeless)
+    monkeypatch.setattr(choose.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert Chooser(DEVICE).path.parent == tmp_path / f"radixkv-{os.getuid()}" / ".cache" / "radixkv"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_folder() == Path("/x/radixkv")
+
+
 def test_the_cache_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     assert stat.S_IMODE(tuned(tmp_path / "new" / "folder").path.stat().st_mode) == 0o600

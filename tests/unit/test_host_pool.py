@@ -161,6 +161,21 @@ def test_buffers_and_sizes() -> None:
         _ = pool_of(MLA).v_buffer
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float8_e4m3fn"])
+def test_a_page_may_be_a_tensor(dtype: str) -> None:
+    """As engines hand it over, of any dtype and strides."""
+    torch = pytest.importorskip("torch")
+    pool = pool_of(MHA)
+    slots = pool.alloc(2 * P)
+    row = np.random.default_rng(3).integers(0, 256, MHA.page_bytes, np.uint8)
+    tensor = torch.from_numpy(row.copy()).view(getattr(torch, dtype))
+    pool.set_from_flat_data_page(0, tensor.reshape(2, -1))
+    pool.set_from_flat_data_page(P, torch.from_numpy(row).reshape(2, -1).T)
+    pool.update_prefetch(slots)
+    assert np.array_equal(pool.get_flat_data_page(0), row)
+    assert np.array_equal(pool.get_flat_data_page(P), row.reshape(2, -1).T.reshape(-1))
+
+
 def test_wrong_pages_of_bytes() -> None:
     pool = pool_of(MHA)
     slots = pool.alloc(P)
@@ -168,6 +183,9 @@ def test_wrong_pages_of_bytes() -> None:
     for rows in (np.zeros((1, 5), np.uint8), np.zeros((1, size), np.int8), np.zeros((2, size), np.uint8)):
         with pytest.raises(InvalidArgumentError, match="for 1 pages of"):
             pool.set_from_flat_data_pages(slots, rows)
+    for wrong in (None, 5, "text", [1, 2]):
+        with pytest.raises(ArgumentTypeError, match="a buffer, an array or a tensor, not"):
+            pool.set_from_flat_data_page(0, wrong)
     with pytest.raises(StateError, match="host page 1 is IDLE, and must be RESERVED to be written"):
         pool.set_from_flat_data_page(P, bytes(MHA.page_bytes))
     with pytest.raises(StateError, match="page 0 is RESERVED, and must be PROTECTED or SYNCED or BACKUP to be read"):
@@ -189,11 +207,21 @@ def test_sizes_by_ratio_or_bytes_are_whole_pages(options: dict[str, Any], slots:
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"ratio": 0.03}, "0.03 times 100 device slots hold 3 tokens of 72 bytes: no page of 4"),
-    ({"num_bytes": 287}, "287 bytes hold 3 tokens"), ({}, "0.0 times"), ({"ratio": -1.0}, "hold 0 tokens"),
+    ({"num_bytes": 287}, "287 bytes hold 3 tokens"), ({}, "0.0 times"), ({"ratio": -1.0}, "-1.0 times 100 device"),
+    ({"ratio": float("nan")}, "nan times"), ({"ratio": float("inf")}, "inf times"),
+    ({"ratio": 2.0, "num_bytes": -1}, "of -1 bytes"),
 ])  # fmt: skip
 def test_less_than_a_page_is_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(InvalidArgumentError, match=match):
         host_slots(MHA, 100, **options)
+
+
+@pytest.mark.parametrize("host_size", [-5, float("nan"), float("inf")])
+def test_a_size_that_is_none_is_refused(host_size: float) -> None:
+    """Not taken for "by ratio"."""
+    device = MHATokenToKVPool(S, P, "fp16", H, D // 2, L, library="numpy")
+    with pytest.raises(InvalidArgumentError, match=f"a host pool of {host_size} GB"):
+        MHATokenToKVPoolHost(device, 2.0, host_size, P, "page_first", config=PLAIN)
 
 
 def small_machine(root: Path, free_kb: int) -> HostPoolConfig:
@@ -345,6 +373,18 @@ def test_close() -> None:
     for use in (lambda: pool.kv_buffer, pool.view):
         with pytest.raises(StateError, match="closed"):
             use()
+
+
+def test_a_pool_with_copies_in_flight_is_not_closed() -> None:
+    """They would write to memory that is gone."""
+    pool = pool_of(MHA)
+    slots = pool.alloc(2 * P)
+    pool.protect_write(slots)
+    with pytest.raises(StateError, match="2 pages have a copy in flight, the first is 0"):
+        pool.close()
+    pool.complete_io(slots)
+    assert pool.get_flat_data_pages(slots).shape == (2, MHA.page_bytes), "nothing has changed"
+    pool.close()
 
 
 # ---- slots and states ------------------------------------------------------------------------------------------------

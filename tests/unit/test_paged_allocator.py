@@ -226,6 +226,19 @@ def test_state_is_restored_as_a_whole() -> None:
     assert sorted(taken(pool.alloc(32))) == list(range(4, 36))
 
 
+def test_a_state_of_an_allocator_that_is_gone_is_refused() -> None:
+    """The next allocator often lies at its address."""
+    for _ in range(20):
+        gone = paged()
+        gone.alloc(8)
+        state = gone.backup_state()
+        del gone
+        pool = paged()
+        with pytest.raises(StateError, match="another allocator"):
+            pool.restore_state(state)
+        del pool
+
+
 def test_states_of_others_and_of_the_past_are_refused() -> None:
     pool, other = paged(), paged()
     state = pool.backup_state()

@@ -251,6 +251,21 @@ def test_pages_are_checked(src_pages: Any, dst_pages: Any, error: type[RadixKVEr
         plan_copy(g, *views(g), src_pages, dst_pages)
 
 
+def test_pages_that_numpy_cannot_read_are_refused_by_type() -> None:
+    """As on a GPU, where waiting for them is the caller's choice."""
+    torch = pytest.importorskip("torch")
+    g = geometry()
+    for ids, words in (
+        (torch.empty(1, dtype=torch.int64, device="meta"), "in host memory, not a Tensor on meta"),
+        (torch.zeros(1, requires_grad=True), "not a Tensor on cpu"),
+        ([[1], [2, 3]], "not a list"),
+    ):
+        with pytest.raises(ArgumentTypeError, match=f"src_pages is a 1-d array of int32 or int64 .*{words}"):
+            plan_copy(g, *views(g), ids, [0])
+        with pytest.raises(ArgumentTypeError, match="slots is a 1-d array"):
+            pages_of_slots(ids, 4)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_both_widths_of_ids_are_kept(dtype: Any) -> None:
     g = geometry()

@@ -95,7 +95,7 @@ typedef struct rkv_cuda_copy {
     uint64_t num_pages;
     uint32_t first_layer;
     uint32_t num_layers;
-    uint32_t max_blocks;   /* quota of thread blocks, so that the copy leaves the other SMs alone; 0: 4 */
+    uint32_t max_blocks;   /* quota of thread blocks, to leave the other SMs alone; 0: 4; at most 65,536 count */
     uint32_t reserved;
 } rkv_cuda_copy;
 
