@@ -112,7 +112,7 @@ class Folder:
         whoever starts meanwhile, an unfinished file of a process that has not joined is an orphan."""
         marker = self.root / "FORMAT"
         if not marker.exists():
-            temporary = self.root / f".FORMAT.{os.urandom(8).hex()}"  # not in tmp, which whoever is first may clean
+            temporary = self.root / f"tmp/FORMAT.{os.urandom(8).hex()}"
             temporary.write_text(FORMAT)
             temporary.rename(marker)
         if (found := marker.read_text()) != FORMAT:
