@@ -284,18 +284,21 @@ def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "
 
 class Stack:
     """Tree, pools, a mover and a controller; the test is the engine. threads: copies and storage calls run by
-    themselves, as they do in earnest."""
+    themselves, as they do in earnest. gpu: a GpuStacks, whose memory and mover are taken; with threads."""
 
     def __init__(
         self, device_pages: int = 32, host_pages: int = 64, *, tree: Any = None, threads: bool = False,
         storage: Any = None, group: Any = None, listener: Any = None, clock: Callable[[], float] | None = None,
-        **config: Any,
+        gpu: Any = None, **config: Any,
     ) -> None:  # fmt: skip
-        self.device = DeviceMemory(device_pages)
-        self.host = host_cache(host_pages)
+        self.device: Any = DeviceMemory(device_pages) if gpu is None else gpu.device_memory(device_pages)
+        self.host = host_cache(host_pages) if gpu is None else gpu.host_cache(host_pages)
         self.tree = tree if tree is not None else RadixTree(P, page_hash=sha256_page_hash())
-        if threads:
-            self.mover: Any = CpuMover(CpuTransfer(GEOMETRY, 1), self.device.view(), self.host.view())
+        threads = threads or gpu is not None
+        if gpu is not None:
+            self.mover: Any = gpu.mover(self.device, self.host)
+        elif threads:
+            self.mover = CpuMover(CpuTransfer(GEOMETRY, 1), self.device.view(), self.host.view())
         else:
             self.mover = ScriptedMover(self.device, self.host)
         more = {} if clock is None else {"clock": clock}
