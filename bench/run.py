@@ -1,17 +1,9 @@
-<<<<<<< HEAD
-"""Everything that ``make bench`` reports: tree, index, copies, page hashes, controller, callgrind; a JSON file, tables.
+"""Everything that ``make bench`` shows: tree, index, copies, page hashes, controller, storage, callgrind; tables, JSON.
 
 ``python -m bench [--quick] [--rounds N] [--json FILE] [--only PART,...] [--install]``, the parts being those of PARTS.
 Run it with the interpreter that ``bench/peers/install.py`` made (``--install`` makes it, then runs there); with any
 other, what is missing is reported as absent. ``--quick`` takes about a minute and shows that everything runs, not how
 fast it is.
-=======
-"""Everything that ``make bench`` reports: tree, index, copies, storage, callgrind; one JSON file and tables.
-
-``python -m bench [--quick] [--rounds N] [--json FILE] [--only tree,copy,...] [--install]``. Run it with the
-interpreter that ``bench/peers/install.py`` made (``--install`` makes it, then runs there); with any other, what is
-missing is reported as absent. ``--quick`` takes about a minute and shows that everything runs, not how fast it is.
->>>>>>> refs/heads/storage
 """
 
 from __future__ import annotations
@@ -27,11 +19,7 @@ from typing import Any
 
 from . import report
 
-<<<<<<< HEAD
-PARTS = ("tree", "index", "copy", "page_hash", "controller", "hicache", "callgrind")
-=======
-PARTS = ("tree", "index", "copy", "storage", "callgrind")
->>>>>>> refs/heads/storage
+PARTS = ("tree", "index", "copy", "page_hash", "controller", "hicache", "storage", "callgrind")
 
 
 def run_part(part: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -4,8 +4,12 @@ test says, when it says so."""
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -276,6 +280,23 @@ def on_ranks(size: int, run: Callable[[ThreadGroup], Any]) -> list[Any]:
     return results
 
 
+def launch(tmp_path: Path, size: int, module: str = "tests.controller.rank", **job: Any) -> list[dict[str, Any]]:
+    """Run ``module`` in ``size`` processes. Returns: what the ranks printed; {} for one that printed nothing."""
+    job = {"size": size, "store": str(tmp_path / "store"), "folder": str(tmp_path), "timeout_s": 120.0} | job
+    root = Path(__file__).parents[2]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(job | {"rank": rank})],
+            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    failed = [errors[-3000:] for rank, (_, errors) in zip(ranks, outputs, strict=True) if rank.returncode]
+    assert not failed, min(failed, key=lambda errors: "closed by peer" in errors)
+    return [json.loads(out.splitlines()[-1]) if out.strip() else {} for out, _ in outputs]
+
+
 def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "test") -> PageStore:
     """Pages of a host pool in a storage of its own, or a given one."""
     namespace = PageNamespace.of_geometry(host.geometry, host.page_dims, model=model, dtype="uint8")
@@ -361,4 +382,4 @@ def prompt(seed: int, pages: int) -> np.ndarray[Any, Any]:
 
 
 __all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedEdge", "ScriptedMover", "Stack", "ThreadGroup"]
-__all__ += ["content_of", "host_cache", "on_ranks", "page_store", "prompt"]
+__all__ += ["content_of", "host_cache", "launch", "on_ranks", "page_store", "prompt"]
