@@ -102,7 +102,8 @@ def commands(step: str, quick: bool, folder: Path) -> list[tuple[list[str], dict
         demo = [*python, "-m", "radixkv", "demo", "--device", "cuda"]
         return [([*demo, "--dir", str(folder / "demo"), "--json", result], {})]
     if step == "overlap":
-        return [([*python, "-m", "bench.bench_overlap", "--device", "cuda", "--json", result, *["--quick"] * quick], {})]
+        bench = [*python, "-m", "bench.bench_overlap", "--device", "cuda", "--json", result]
+        return [([*bench, *["--quick"] * quick], {})]
     if step == "tests":
         return [
             ([*pytest, "tests/kernels", "-k", "cuda or cupy and not on_a_gpu"], REQUIRE),
