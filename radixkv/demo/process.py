@@ -91,7 +91,8 @@ class Phase:
         slots = np.arange(self.config.page_size, self.config.page_size + self.config.chunk_tokens)
         torch = require("torch", "the demo", "engines")
         for _ in range(3):
-            self.server.runner.forward(pool, torch.from_numpy(slots).to(pool.device), np.zeros(self.config.chunk_tokens, np.int32), 0)
+            self.server.runner.forward(pool, torch.from_numpy(slots).to(pool.device),
+                                       np.zeros(self.config.chunk_tokens, np.int32), 0)  # fmt: skip
 
     def _serve(self, chat: Conversation, turn: int) -> Served:
         prompt = self.model.encode(chat.messages, True)

@@ -508,7 +508,8 @@ def main() -> None:
             gpu.free()
     seconds = time.time() - began_s
     if options.json:
-        figures = {"steps": options.steps, "seeds": [options.seed, seed - 1], "served_pages": served, "seconds": seconds,
+        figures = {"steps": options.steps, "seeds": [options.seed, seed - 1], "served_pages": served,
+                   "seconds": seconds,
                    "copies": None if gpu is None else gpu.copies}  # fmt: skip
         options.json.write_text(json.dumps(figures))
     print(f"{options.steps} steps, seeds {options.seed} .. {seed - 1}: {served} pages verified, {seconds:.1f} s")

@@ -77,7 +77,7 @@ def test_the_packaged_model() -> None:
 
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(DeviceUnavailableError, match="cuda:1: torch .* sees 0 GPUs"):
+    with pytest.raises(DeviceUnavailableError, match=r"cuda:1: torch .* sees 0 GPUs"):
         load_model("random", "cuda:1")
     with pytest.raises(DeviceUnavailableError, match="'tpu' is neither cpu nor"):
         load_model("random", "tpu")
