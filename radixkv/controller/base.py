@@ -181,8 +181,12 @@ class StorageEdge(Protocol):
         """Read pages until one is missing."""
         ...
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes) -> StorageJob:
-        """Write pages until one fails."""
+    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> StorageJob:
+        """Write pages until one fails. Args: again: most are there, so look first."""
+        ...
+
+    def lost(self) -> int:
+        """See Storage.lost."""
         ...
 
     def close(self, timeout_s: float) -> bool:
@@ -271,9 +275,10 @@ class ControllerStats(NamedTuple):
 
     dropped_*: evicted under write_back with no room on the host, or because the copy failed. refused_*: not begun for
     want of room or capacity, or while storage is left alone; refused_loads: tails left on the host, for that or because
-    they are too short, beyond the quota, or too dear. prefetch_failures: look-ups and fetches that failed, or brought
-    less than was found; prefetch_late_tokens: fetched, but in the tree by then. The plain *_tokens add up what
-    ``attribute`` was told. stuck_pages: kept by operations that were given up but still run.
+    they are too short, beyond the quota, or too dear. stored_doubts: times that storage had lost values, so that marks
+    were doubted. prefetch_failures: look-ups and fetches that failed, or brought less than was found;
+    prefetch_abandoned: ended by poll, as nobody else did; prefetch_late_tokens: fetched, but in the tree by then. The
+    plain *_tokens add up what ``attribute`` was told. stuck_pages: kept by operations that were given up but still run.
     """
 
     backups: int = 0
@@ -294,12 +299,14 @@ class ControllerStats(NamedTuple):
     partial_stores: int = 0
     store_failures: int = 0
     refused_stores: int = 0
+    stored_doubts: int = 0
     prefetches: int = 0
     prefetch_tokens: int = 0
     prefetch_late_tokens: int = 0
     prefetch_revoked: int = 0
     prefetch_failures: int = 0
     prefetch_cancelled: int = 0
+    prefetch_abandoned: int = 0
     refused_prefetches: int = 0
     device_evicted_tokens: int = 0
     host_evicted_tokens: int = 0

@@ -63,6 +63,12 @@ class ControllerConfig:
             node unlocked. 30: so long a queue means that the link is not what it was.
         prefetch_deadline_s: seconds, > 0, after which wait_complete waits no more. 60: a backend that keeps its own
             deadlines has answered by then.
+        prefetch_abandon_s: seconds, > 0, after which poll ends a prefetch that nobody has finished or cancelled: if it
+            has arrived it enters the tree, where it can be evicted; else it is cancelled. 300: its request has waited
+            longer than anyone does, or is forgotten.
+        recheck_stored_s: seconds, >= 0, at least between two times that stored pages are doubted because storage has
+            lost some (its budget): a node that is hit then is looked for there once, and what is missing is stored
+            again. 10: with a full budget something is lost all the time.
         settle_timeout_s: seconds, >= 0, that reset waits for the copies that run. 1. What is then still in flight keeps
             its pages until it ends.
         close_timeout_s: seconds, >= 0, that close waits for each worker. 5.
@@ -98,6 +104,8 @@ class ControllerConfig:
     copy_timeout_s: float = 10.0
     write_timeout_s: float = 30.0
     prefetch_deadline_s: float = 60.0
+    prefetch_abandon_s: float = 300.0
+    recheck_stored_s: float = 10.0
     settle_timeout_s: float = 1.0
     close_timeout_s: float = 5.0
     share_storage: bool | None = None
@@ -153,5 +161,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_writes": (1, _ANY), "max_stores": (1, _ANY), "backoff_failures": (1, _ANY), "backoff_base_s": (0, _ANY),
     "backoff_max_s": (0, _ANY), "storage_batch_pages": (1, _ANY), "storage_timeout_s": (_TINY, _ANY),
     "copy_timeout_s": (_TINY, _ANY), "write_timeout_s": (_TINY, _ANY), "prefetch_deadline_s": (_TINY, _ANY),
+    "prefetch_abandon_s": (_TINY, _ANY), "recheck_stored_s": (0, _ANY),
     "settle_timeout_s": (0, _ANY), "close_timeout_s": (0, _ANY),
 }  # fmt: skip

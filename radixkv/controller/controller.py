@@ -329,8 +329,8 @@ class Controller:
         if not self._context.ledger.has_host:
             raise InvalidArgumentError("storage is behind the host tier, and there is none")
         edge = storage if hasattr(storage, "look_up") else StorageWorkers(storage, self.config)
-        self._storage, self._stores.edge, self._prefetches.edge = storage, edge, edge
-        self._stores.backoff.reset()
+        self._storage, self._prefetches.edge = storage, edge
+        self._stores.use(edge)
         self._prefetches.backoff.reset()
 
     def detach_storage(self) -> Any | None:
@@ -340,7 +340,8 @@ class Controller:
             return None
         self._prefetches.give_up()
         self._stores.give_up()
-        self._storage = self._stores.edge = self._prefetches.edge = None
+        self._storage = self._prefetches.edge = None
+        self._stores.use(None)
         if not edge.close(self.config.close_timeout_s):
             self._hanging.append(edge)
         self._stores.forget_stored()

@@ -6,7 +6,7 @@ import contextlib
 
 from ..errors import HandleError
 from ..types import ROOT
-from .config import STORED, STORING, WRITING
+from .config import WRITING
 from .context import Context
 from .stores import Stores
 from .writes import Writes
@@ -55,7 +55,7 @@ class WritePolicies:
         for part in context.tree.due(node, "host", self.hits_to_host, WRITING):
             self.writes.begin(part)
         if self.stores.edge is not None:
-            for part in context.tree.due(node, "storage", self.hits_to_storage, STORED | STORING):
+            for part in self.stores.due(node, self.hits_to_storage):
                 self.stores.begin(part)
 
     def hit(self, node: int) -> None:
@@ -74,5 +74,5 @@ class WritePolicies:
         """A node has got its host copy (and may have lost it again, within an eviction)."""
         if self.context.config.store_after_backup and self.stores.edge is not None:
             with contextlib.suppress(HandleError):
-                for part in self.context.tree.due(node, "storage", 0, STORED | STORING):
+                for part in self.stores.due(node, 0):
                     self.stores.begin(part)

@@ -4,10 +4,13 @@
     poll(): looked up   too few on all ranks together: revoked. Else host pages are taken, and the fetch begins
     poll(): fetched     agreed how many pages have arrived everywhere; they wait for finish_prefetch
     finish_prefetch()   by its policy, or because all is there: what has arrived enters the tree
+    poll(): abandoned   nobody has finished or cancelled it for long: the same if all is there, else it is cancelled
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -174,6 +177,23 @@ class Prefetches:
         op.to(Stage.DONE)
         self._settle_pages(op, pages, ended)
         return True
+
+    def num_overdue(self, now_s: float) -> int:
+        """How many, from the oldest on, nobody has ended for ``prefetch_abandon_s``."""
+        limit_s = self.context.config.prefetch_abandon_s
+        return sum(1 for _ in takewhile(lambda op: now_s - op.started_s >= limit_s, self.operations.values()))
+
+    def abandon(self, ops: Sequence[PrefetchOp]) -> None:
+        """End those of ``ops`` that are still there: they are overdue on all ranks."""
+        for op in ops:
+            if self.operations.get(op.req_id) is not op:
+                continue
+            self.context.counts["prefetch_abandoned"] += 1
+            if op.stage is Stage.FETCHED:
+                op.to(Stage.DONE)
+                self._settle_pages(op, op.num_pages, True)
+            else:
+                self._give_up(op)
 
     def cancel(self, req_id: str) -> None:
         """See Controller.cancel_prefetch."""

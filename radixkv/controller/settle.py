@@ -60,11 +60,14 @@ class Settler:
         context.counts["polls"] += 1
         in_flight = self._in_flight()
         backoffs = (self.stores.backoff, self.prefetches.backoff)
-        if context.group.size == 1 and not in_flight and not any(backoff.active for backoff in backoffs):
+        prefetches = list(self.prefetches.operations.values())
+        lost = self.stores.has_lost()
+        idle = not (in_flight or prefetches or lost)
+        if context.group.size == 1 and idle and not any(backoff.active for backoff in backoffs):
             return Polled()
-        values = [int(backoff.may_end()) for backoff in backoffs]
-        values.append(-self.loads.measured_ns_per_token)
         now_s = context.clock()
+        values = [int(backoff.may_end()) for backoff in backoffs]
+        values += [-self.loads.measured_ns_per_token, -int(lost), self.prefetches.num_overdue(now_s)]
         values += [operation.status(now_s) for operation in in_flight]
         agreed = context.agree(Where.POLL, values)
         for backoff, may_end in zip(backoffs, agreed, strict=False):
@@ -72,10 +75,13 @@ class Settler:
                 backoff.end()
         self.loads.ns_per_token = -agreed[2]
         counted: dict[str, int] = {}
-        for operation, status in zip(in_flight, agreed[3:], strict=True):
+        for operation, status in zip(in_flight, agreed[5:], strict=True):
             if status != RUNNING:
                 for name, number in self._settle(operation, status):
                     counted[name] = counted.get(name, 0) + number
+        self.prefetches.abandon(prefetches[: agreed[4]])
+        if agreed[3]:  # on some rank
+            self.stores.doubt()
         return Polled(**counted)
 
     def _in_flight(self) -> list[WriteOp | LoadBatch | StoreOp | PrefetchOp | DrainOp]:
@@ -189,7 +195,7 @@ class Settler:
         self.writes.operations.clear()
         self.loads.queued.clear()
         self.loads.batches.clear()
-        self.stores.operations.clear()
+        self.stores.forget()
         self.drains.operations.clear()
         self.prefetches.forget()
 

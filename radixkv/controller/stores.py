@@ -13,6 +13,9 @@ from .operations import Stage, StoreOp, read_pages_status
 
 __all__ = ["NothingToDo", "Stores"]
 
+KEPT_SURE = 1 << 16
+"""Nodes known to be in storage since it lost something; beyond, they are looked for again."""
+
 
 class NothingToDo:
     """The job of a rank for which another one stores."""
@@ -34,21 +37,72 @@ class NothingToDo:
 
 
 class Stores:
-    """Storage backups in flight, in the order in which they began. Args: for_all: rank 0 stores for all ranks."""
+    """Storage backups in flight, in the order in which they began. Args: for_all: rank 0 stores for all ranks.
+
+    A node marked STORED is not stored again, but storage may lose pages: its budget is full, another process clears it.
+    What it has lost it cannot say for free, only how much (``Storage.lost``). So when that number changes all marks are
+    doubted: the next time that a marked node is due it is looked for and what is missing stored again, once until the
+    next doubt. That costs nothing as long as nothing is lost, and one look-up a hit node every recheck_stored_s else.
+    """
 
     def __init__(self, context: Context, drains: Drains, hashes: PathHashes, for_all: bool) -> None:
         self.context, self.drains, self.hashes, self.for_all = context, drains, hashes, for_all
         self.edge: StorageEdge | None = None
         self.operations: list[StoreOp] = []
         self.backoff = BackOff(context.config, context.clock)
+        self._sure: set[int] | None = None
+        """Nodes whose mark is no older than the last doubt; None: there was none, so all."""
+        self._seen_lost, self._no_doubt_until_s = 0, 0.0
 
+    def use(self, edge: StorageEdge | None) -> None:
+        """Store there from now on, if anywhere."""
+        self.edge, self._sure, self._no_doubt_until_s = edge, None, 0.0
+        self._seen_lost = 0 if edge is None else edge.lost()
+        self.backoff.reset()
+
+    # ---- marks that may be wrong -------------------------------------------------------------------------------------
+    def has_lost(self) -> bool:
+        """Whether storage has lost values since the last doubt, as far as this rank sees, and it is time to act."""
+        if self.edge is None or self.edge.lost() == self._seen_lost:
+            return False
+        return self.context.clock() >= self._no_doubt_until_s
+
+    def doubt(self) -> None:
+        """Trust no mark any more, on all ranks."""
+        if self.edge is not None:
+            self._sure, self._seen_lost = set(), self.edge.lost()
+            self._no_doubt_until_s = self.context.clock() + self.context.config.recheck_stored_s
+            self.context.counts["stored_doubts"] += 1
+
+    def _now_sure(self, node: int, num_pages: int) -> None:
+        """The last pages of a node's path, whole nodes, have just been stored or found."""
+        if self._sure is None:
+            return
+        if len(self._sure) >= KEPT_SURE:  # of nodes long gone, too
+            self._sure.clear()
+        while num_pages > 0:
+            self._sure.add(node)
+            info = self.context.tree.node_info(node)
+            num_pages -= len(info.tokens) // self.context.page_size
+            node = info.parent
+
+    def due(self, node: int, hits: int) -> list[int]:
+        """Nodes of a path to be stored: hit so often, on the host, not in flight, and not known to be in storage."""
+        tree = self.context.tree
+        if self._sure is None:
+            return list(tree.due(node, "storage", hits, STORED | STORING))
+        return [part for part in tree.due(node, "storage", hits, STORING) if part not in self._sure]
+
+    # ---- operations --------------------------------------------------------------------------------------------------
     def begin(self, node: int) -> int | None:
         """See Controller.store."""
         context, tree, edge = self.context, self.context.tree, self.edge
         if edge is None or node == ROOT:
             return None
         info = tree.node_info(node)
-        if info.host_page_ids is None or info.marks & (STORED | STORING):
+        again = bool(info.marks & STORED)
+        sure = self._sure is None or node in self._sure
+        if info.host_page_ids is None or info.marks & STORING or (again and sure):
             return None
         if len(self.operations) >= context.config.max_stores or self.backoff.active:
             context.counts["refused_stores"] += 1
@@ -58,9 +112,9 @@ class Stores:
         if self.for_all and context.group.rank:
             job = NothingToDo(len(pages))
         else:
-            job = edge.store(self.hashes.own(node), pages, info.namespace)
+            job = edge.store(self.hashes.own(node), pages, info.namespace, again)
         tree.protect_host(node)
-        tree.mark(node, set=STORING)
+        tree.mark(node, set=STORING, clear=STORED)
         op = StoreOp(context.next_op_id(), context.clock(), node, pages, job)
         self.operations.append(op)
         return op.op_id
@@ -101,6 +155,7 @@ class Stores:
                 top = info.parent
                 left -= pages
         tree.mark(top, set=STORED, num_pages=stored)
+        self._now_sure(top, stored)
 
     def give_up(self) -> None:
         """Cancel all; what a worker still reads stays protected until it has ended."""
@@ -111,6 +166,12 @@ class Stores:
             self.context.finished("store", "cancelled", 0, op.job.seconds, op.started_s)
             self.drains.add("store", op.job, host_pages=op.host_pages, node=op.node)
         self.operations.clear()
+
+    def forget(self) -> None:
+        """The tree is dropped."""
+        self.operations.clear()
+        if self._sure is not None:
+            self._sure.clear()
 
     def forget_stored(self) -> None:
         """Storage has gone: nothing of the tree is in it."""

@@ -44,6 +44,8 @@ class PageStoreLike(Protocol):
 
     def count_prefix(self, digests: Any, *, salt: bytes = b"", timeout_s: float | None = None) -> int: ...
 
+    def lost(self) -> int: ...
+
 
 def let_go(error: BaseException | None) -> None:
     """Clear the frames that an error remembers: their views of host pages would keep the pool from being closed."""
@@ -57,8 +59,11 @@ def let_go(error: BaseException | None) -> None:
 class Job:
     """One task of a worker. A StorageJob. Written by one worker, read by any thread."""
 
-    def __init__(self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes) -> None:
+    def __init__(
+        self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes, look_first: bool = False
+    ) -> None:
         self.kind, self.digests, self.host_pages, self.salt = kind, digests, host_pages, salt
+        self.look_first = look_first
         self.pages = 0
         self.seconds = 0.0
         self.error: BaseException | None = None
@@ -178,6 +183,7 @@ class StorageWorkers:
     """
 
     def __init__(self, store: PageStoreLike, config: ControllerConfig) -> None:
+        self._store = store
         self._workers = {kind: _Worker(kind, store, config) for kind in get_args(JobKind)}
 
     def look_up(self, digests: Digests, salt: bytes) -> Job:
@@ -188,9 +194,13 @@ class StorageWorkers:
         """Read pages until one is missing."""
         return self._put(Job("fetch", digests, host_pages, salt))
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
-        """Write pages until one fails."""
-        return self._put(Job("store", digests, host_pages, salt))
+    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
+        """Write pages until one fails; again: those from the first that is missing."""
+        return self._put(Job("store", digests, host_pages, salt, again))
+
+    def lost(self) -> int:
+        """See Storage.lost."""
+        return self._store.lost()
 
     def _put(self, job: Job) -> Job:
         self._workers[job.kind].put(job)
@@ -220,9 +230,10 @@ def work_on(job: Job, store: PageStoreLike, config: ControllerConfig) -> Iterato
 
 def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
     """Returns: whether there is more to do."""
-    if job.host_pages is None:
+    if job.host_pages is None or job.look_first:
         job.pages = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
-        return False
+        job.look_first = False
+        return job.host_pages is not None and job.pages < len(job.host_pages)
     call = store.get_pages if job.kind == "fetch" else store.set_pages
     part = slice(job.pages, job.pages + config.storage_batch_pages)
     flags = call(job.digests[part], job.host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s)

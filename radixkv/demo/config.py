@@ -15,6 +15,8 @@ class DemoConfig:
 
     Args:
         model: a name in engines.models.MODELS.
+        device: of the model and the device tier: "cpu", or "cuda[:N]", where copies go over the GPU path and the host
+            tier is page-locked.
         users, turns_before, turns_after: conversations, and their turns before and after the restart.
         answer_tokens: of each answer, at most.
         page_size, chunk_tokens: tokens; a chunk is whole pages.
@@ -26,6 +28,7 @@ class DemoConfig:
     """
 
     model: str = "random"
+    device: str = "cpu"
     users: int = 4
     turns_before: int = 2
     turns_after: int = 2

@@ -32,7 +32,7 @@ def request_line(line: dict[str, Any]) -> str:
 
 def _tokens_table(report: dict[str, Any]) -> Table:
     config, tokens = report["config"], report["tokens"]
-    title = f"{report['model']}: prompt tokens by where their KV came from"
+    title = f"{report['model']} on {report['device']}: prompt tokens by where their KV came from"
     table = new_table(title, "tier", "capacity tokens", "before the restart", "after it", "of all")
     total = {phase: sum(counts.values()) for phase, counts in tokens.items()}
     for tier in _TIERS:

@@ -56,12 +56,13 @@ class Phase:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         begin = time.perf_counter()
-        self.model = load_model(self.config.model)
+        self.model = load_model(self.config.model, self.config.device)
         self.config = self.config.sized(longest_conversation(self.model, self.config, self.chats))
         self.server = ChatServer(self.model, self.config, Path(plan["folder"]))
         self.reference = Reference(self.server.runner, self.model.text_tokens)
         say("ready", name=self.name, pid=os.getpid(), model=self.model.name, seconds=time.perf_counter() - begin,
             token_bytes=self.server.pool.geometry.token_bytes, threads=torch.get_num_threads(),
+            device=self.server.device_name, pinned=self.server.cache.token_to_kv_pool_host.pinned,
             device_tokens=self.config.device_tokens, host_tokens=self.config.host_tokens)  # fmt: skip
 
     def run(self) -> None:
@@ -90,7 +91,8 @@ class Phase:
         slots = np.arange(self.config.page_size, self.config.page_size + self.config.chunk_tokens)
         torch = require("torch", "the demo", "engines")
         for _ in range(3):
-            self.server.runner.forward(pool, torch.from_numpy(slots), np.zeros(self.config.chunk_tokens, np.int32), 0)
+            self.server.runner.forward(pool, torch.from_numpy(slots).to(pool.device),
+                                       np.zeros(self.config.chunk_tokens, np.int32), 0)  # fmt: skip
 
     def _serve(self, chat: Conversation, turn: int) -> Served:
         prompt = self.model.encode(chat.messages, True)

@@ -72,6 +72,8 @@ def run_demo(config: DemoConfig, folder: Path, progress: Progress | None = None)
         "radixkv": __version__,
         "config": asdict(config) | {name: before["ready"][name] for name in ("device_tokens", "host_tokens")},
         "model": before["ready"]["model"],
+        "device": before["ready"]["device"],
+        "host_is_page_locked": before["ready"]["pinned"],
         "token_bytes": before["ready"]["token_bytes"],
         "wall_s": time.perf_counter() - begin,
         "phases": phases,

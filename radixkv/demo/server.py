@@ -76,7 +76,7 @@ class ChatServer:
         self.allocator = PagedTokenToKVPoolAllocator(
             config.device_tokens, config.page_size, self.pool.dtype, self.pool.device, self.pool
         )
-        self.rows = ReqToTokenPool(1, self.runner.max_tokens)
+        self.rows = ReqToTokenPool(1, self.runner.max_tokens, self.pool.device)
         self.listener = MetricsListener()
         control = ControllerConfig(
             write_policy="write_through", store_after_backup=True, prefetch_threshold=config.page_size,
@@ -93,6 +93,12 @@ class ChatServer:
                 storage_options={"path": str(folder)}, listener=self.listener,
             ),
         )  # fmt: skip
+
+    @property
+    def device_name(self) -> str:
+        """Where the model computes, for people."""
+        device = self.runner.device
+        return "CPU" if device.type == "cpu" else f"{device}: {torch.cuda.get_device_name(device)}"
 
     # ---- one request -------------------------------------------------------------------------------------------------
     def serve(self, rid: str, prompt: Tokens, answer_tokens: int) -> Served:

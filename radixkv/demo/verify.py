@@ -62,7 +62,7 @@ class Reference:
         num_pages = -(-len(served.tokens) // size)
         if self._pool is None or self._pool.size < num_pages * size:
             self._pool = runner.new_pool(2 * num_pages * size)
-        slots = torch.arange(size, (num_pages + 1) * size)
+        slots = torch.arange(size, (num_pages + 1) * size, device=runner.device)
         begin = time.perf_counter()
         rows = [runner.prefill(self._pool, slots, served.tokens[: served.prompt_tokens], 0)]
         rows[0][-1, : self._text_tokens].argmax().item()

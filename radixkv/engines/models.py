@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidArgumentError, MissingExtraError
 from ..extras import require
+from .device import prepare_device
 
 __all__ = ["MODELS", "Chat", "ChatModel", "RandomConfig", "load_model", "random_llama"]
 
@@ -30,7 +31,7 @@ Chat: TypeAlias = Sequence[Mapping[str, str]]
 class ChatModel:
     """A model, and its words.
 
-    model: a causal LM of transformers, eval mode, on the CPU, float32.
+    model: a causal LM of transformers, eval mode, float32.
     encode: a chat to int32 tokens; with add_generation_prompt, so that an answer follows. Of a chat that only grows,
         the tokens of the messages before are a prefix of the whole.
     decode: tokens to text.
@@ -64,14 +65,20 @@ class RandomConfig:
     seed: int = 0
 
 
-def load_model(name: str) -> ChatModel:
-    """A model by its name in ``MODELS``. Raises: InvalidArgumentError; MissingExtraError for what is not installed."""
+def load_model(name: str, device: str = "cpu") -> ChatModel:
+    """A model by its name in ``MODELS``, its weights on a device that computes reproducibly (``prepare_device``).
+
+    Raises: InvalidArgumentError; MissingExtraError for what is not installed; DeviceUnavailableError.
+    """
     if name not in MODELS:
         raise InvalidArgumentError(f"unknown model {name!r}; one of {', '.join(MODELS)}")
     require("torch", "a model", "engines")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: what is not packaged is an error
     require("transformers", "a model", "engines")
-    return MODELS[name]()
+    prepare_device(device)
+    chat_model = MODELS[name]()
+    chat_model.model.to(device)
+    return chat_model
 
 
 # ---- random ----------------------------------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ class PagedRunner:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         digest.update(f"chunk={self.chunk_tokens}".encode())
+        if self.device.type != "cpu":  # other bits: what one of them has stored is not for the other
+            digest.update(torch.cuda.get_device_name(self.device).encode())
         return f"{self.model.config.model_type}-{digest.hexdigest()}"
 
     def forward(self, pool: Any, slots: Slots, tokens: npt.NDArray[np.int32], written: int) -> Any:

@@ -232,4 +232,5 @@ class TierReplay(BaseReplay):
         """End all threads, and give memory and folder back."""
         self.controller.close()
         self._storage.close()
+        self.host.clear()  # pages of copies that were cancelled
         self.host.close()

@@ -93,6 +93,12 @@ class Storage(ABC):
         """Counters of this backend, by name, since it was made; what they mean is in the backend's docstring."""
         return {}
 
+    def lost(self) -> int:
+        """How many values have gone since this store was made, for want of room or whatever reason, as far as it knows:
+        only whether it has changed matters. Costs nothing (no call to a server, no lock). 0 from a backend that is not
+        told when its server evicts."""
+        return 0
+
     def register(self, memory: Buffer) -> None:  # noqa: B027  most backends have no use for it
         """Announce memory that parts will lie in (a host pool's arena), before its first use.
 

@@ -273,6 +273,9 @@ class FileStorage(Storage):
     def stats(self) -> Mapping[str, int]:
         return self.folder.stats()
 
+    def lost(self) -> int:
+        return self.folder.lost
+
     def _begin(self, timeout_s: float | None, what: str) -> Deadline:
         if self._pid != os.getpid():
             closed = self._pid is None

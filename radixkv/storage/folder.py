@@ -90,6 +90,8 @@ class Folder:
         self._unread: dict[str, Line] = {}
         self._order: list[tuple[int, str]] = []
         self._bytes, self._closed = 0, False
+        self.lost = 0
+        """Values that have left the view, whoever removed them."""
         self._make()
         self.journal = Journal(root)
         try:
@@ -102,9 +104,15 @@ class Folder:
     def _make(self) -> None:
         for name in ("", "segments", "tmp"):
             (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (self.root / "FORMAT").exists():
+            self._check_format()  # of another kind of folder not even the lock is touched
+
+    def _check_format(self) -> None:
+        """Raise StorageError if this is another kind of folder; in a new one say which it is, under ``exclusive``: for
+        whoever starts meanwhile, an unfinished file of a process that has not joined is an orphan."""
         marker = self.root / "FORMAT"
         if not marker.exists():
-            temporary = self.root / f".FORMAT.{os.urandom(8).hex()}"  # not in tmp, which whoever is first may clean
+            temporary = self.root / f"tmp/FORMAT.{os.urandom(8).hex()}"
             temporary.write_text(FORMAT)
             with contextlib.suppress(FileNotFoundError):  # a process that made it already took this for an orphan
                 temporary.rename(marker)
@@ -113,6 +121,7 @@ class Folder:
 
     def _start(self, deadline: Deadline) -> None:
         with self.journal.exclusive(deadline):
+            self._check_format()
             self.journal.join()
             with self._lock:
                 for line in self.journal.news():  # of what was before, only unfinished reservations matter
@@ -264,12 +273,14 @@ class Folder:
         for key in segment.keys:
             if (place := self._places.get(key)) is not None and place.segment is segment:
                 del self._places[key]
+                self.lost += 1
         return len(segment.keys)
 
     def _forget_key(self, key: str) -> None:
         place = self._places.pop(key, None)
         if place is not None:
             place.segment.keys.remove(key)
+            self.lost += 1
 
     def forget(self, segment: Segment) -> None:
         """Someone removed its file."""

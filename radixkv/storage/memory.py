@@ -28,7 +28,7 @@ class MemoryStorage(Storage):
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
         self._values: OrderedDict[str, bytes] | None = OrderedDict()
-        self._bytes = self._evicted = self._refused = 0
+        self._bytes = self._evicted = self._refused = self._lost = 0
 
     def _open(self) -> OrderedDict[str, bytes]:
         if self._values is None:
@@ -58,6 +58,7 @@ class MemoryStorage(Storage):
         while self.max_bytes is not None and self._bytes > self.max_bytes:
             self._bytes -= len(values.popitem(last=False)[1])
             self._evicted += 1
+            self._lost += 1
         return True
 
     def get_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> IntArray:
@@ -89,16 +90,21 @@ class MemoryStorage(Storage):
         with self._lock:
             values = self._open()
             for key in keys:
+                self._lost += key in values
                 self._bytes -= len(values.pop(key, b""))
 
     def clear(self, *, timeout_s: float | None = None) -> None:
         with self._lock:
+            self._lost += len(self._open())
             self._open().clear()
             self._bytes = 0
 
     def close(self) -> None:
         with self._lock:
             self._values = None
+
+    def lost(self) -> int:
+        return self._lost
 
     def stats(self) -> Mapping[str, int]:
         with self._lock:

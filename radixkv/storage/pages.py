@@ -101,6 +101,10 @@ class PageStore:
         """How many leading pages storage has, as far as it knows; get_pages may still miss some."""
         return self._sealed.count_prefix(self.keys(digests, salt), timeout_s)
 
+    def lost(self) -> int:
+        """See Storage.lost."""
+        return self.storage.lost()
+
     def _batch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> tuple[list[str], list[list[memoryview]]]:
         keys = self.keys(digests, salt)
         if len(keys) != len(host_pages):

@@ -4,8 +4,12 @@ test says, when it says so."""
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -174,8 +178,11 @@ class ScriptedEdge:
     def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
         return self._put(Job("fetch", digests, host_pages, salt))
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
-        return self._put(Job("store", digests, host_pages, salt))
+    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
+        return self._put(Job("store", digests, host_pages, salt, again))
+
+    def lost(self) -> int:
+        return self.pages.lost()
 
     def _put(self, job: Job) -> Job:
         assert not self.closed
@@ -276,6 +283,23 @@ def on_ranks(size: int, run: Callable[[ThreadGroup], Any]) -> list[Any]:
     return results
 
 
+def launch(tmp_path: Path, size: int, module: str = "tests.controller.rank", **job: Any) -> list[dict[str, Any]]:
+    """Run ``module`` in ``size`` processes. Returns: what the ranks printed; {} for one that printed nothing."""
+    job = {"size": size, "store": str(tmp_path / "store"), "folder": str(tmp_path), "timeout_s": 120.0} | job
+    root = Path(__file__).parents[2]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(job | {"rank": rank})],
+            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    failed = [errors[-3000:] for rank, (_, errors) in zip(ranks, outputs, strict=True) if rank.returncode]
+    assert not failed, min(failed, key=lambda errors: "closed by peer" in errors)
+    return [json.loads(out.splitlines()[-1]) if out.strip() else {} for out, _ in outputs]
+
+
 def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "test") -> PageStore:
     """Pages of a host pool in a storage of its own, or a given one."""
     namespace = PageNamespace.of_geometry(host.geometry, host.page_dims, model=model, dtype="uint8")
@@ -284,18 +308,21 @@ def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "
 
 class Stack:
     """Tree, pools, a mover and a controller; the test is the engine. threads: copies and storage calls run by
-    themselves, as they do in earnest."""
+    themselves, as they do in earnest. gpu: a GpuStacks, whose memory and mover are taken; with threads."""
 
     def __init__(
         self, device_pages: int = 32, host_pages: int = 64, *, tree: Any = None, threads: bool = False,
         storage: Any = None, group: Any = None, listener: Any = None, clock: Callable[[], float] | None = None,
-        **config: Any,
+        gpu: Any = None, **config: Any,
     ) -> None:  # fmt: skip
-        self.device = DeviceMemory(device_pages)
-        self.host = host_cache(host_pages)
+        self.device: Any = DeviceMemory(device_pages) if gpu is None else gpu.device_memory(device_pages)
+        self.host = host_cache(host_pages) if gpu is None else gpu.host_cache(host_pages)
         self.tree = tree if tree is not None else RadixTree(P, page_hash=sha256_page_hash())
-        if threads:
-            self.mover: Any = CpuMover(CpuTransfer(GEOMETRY, 1), self.device.view(), self.host.view())
+        threads = threads or gpu is not None
+        if gpu is not None:
+            self.mover: Any = gpu.mover(self.device, self.host)
+        elif threads:
+            self.mover = CpuMover(CpuTransfer(GEOMETRY, 1), self.device.view(), self.host.view())
         else:
             self.mover = ScriptedMover(self.device, self.host)
         more = {} if clock is None else {"clock": clock}
@@ -358,4 +385,4 @@ def prompt(seed: int, pages: int) -> np.ndarray[Any, Any]:
 
 
 __all__ = ["GEOMETRY", "ROOT", "DeviceMemory", "P", "ScriptedEdge", "ScriptedMover", "Stack", "ThreadGroup"]
-__all__ += ["content_of", "host_cache", "on_ranks", "page_store", "prompt"]
+__all__ += ["content_of", "host_cache", "launch", "on_ranks", "page_store", "prompt"]

@@ -67,9 +67,6 @@ def soak(job: dict[str, Any], group: TorchGroup) -> dict[str, Any]:
     for seed in job["seeds"]:
         shared = bool(seed % 2)
         folder = Path(job["folder"]) / (f"{seed}" if shared else f"{seed}-{group.rank}")
-        if group.rank == 0:
-            FileStorage(folder).close()  # a new folder is made by one process
-        group.min([0])
         storage = FileStorage(folder)
         run = Soak(seed, group=group, shared=shared, storage=storage)
         run.run(job["steps"])

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,9 @@ class Unreliable(Storage):
 
     def clear(self, *, timeout_s: float | None = None) -> None:
         self.inner.clear(timeout_s=timeout_s)
+
+    def lost(self) -> int:
+        return self.inner.lost()
 
     def close(self) -> None:
         self.inner.close()
@@ -141,7 +146,8 @@ class Soak:
             "write_through_threshold_storage": int(self.random.integers(1, 3)),
             "max_writes": int(self.random.integers(2, 8)), "max_stores": int(self.random.integers(3, 12)),
             "prefetch_capacity_floor": 0.5, "settle_timeout_s": 0.0, "copy_timeout_s": 1e-6, "share_storage": shared,
-            "write_timeout_s": 0.5, "prefetch_deadline_s": 2.0,
+            "write_timeout_s": 0.5, "prefetch_deadline_s": 2.0, "prefetch_abandon_s": 5.0,
+            "recheck_stored_s": 1.0,
         }  # fmt: skip
         self.device_pages = int(self.random.integers(16, 40))
         self.host_pages = int(self.random.integers(8, 60))
@@ -421,14 +427,23 @@ class Soak:
 
 
 class ThreadedSoak(Soak):
-    """The same with the threads of earnest: copies and storage calls end when they do. A seed does not name a run."""
+    """The same with the threads of earnest: copies and storage calls end when they do. A seed does not name a run.
+
+    Args: gpu: a GpuStacks: the device pool is on a GPU, the host pool page-locked, and copies go over two streams.
+    """
+
+    def __init__(self, seed: int, gpu: Any = None) -> None:
+        self.gpu = gpu
+        super().__init__(seed)
 
     def start(self) -> None:
+        if self.gpu is not None:
+            self.gpu.free()  # what the process before had
         tree = RadixTree(P, page_hash=sha256_page_hash())
         settings = self.settings | {"copy_timeout_s": 30.0, "settle_timeout_s": 30.0}
         self.stack = Stack(
             self.device_pages, self.host_pages, tree=tree, threads=True, storage=self.storage,
-            clock=lambda: self.now_s, **settings,
+            clock=lambda: self.now_s, gpu=self.gpu, **settings,
         )  # fmt: skip
         self.controller = self.stack.controller
         self.requests = []
@@ -468,20 +483,35 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first run")
     parser.add_argument("--steps-each", type=int, default=5_000, help="of a run, before the next seed")
     parser.add_argument("--tree", choices=["core", "reference"], default="core")
+    parser.add_argument("--cuda", choices=["kernel", "engine", "auto"], help="on GPU 0, copied by this path")
+    parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--threads", action="store_true", help="with the real threads; a seed does not name a run then")
     options = parser.parse_args()
+    gpu = None
+    if options.cuda:
+        from .gpu_kit import GpuStacks
+
+        gpu = GpuStacks(None if options.cuda == "auto" else options.cuda)
     began_s, seed, left, served = time.time(), options.seed, options.steps, 0
     while left > 0:
         steps = min(left, options.steps_each)
-        soak = ThreadedSoak(seed) if options.threads else Soak(seed, options.tree)
+        soak = ThreadedSoak(seed, gpu) if options.threads or gpu else Soak(seed, options.tree)
         try:
             soak.run(steps)
         except BaseException:
             again = f"python -m tests.controller.soak --seed {seed} --steps {steps} --steps-each {steps}"
-            print(f"seed {seed} fails; again: {again} --tree {options.tree}", file=sys.stderr)
+            more = f"--cuda {options.cuda}" if gpu else f"--tree {options.tree}"
+            print(f"seed {seed} fails; again: {again} {more}", file=sys.stderr)
             raise
         seed, left, served = seed + 1, left - steps, served + soak.served_pages
+        if gpu is not None:
+            gpu.free()
     seconds = time.time() - began_s
+    if options.json:
+        figures = {"steps": options.steps, "seeds": [options.seed, seed - 1], "served_pages": served,
+                   "seconds": seconds,
+                   "copies": None if gpu is None else gpu.copies}  # fmt: skip
+        options.json.write_text(json.dumps(figures))
     print(f"{options.steps} steps, seeds {options.seed} .. {seed - 1}: {served} pages verified, {seconds:.1f} s")
 
 

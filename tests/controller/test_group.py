@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +15,7 @@ from radixkv.errors import GroupError, InvalidArgumentError, LoadError, Transfer
 from radixkv.storage import MemoryStorage
 from radixkv.tree.page_hash import sha256_chain
 
-from .kit import ROOT, P, Stack, ThreadGroup, on_ranks, prompt
+from .kit import ROOT, P, Stack, ThreadGroup, launch, on_ranks, prompt
 from .soak import Soak
 
 torch_needed = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
@@ -185,23 +183,6 @@ def test_one_rank_agrees_with_itself() -> None:
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
-def launch(tmp_path: Path, size: int, **job: Any) -> list[dict[str, Any]]:
-    """Run rank.py ``size`` times. Returns: what the ranks printed; {} for one that printed nothing."""
-    job = {"size": size, "store": str(tmp_path / "store"), "folder": str(tmp_path), "timeout_s": 120.0} | job
-    root = Path(__file__).parents[2]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.controller.rank", json.dumps(job | {"rank": rank})],
-            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
-    failed = [errors[-3000:] for rank, (_, errors) in zip(ranks, outputs, strict=True) if rank.returncode]
-    assert not failed, min(failed, key=lambda errors: "closed by peer" in errors)
-    return [json.loads(out.splitlines()[-1]) if out.strip() else {} for out, _ in outputs]
-
-
 @torch_needed
 def test_two_processes_have_the_same_tree_and_notice_a_lost_one(tmp_path: Path) -> None:
     lost = ["parted", "hang", "exit"]
@@ -223,6 +204,9 @@ def test_four_processes_have_the_same_tree(tmp_path: Path) -> None:
 
 @torch_needed
 def test_torch_group_needs_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # another test may have initialised it
     with pytest.raises(GroupError, match="not initialised"):
         TorchGroup()
     monkeypatch.setitem(sys.modules, "torch", None)

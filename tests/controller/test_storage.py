@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from radixkv.controller import STORED, STORING
 from radixkv.errors import InvalidArgumentError, StateError
 from radixkv.storage import MemoryStorage
+from radixkv.storage.file import FileStorage
 from radixkv.tree.page_hash import sha256_chain
 from radixkv.tree.reference import ReferenceTree
 
@@ -538,3 +540,122 @@ def test_storage_comes_and_goes() -> None:
     assert (stack.tree.node_info(node).marks, stack.tree.node_info(node).host_ref) == (0, 0)
     stack.controller.attach_storage(ScriptedEdge(page_store(stack.host), stack.config, stack.host))
     assert stack.controller.store(node) is not None  # the new one does not have it
+
+
+# ---- what nobody ends, and what storage loses ------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", ["looking up", "fetching", "fetched"])
+def test_a_prefetch_that_nobody_ends_is_ended_by_poll(stage: str) -> None:
+    clock = Clock()
+    tokens = prompt(1, 6)
+    stack = stored(tokens, clock=clock, prefetch_abandon_s=10.0)
+    assert stack.edge is not None
+    assert stack.controller.prefetch("forgotten", tokens, ROOT)
+    if stage != "looking up":
+        stack.edge.run()
+        stack.controller.poll()
+    if stage == "fetched":
+        stack.edge.run()
+        stack.controller.poll()
+        assert stack.controller.prefetch_progress("forgotten").state == "fetched"
+    clock.now_s = 9.9
+    stack.controller.poll()
+    assert stack.controller.stats().prefetches_in_flight == 1
+    clock.now_s = 10.0
+    stack.controller.poll()
+    stack.settle()
+    stack.check()
+    stats = stack.controller.stats()
+    assert (stats.prefetches_in_flight, stats.prefetch_tokens_in_flight, stats.prefetch_abandoned) == (0, 0, 1)
+    assert stack.controller.finish_prefetch("forgotten")  # its owner comes after all
+    assert stack.controller.evict_host(10**6) == (6 * P if stage == "fetched" else 0)
+    assert stack.host.available_size() == stack.host.size
+    assert stack.controller.prefetch("forgotten", tokens, ROOT)
+
+
+def test_only_overdue_prefetches_are_ended() -> None:
+    clock = Clock()
+    stack = stored([prompt(1, 3), prompt(2, 3)], clock=clock, prefetch_abandon_s=10.0)
+    stack.controller.prefetch("old", prompt(1, 3), ROOT)
+    clock.now_s = 5.0
+    stack.controller.prefetch("young", prompt(2, 3), ROOT)
+    clock.now_s = 12.0
+    stack.controller.poll()
+    assert stack.controller.prefetch_progress("old").state == "unknown"
+    assert stack.controller.prefetch_progress("young").state != "unknown"
+    stack.check()
+
+
+def puts_of(stack: Stack) -> list[int]:
+    """Pages of each put from now on."""
+    assert stack.edge is not None
+    put_many, puts = stack.edge.pages.storage.put_many, []
+
+    def count(keys: Any, *arguments: Any, **more: Any) -> Any:
+        puts.append(len(keys))
+        return put_many(keys, *arguments, **more)
+
+    stack.edge.pages.storage.put_many = count
+    return puts
+
+
+def test_what_storage_has_lost_is_stored_again_when_it_is_hit() -> None:
+    clock = Clock()
+    stack = make(clock=clock, recheck_stored_s=5.0, storage_batch_pages=8)
+    tokens, others = prompt(1, 6), prompt(2, 3)
+    for each in (tokens, others, tokens, others):
+        stack.compute(each)
+        stack.settle()
+    assert keys_of(stack, tokens) == [True] * 6
+    assert stack.edge is not None
+    keys = stack.edge.pages.keys(sha256_chain(tokens, P))
+    stack.edge.pages.storage.delete_many(keys[4:])  # as a budget would
+    puts = puts_of(stack)
+    stack.controller.poll()
+    assert stack.controller.stats().stored_doubts == 1
+    for _ in range(3):  # found missing by the first hit; from then on known again
+        for each in (tokens, others):
+            stack.compute(each)
+            stack.settle()
+    assert keys_of(stack, tokens) == [True] * 6
+    assert puts == [2], "only what was missing is written, once"
+    assert {info.marks for info in stack.tree.dump()} == {STORED}
+    stack.edge.pages.storage.delete_many(keys[:1])  # too soon
+    stack.controller.poll()
+    stack.compute(tokens)
+    stack.settle()
+    assert keys_of(stack, tokens)[0] is False
+    clock.now_s = 5.0
+    stack.controller.poll()
+    stack.compute(tokens)
+    stack.settle()
+    assert keys_of(stack, tokens) == [True] * 6
+    stack.check()
+
+
+def test_a_file_storage_that_evicts_gets_hot_pages_back(tmp_path: Path) -> None:
+    """Its budget holds two prompts of three, each a file of its own; one of them is served all the time."""
+    with FileStorage(tmp_path, max_bytes=2 * 8192) as storage:
+        stack = make(storage=storage, recheck_stored_s=0.0, storage_batch_pages=64)
+        hot = prompt(1, 16)
+        for seed in [1, 1, 2, 2, 3, 3, 1]:
+            stack.compute(prompt(seed, 16))
+            stack.settle()
+        assert storage.stats()["evicted_values"] > 0
+        assert keys_of(stack, hot) == [True] * 16
+        stack.controller.reset()
+        assert prefetched(stack, hot)
+        assert stack.controller.match(hot).host_num_tokens == 16 * P
+        stack.check()
+
+
+def test_without_losses_marks_are_trusted() -> None:
+    stack = make()
+    for _ in range(2):
+        stack.compute(prompt(1, 3))
+        stack.settle()
+    puts = puts_of(stack)
+    stack.edge.pages.count_prefix = None  # type: ignore[method-assign, assignment]
+    for _ in range(3):
+        stack.compute(prompt(1, 3))
+        stack.settle()
+    assert (puts, stack.controller.stats().stored_doubts) == ([], 0)

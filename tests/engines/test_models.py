@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from radixkv.engines.device import prepare_device
 from radixkv.engines.models import load_model
 from radixkv.engines.transformers import PagedRunner
-from radixkv.errors import InvalidArgumentError
+from radixkv.errors import DeviceUnavailableError, InvalidArgumentError
 
 from .kit import random_tokens, tiny
 
@@ -72,3 +73,29 @@ def test_the_packaged_model() -> None:
         tokens.append(int(logits[-1].argmax()))
         logits = run.forward(pool, slots, np.array(tokens, np.int32), len(tokens) - 1)
     assert "Paris" in model.decode(tokens[len(question) :])
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DeviceUnavailableError, match=r"cuda:1: torch .* sees 0 GPUs"):
+        load_model("random", "cuda:1")
+    with pytest.raises(DeviceUnavailableError, match="'tpu' is neither cpu nor"):
+        load_model("random", "tpu")
+
+
+def test_a_gpu_is_made_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    cuda = torch.backends.cuda
+    try:
+        prepare_device("cuda")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert (cuda.math_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()) == (1, 0, 0)
+        assert not cuda.matmul.allow_tf32
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for fused in ("flash", "mem_efficient", "cudnn"):
+            getattr(cuda, f"enable_{fused}_sdp")(True)
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # what it was is put back in the end

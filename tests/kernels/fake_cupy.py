@@ -2,13 +2,15 @@
 
 Keeps a log of the calls in order, and knows which addresses a device can reach. With ``lazy`` on, streams are queues:
 nothing that is put on one happens before somebody waits for it, so that what is reused too early shows as wrong bytes.
-Events have times: whatever is on a stream takes a millisecond, an idle kernel what it is told, and streams overlap.
+Any number of threads may use it. Events have times: whatever is on a stream takes a millisecond, an idle kernel what it is told, and streams overlap.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -31,12 +33,24 @@ class CUDADriverError(RuntimeError):
     pass
 
 
+def _in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    """One thread at a time in all that changes streams, events or memory."""
+
+    @functools.wraps(method)
+    def call(self: FakeCupy, *arguments: Any, **more: Any) -> Any:
+        with self._turn:
+            return method(self, *arguments, **more)
+
+    return call
+
+
 class FakeCupy:
     def __init__(self, gpus: int = 1, capability: str = "90", driver: bool = True) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.known: dict[int, tuple[int, int]] = {}  # host address: device, and the address there
         self.failing = ""  # the call that fails from now on
         self.lazy = False
+        self._turn = threading.RLock()
         self._memory: dict[int, Any] = {}
         self._kinds: dict[int, str] = {}
         self._locked: dict[int, int] = {}  # page-locked by hostRegister
@@ -85,6 +99,7 @@ class FakeCupy:
         self.current = 0  # stream
 
     # ---- streams and events
+    @_in_turn
     def _on(self, stream: int, action: Callable[[], object], ms: float = 1.0) -> None:
         self._clocks[stream] = max(self._now, self._clocks.get(stream, 0.0)) + ms
         self._put[stream] = self._put.get(stream, 0) + 1
@@ -92,30 +107,36 @@ class FakeCupy:
         if not self.lazy:
             self.finish()
 
+    @_in_turn
     def finish(self) -> None:
         """Do everything that is on any stream."""
         while waiting := [stream for stream, queue in self._queues.items() if queue]:
             self._step(waiting[0])
 
+    @_in_turn
     def _step(self, stream: int) -> None:
         action = self._queues[stream][0]
         action()
         self._queues[stream].popleft()
 
+    @_in_turn
     def _record(self, event: int, stream: int) -> None:
         self._fail("eventRecord")
         self.log.append(("eventRecord", stream))
         self._events[event] = stream, self._put.get(stream, 0)
         self._times[event] = max(self._now, self._clocks.get(stream, 0.0))
 
+    @_in_turn
     def _stream_waits(self, stream: int, event: int, flags: int = 0) -> None:
         self._clocks[stream] = max(self._clocks.get(stream, 0.0), self._times.get(event, 0.0))
         self._on(stream, lambda: self._wait_event(event), ms=0.0)
 
+    @_in_turn
     def _passed(self, event: int) -> bool:
         stream, count = self._events.get(event, (0, 0))
         return self._put.get(stream, 0) - len(self._queues.get(stream, ())) >= count
 
+    @_in_turn
     def _wait_event(self, event: int) -> None:
         while not self._passed(event):
             self._step(self._events[event][0])
@@ -169,6 +190,7 @@ class FakeCupy:
         assert 0 <= number < self._gpus
         return _Device(self._capability)
 
+    @_in_turn
     def _attributes(self, address: int) -> Any:
         held = [base for base in self._memory if base <= address < base + len(self._memory[base])]
         found = (0 if self._kinds[held[0]] == "malloc" else -1, address) if held else (-2, 0)
@@ -181,6 +203,7 @@ class FakeCupy:
         if self.failing == name:
             raise CUDARuntimeError(f"cudaError of {name}")
 
+    @_in_turn
     def _allocate(self, name: str, size: int, *stream: int) -> int:
         self._fail(name)
         memory = ctypes.create_string_buffer(size)
@@ -190,6 +213,7 @@ class FakeCupy:
         self.log.append((name, size, *stream))
         return address
 
+    @_in_turn
     def _free(self, name: str, address: int, *stream: int) -> None:
         self.finish()  # as cudaFree does
         del self._memory[address]
@@ -235,9 +259,10 @@ class _Stream:
         self._cupy, self.ptr = cupy, ptr
 
     def synchronize(self) -> None:
-        while self._cupy._queues.get(self.ptr):
-            self._cupy._step(self.ptr)
-        self._cupy._now = max(self._cupy._now, self._cupy._clocks.get(self.ptr, 0.0))
+        with self._cupy._turn:
+            while self._cupy._queues.get(self.ptr):
+                self._cupy._step(self.ptr)
+            self._cupy._now = max(self._cupy._now, self._cupy._clocks.get(self.ptr, 0.0))
 
     def __enter__(self) -> None:
         self._cupy.current = self.ptr

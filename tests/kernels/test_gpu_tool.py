@@ -98,7 +98,8 @@ def test_a_budget_leaves_out_what_does_not_fit(
 
 def test_without_pytest_the_rest_runs(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "NEEDED", ("numpy",))
-    monkeypatch.setattr(gpu, "TO_TEST", ("no_such_pytest",))
+    for step in ("tests", "paths", "nvrtc", "demo"):
+        monkeypatch.setitem(gpu.NEEDS, step, ("no_such_pytest",))
     monkeypatch.setattr(gpu, "TO_BUILD", {"no_such_cython": 3})
     monkeypatch.setattr(gpu, "device", lambda: ("Fake GPU", "580.1"))
     monkeypatch.setattr(gpu, "commands", lambda *_: [([sys.executable, "-c", "pass"], {})])
@@ -108,7 +109,7 @@ def test_without_pytest_the_rest_runs(gpu: ModuleType, tmp_path: Path, monkeypat
         gpu.main()
     found = json.loads(result.read_text())
     assert ended.value.code == 0
-    assert list(found["steps"]) == ["checks", "sanitizer", "bench"]
+    assert list(found["steps"]) == ["checks", "stack", "overlap", "sanitizer", "bench"]
     assert found["not_run"]["tests"] == "no no_such_pytest"
     assert "has been built before" in found["not_run"]["build"]
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
@@ -132,6 +133,22 @@ def test_wheels_bring_what_is_missing(gpu: ModuleType, tmp_path: Path, monkeypat
     assert gpu.unfit_to_build() == []
     monkeypatch.setattr(gpu, "TO_BUILD", {"numpy": 99, "no_such_module": 1})
     assert gpu.unfit_to_build() == ["no_such_module", "numpy>=99"]
+
+
+def test_figures_of_several_commands_of_a_step(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commands(step: str, quick: bool, folder: Path) -> list[tuple[list[str], dict[str, str]]]:
+        written = [(name, folder / f"{step}-{name}.json") for name in ("kernel", "engine")]
+        return [([sys.executable, "-c", f"open({str(path)!r}, 'w').write('[0]')"], {}) for _, path in written]
+
+    monkeypatch.setattr(gpu, "NEEDED", ("numpy",))
+    monkeypatch.setattr(gpu, "device", lambda: ("Fake GPU", "580.1"))
+    monkeypatch.setattr(gpu, "commands", commands)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--steps", "stack", "--json", str(tmp_path / "r.json")])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert json.loads((tmp_path / "r.json").read_text())["stack"] == {"kernel": [0], "engine": [0]}
 
 
 def test_what_is_missing_is_named(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

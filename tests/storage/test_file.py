@@ -130,6 +130,56 @@ def test_a_put_with_fsync_syncs_each_segment_and_the_folder_once(
     assert not synced
 
 
+def test_a_new_folder_is_made_by_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes just before the first has named the folder, and must not take its file for an orphan."""
+    met, errors = threading.Event(), []
+
+    def second() -> None:
+        try:
+            FileStorage(tmp_path / "store").close()
+        except BaseException as error:
+            errors.append(error)
+        met.set()
+
+    other = threading.Thread(target=second)
+    rename, flock = Path.rename, fcntl.flock
+
+    def pause(path: Path, target: Path) -> Path:
+        if path.name.startswith("FORMAT.") and threading.current_thread() is not other:
+            other.start()
+            assert met.wait(20)  # it has done all it can: it is through, or waits for the lock
+        return rename(path, target)
+
+    def watch(fd: int, operation: int) -> None:
+        try:
+            flock(fd, operation)
+        except BlockingIOError:
+            if threading.current_thread() is other:
+                met.set()
+            raise
+
+    monkeypatch.setattr(Path, "rename", pause)
+    monkeypatch.setattr(journal_module.fcntl, "flock", watch)
+    with FileStorage(tmp_path / "store") as storage:
+        other.join()
+        assert errors == []
+        assert put(storage, "a") == get(storage, "a") == [True]
+        assert storage.stats()["orphans"] == 0
+
+
+def test_many_come_and_go_on_new_folders(tmp_path: Path) -> None:
+    def use(folder: Path, name: str) -> list[bool]:
+        with FileStorage(folder, num_threads=1) as storage:
+            return put(storage, name)
+
+    with ThreadPoolExecutor(6) as pool:
+        for turn in range(30):
+            users = [pool.submit(use, tmp_path / str(turn), f"k{number}") for number in range(6)]
+            assert [user.result() for user in users] == [[True]] * 6
+            with FileStorage(tmp_path / str(turn)) as storage:
+                assert get(storage, *(f"k{number}" for number in range(6))) == [True] * 6
+
+
 def test_unusable_folders(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="cannot be used"):
