@@ -95,9 +95,8 @@ def commands(step: str, quick: bool, folder: Path) -> list[tuple[list[str], dict
         return [([*python, "-m", "tests.kernels.on_gpu", "--checks", "--json", result], REQUIRE)]
     if step == "stack":
         soak = [*python, "-m", "tests.controller.soak", "--seed", "1", "--steps", "10000" if quick else "50000"]
-        return [
-            ([*soak, "--cuda", path, "--json", str(folder / f"{step}-{path}.json")], {}) for path in ("kernel", "engine")
-        ]
+        paths = ("kernel", "engine")
+        return [([*soak, "--cuda", path, "--json", str(folder / f"{step}-{path}.json")], {}) for path in paths]
     if step == "demo":
         demo = [*python, "-m", "radixkv", "demo", "--device", "cuda"]
         return [([*demo, "--dir", str(folder / "demo"), "--json", result], {})]

@@ -98,8 +98,8 @@ class RankEngine(Engine):
                 self.give_up(req)
 
     def make_room(self, num_tokens: int) -> bool:
-        """What counts as evictable is not always, for a moment: while a load is not settled, or, under write_back with a
-        link that fails, while storage reads what is below. So what is in flight is waited for."""
+        """What counts as evictable is not always so, for a moment: while a load is not settled, or, under write_back with
+        a link that fails, while storage reads what is below. So what is in flight is waited for."""
         for _ in range(300):
             if super().make_room(num_tokens):
                 return True
@@ -135,7 +135,8 @@ class Rank:
     def __init__(self, job: dict[str, Any], seed: int, timeout_s: float) -> None:
         self.group = TorchGroup(dist.new_group(), timeout_s)
         rank = self.group.rank
-        self.storage = SlowStorage(FileStorage(Path(job["folder"]) / f"kv{seed}"), np.random.default_rng([seed, rank, 1]))
+        folder = FileStorage(Path(job["folder"]) / f"kv{seed}")
+        self.storage = SlowStorage(folder, np.random.default_rng([seed, rank, 1]))
         policies = ("write_through", "write_through_selective", "write_back")
         self.cache = hiradix_cache(
             160, PAGE, "mla" if seed % 2 else "mha", policy=policies[seed % 3], host=2.0, storage=self.storage,
@@ -180,8 +181,10 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
             raise AssertionError(f"does not come to rest: {stats}")
         rank.cache.check_integrity()
         rank.compare()
-        more = {"compared": rank.compared, "lost": rank.engine.lost, "failed": rank.mover.failed,
-                "host": rank.engine.tokens["host"], "stores": stats.stores, "prefetched": stats.prefetch_tokens}  # fmt: skip
+        more = {
+            "compared": rank.compared, "lost": rank.engine.lost, "failed": rank.mover.failed,
+            "host": rank.engine.tokens["host"], "stores": stats.stores, "prefetched": stats.prefetch_tokens,
+        }  # fmt: skip
         total = {name: value + more[name] for name, value in total.items()}
         rank.group.min([0])
         rank.close()

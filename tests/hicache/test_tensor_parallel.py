@@ -1,5 +1,5 @@
-"""HiRadixCache on 2 and 4 ranks, real processes over gloo: the same scheduler, each rank with delays and failures of its
-own. Identical trees, every byte verified, nothing hangs; a rank that is gone is an error within its deadline."""
+"""HiRadixCache on 2 and 4 ranks, real processes over gloo: the same scheduler, each rank with delays and failures of
+its own. Identical trees, every byte verified, nothing hangs; a rank that is gone is an error within its deadline."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Keeps a log of the calls in order, and knows which addresses a device can reach. With ``lazy`` on, streams are queues:
 nothing that is put on one happens before somebody waits for it, so that what is reused too early shows as wrong bytes.
-Any number of threads may use it. Events have times: whatever is on a stream takes a millisecond, an idle kernel what it is told, and streams overlap.
+Any number of threads may use it. Events have times: whatever is on a stream takes a millisecond, an idle kernel what it
+is told, and streams overlap.
 """
 
 from __future__ import annotations
