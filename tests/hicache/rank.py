@@ -98,7 +98,7 @@ class RankEngine(Engine):
                 self.give_up(req)
 
     def make_room(self, num_tokens: int) -> bool:
-        """What counts as evictable is not always so, for a moment: while a load is not settled, or, under write_back with
+        """What counts as evictable is not always, for a moment: while a load is not settled or, under write_back with
         a link that fails, while storage reads what is below. So what is in flight is waited for."""
         for _ in range(300):
             if super().make_room(num_tokens):
