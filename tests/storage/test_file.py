@@ -653,21 +653,6 @@ def test_a_process_that_dies_in_the_middle_of_a_put(folder: Path, place: str, su
         assert not list((folder / "tmp").iterdir())
 
 
-def test_two_that_start_on_a_new_folder_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second takes the half-made marker of the first for an orphan, and removes it."""
-    real = Path.write_text
-
-    def write_text(path: Path, text: str) -> int:
-        monkeypatch.undo()
-        written = real(path, text)
-        FileStorage(folder).close()
-        return written
-
-    monkeypatch.setattr(Path, "write_text", write_text)
-    with FileStorage(folder) as storage:
-        assert put(storage, "a") == [True]
-
-
 def test_one_that_leaves_while_another_looks_who_lives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leaving, real = FileStorage(folder), fcntl.flock
 
