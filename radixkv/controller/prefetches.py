@@ -164,8 +164,10 @@ class Prefetches:
         pages, ended = op.num_pages, True
         if op.stage is not Stage.FETCHED:
             fetching = op.stage is Stage.FETCHING
+            may_end, done = self.may_end(op), fetching and op.job.done()
+            # read last: the worker goes on meanwhile, and what has ended must be seen with all of its pages
             progress = progress_value(op.job) if fetching else int(op.job.error is None)
-            mine = [self.may_end(op), progress, fetching and op.job.done()]
+            mine = [may_end, progress, done]
             agreed = self.context.agree(Where.FINISH_PREFETCH, [int(value) for value in mine])
             if not agreed[0]:
                 return False

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from radixkv.controller import STORED, STORING
+from radixkv.controller.workers import Job
 from radixkv.errors import InvalidArgumentError, StateError
 from radixkv.storage import MemoryStorage
 from radixkv.storage.file import FileStorage
@@ -367,6 +368,26 @@ def test_best_effort_takes_what_has_arrived() -> None:
     stack.check()
     stack.settle()
     assert stack.host.available_size() == stack.host.size - 2 * P
+    stack.check()
+
+
+def test_a_fetch_that_ends_while_it_is_asked_for_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker may end between any two questions: whoever hears that it has ended must see all of its pages."""
+    stack = half_fetched("wait_complete")
+    edge = stack.edge
+    assert edge is not None
+    job, done = edge.waiting[0][0], Job.done
+
+    def ends_now(asked: Job) -> bool:
+        if asked is job:
+            monkeypatch.undo()
+            edge.run()
+        return done(asked)
+
+    monkeypatch.setattr(Job, "done", ends_now)
+    assert stack.controller.finish_prefetch("req")
+    assert stack.controller.match(prompt(1, 6)).host_num_tokens == 6 * P
+    assert stack.controller.stats().prefetch_failures == 0
     stack.check()
 
 
