@@ -141,7 +141,22 @@ class BaseReplay:
         return finished
 
     def serve(self, request: TraceRequest) -> None:
-        """Serve one request."""
+        """Serve one request. One that is longer than the whole device is counted and served uncached."""
+        config, counters = self.config, self.counters
+        index = counters.requests
+        prompt = expand_prompt(request, config.block_tokens)
+        key = prompt
+        if config.output_tokens:
+            key = np.concatenate([prompt, expand_response(index, request.output_length)])
+        counters.requests += 1
+        counters.prompt_tokens += len(prompt)
+        if len(key) // config.page_size > config.device_pages:
+            counters.uncached_requests += 1
+            return
+        self._serve(index, prompt, key)
+
+    def _serve(self, index: int, prompt: npt.NDArray[np.int32], key: npt.NDArray[np.int32]) -> None:
+        """Serve request number ``index``: find its prompt, and cache the key, which is the prompt and its answer."""
         raise NotImplementedError
 
     def check_integrity(self) -> None:
@@ -215,19 +230,9 @@ class Replay(BaseReplay):
         self.host_slots = SlotAllocator(config.host_pages)
         self.counters = Counters()
 
-    def serve(self, request: TraceRequest) -> None:
-        """Serve one request, steps 1 to 9. One that is longer than the whole device is counted and served uncached."""
+    def _serve(self, index: int, prompt: npt.NDArray[np.int32], key: npt.NDArray[np.int32]) -> None:
+        """Steps 1 to 9 of a request."""
         config, counters = self.config, self.counters
-        index = counters.requests
-        prompt = expand_prompt(request, config.block_tokens)
-        key = prompt
-        if config.output_tokens:
-            key = np.concatenate([prompt, expand_response(index, request.output_length)])
-        counters.requests += 1
-        counters.prompt_tokens += len(prompt)
-        if len(key) // config.page_size > config.device_pages:
-            counters.uncached_requests += 1
-            return
         match, device_ids, host_ids = self._timed("match", self._match, prompt)
         counters.device_hit_tokens += match.num_tokens
         counters.host_hit_tokens += match.host_num_tokens

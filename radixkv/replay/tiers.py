@@ -31,7 +31,6 @@ from ..errors import IntegrityError, InvalidArgumentError, RadixKVError
 from ..pool.host import HostKVCache, HostPoolConfig
 from ..pool.layout import KVGeometry, KVView
 from ..storage import PageNamespace, PageStore, create_storage, host_page_parts
-from ..trace import TraceRequest, expand_prompt, expand_response
 from ..transfer.cpu import CpuTransfer
 from ..tree.base import BaseRadixTree, MatchResult
 from ..types import ROOT, PageIds
@@ -108,19 +107,9 @@ class TierReplay(BaseReplay):
         )  # fmt: skip
 
     # ---- a request ---------------------------------------------------------------------------------------------------
-    def serve(self, request: TraceRequest) -> None:
-        """Serve one request, steps 1 to 8. One that is longer than the whole device is counted and served uncached."""
+    def _serve(self, index: int, prompt: npt.NDArray[np.int32], key: npt.NDArray[np.int32]) -> None:
+        """Steps 1 to 8 of a request."""
         config, counters = self.config, self.counters
-        index = counters.requests
-        prompt = expand_prompt(request, config.block_tokens)
-        key = prompt
-        if config.output_tokens:
-            key = np.concatenate([prompt, expand_response(index, request.output_length)])
-        counters.requests += 1
-        counters.prompt_tokens += len(prompt)
-        if len(key) // config.page_size > config.device_pages:
-            counters.uncached_requests += 1
-            return
         match, known = self._find(str(index), prompt)
         held, hit_ids = self._load(match)
         num_device, num_hit = match.num_tokens // config.page_size, len(hit_ids)

@@ -149,6 +149,9 @@ class OurSide(Side):
         pages += [len(op.host_pages) for op in core._prefetches.operations.values() if op.host_pages is not None]
         return sum(pages) * self.setup.page_size
 
+    def storing(self) -> bool:
+        return any(not op.job.done() for op in self.core._stores.operations)
+
     def has_copy(self, node: Any) -> bool:
         return bool(node.backuped or (node != self.cache.root_node and node._info.marks & WRITING))
 

@@ -93,6 +93,10 @@ class Side(ABC):
     def begin_copies(self) -> None:  # noqa: B027 - the original puts nothing off
         """Begin what the cache has taken on, and would begin in the next check_hicache_events."""
 
+    @abstractmethod
+    def storing(self) -> bool:
+        """Whether something is on its way to storage."""
+
     def has_copy(self, node: Any) -> bool:
         """A host copy, there or on its way."""
         return bool(node.backuped)
@@ -246,6 +250,9 @@ class OriginalSide(Side):
         queues = ["write_queue"] + ["prefetch_queue", "prefetch_buffer", "backup_queue"] * self.setup.storage
         busy += [name for name in queues if not (hasattr(controller, name) and getattr(controller, name).idle())]
         return busy
+
+    def storing(self) -> bool:
+        return "backup_queue" in self._busy()
 
     def in_flight_host_tokens(self) -> int:
         return sum(len(operation.host_indices) for *_, operation in self.cache.ongoing_prefetch.values())
