@@ -117,7 +117,8 @@ class Loads:
         context.ledger.begin_load(context.join([part.host_pages for part in parts]))
         op = LoadOp(context.next_op_id(), context.clock(), parts)
         self.queued.append(op)
-        return Load(op.op_id, pages, len(pages) * context.page_size, tail[-1].node)
+        # a copy: the caller may turn his pages into slots in place, and these are where the bytes will go
+        return Load(op.op_id, pages.copy(), len(pages) * context.page_size, tail[-1].node)
 
     def cancel(self, load: Load) -> bool:
         """See Controller.cancel_load."""
