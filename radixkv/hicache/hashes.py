@@ -12,7 +12,7 @@ from ..tree.base import BaseRadixTree, Tokens
 from ..tree.page_hash import sha256_chain, sha256_page_hash
 from ..types import ROOT
 
-__all__ = ["get_hash_str", "node_hashes", "page_hash_for"]
+__all__ = ["get_hash_str", "last_hash", "node_hashes", "page_hash_for"]
 
 
 def get_hash_str(token_ids: Tokens, prior_hash: str | None = None) -> str:
@@ -27,6 +27,11 @@ def node_hashes(tree: BaseRadixTree, node: int) -> list[str]:
     digests = PathHashes(tree).own(node) if node != ROOT else np.zeros((0, 1), np.uint8)
     step, text = 2 * digests.shape[1], digests.tobytes().hex()
     return [text[at : at + step] for at in range(0, len(text), step)]
+
+
+def last_hash(tree: BaseRadixTree, node: int) -> str | None:
+    """The hash at a node's end, in hex; None for the root."""
+    return None if node == ROOT else PathHashes(tree).own(node)[-1].tobytes().hex()
 
 
 def page_hash_for(wanted: bool) -> Any:

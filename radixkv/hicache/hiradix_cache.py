@@ -31,7 +31,7 @@ from ..types import ROOT, PageIds
 from .base import MatchResult
 from .cache_controller import HiCacheController, PrefetchOperation
 from .config import HiCacheConfig
-from .hashes import node_hashes, page_hash_for
+from .hashes import last_hash, node_hashes, page_hash_for
 from .node import TreeNode
 from .radix_cache import RadixCache
 from .slots import tokens_of
@@ -365,7 +365,7 @@ class HiRadixCache(RadixCache):
 
     def last_hash(self, handle: int) -> str | None:
         """See TreeNode.get_last_hash_value."""
-        return node_hashes(self.tree, handle)[-1] if handle != ROOT and self.enable_storage else None
+        return last_hash(self.tree, handle) if self.enable_storage else None
 
 
 class _Hit(NamedTuple):
