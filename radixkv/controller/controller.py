@@ -149,6 +149,11 @@ class Controller:
         """What attach_storage was given."""
         return self._storage
 
+    @property
+    def draining_device_pages(self) -> int:
+        """Device pages of before a reset that a copy may still write; poll frees them when it has ended."""
+        return self._drains.num_device_pages
+
     # ---- a request, step by step -------------------------------------------------------------------------------------
     def match(self, tokens: Tokens, extra_key: NamespacePart = None, cache_salt: NamespacePart = None) -> MatchResult:
         """Find the longest cached prefix, as tree.match.

@@ -315,11 +315,13 @@ class HiRadixCache(RadixCache):
         still reads or writes.
 
         As there, the device slots are the engine's business: it clears its allocator next to this call. So this waits
-        for every copy that writes to the device. Raises: StateError if one does not end within control.copy_timeout_s.
+        for every copy that writes to the device. Raises: StateError if one does not end within control.copy_timeout_s:
+            everything is forgotten, but the allocator must not be cleared before this has been called again and
+            returned.
         """
         assert self._pages is not None
         self._children = None
-        with self._pages.forgetting(self.total_size() // self.page_size) as left:
+        with self._pages.forgetting(self.total_size() // self.page_size + self._core.draining_device_pages) as left:
             self._core.reset()
             self._wait(left, "device pages are being written")
 

@@ -682,12 +682,15 @@ def test_reset_waits_for_a_copy_that_writes_to_the_device(make: Any, monkeypatch
     cache.load_back(cache.match_prefix(KEY).last_host_node)
     cache.ready_to_load_host_cache()
     assert begun.wait(10)
-    with pytest.raises(StateError, match="8 device pages are being written"):
-        cache.reset()
+    for _ in range(2):
+        with pytest.raises(StateError, match="^8 device pages are being written"):
+            cache.reset()
     gate.set()
-    settle(cache)
+    cache.reset()
+    allocator.clear()
+    settle(cache)  # nothing of before the reset comes back to the allocator
     cache.check_integrity()
-    assert allocator.available_size() in (96, 128)
+    assert allocator.available_size() == 128
 
 
 def test_close_ends_the_threads() -> None:
