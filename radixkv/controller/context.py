@@ -28,6 +28,7 @@ class Where(IntEnum):
     FINISH_PREFETCH = 3
     WRITE_BACK = 4
     RESET = 5
+    ATTACH = 6
 
 
 class Context:

@@ -57,7 +57,7 @@ class Controller:
     In a group every rank makes the same calls in the same order with the same arguments; then every rank has the same
     tree. Which collectives run follows from what has been agreed before, never from a rank's own state: one in each
     poll, one in finish_prefetch while the prefetch is in flight, one a round of an eviction that writes back, one in
-    reset and the constructor.
+    reset, all_can and the constructor.
 
     Args:
         tree: empty; nobody else changes it from now on.
@@ -337,6 +337,11 @@ class Controller:
         self._storage, self._prefetches.edge = storage, edge
         self._stores.use(edge)
         self._prefetches.backoff.reset()
+
+    def all_can(self, can: bool) -> bool:
+        """Whether all ranks can do what is about to be done alike (attach a storage that each makes for itself).
+        Collective. Raises: GroupError."""
+        return bool(self._context.agree(Where.ATTACH, [int(can)])[0])
 
     def detach_storage(self) -> Any | None:
         """Cancel what uses storage, end its workers, and forget what was stored. Returns: the PageStore, or None."""

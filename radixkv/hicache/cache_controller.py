@@ -8,7 +8,7 @@ from typing import Any
 
 from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, TorchGroup
 from ..controller.mover_cuda import GpuTransfers
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, StateError, StorageError
 from ..pool.arrays import canonical_dtype
 from ..pool.foreign import EnginePool
 from ..pool.host import HostKVCache
@@ -156,10 +156,23 @@ class HiCacheController:
 
     # ---- storage -----------------------------------------------------------------------------------------------------
     def attach_storage(self, backend: Any) -> None:
-        """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage.
+        """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage. All ranks or none.
 
-        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached.
+        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached, from here or
+            from another rank; GroupError.
         """
+        if self.enable_storage:
+            raise StateError("there is a storage already: detach it first")
+        try:
+            self._attach(backend)
+        except Exception:
+            self.core.all_can(False)
+            raise
+        if not self.core.all_can(True):
+            self.detach_storage()
+            raise StorageError("another rank cannot use its storage")
+
+    def _attach(self, backend: Any) -> None:
         config, host = self._config, self.mem_pool_host
         namespace = PageNamespace.of_geometry(
             host.geometry, host.page_dims, model=config.model_name(), dtype=_dtype_of(self.mem_pool_device),
@@ -170,9 +183,8 @@ class HiCacheController:
         storage, own = storage_of(backend, config)
         registered = False
         try:
-            if not self.enable_storage:  # else attach_storage refuses
-                storage.register(host.arena.data)
-                registered = True
+            storage.register(host.arena.data)
+            registered = True
             self.core.attach_storage(PageStore(storage, namespace, host_page_parts(host)))
         except BaseException:
             if registered:
