@@ -19,7 +19,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from .controller.base import Attribution, ControllerStats, Finished, Kind, Outcome
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, StorageError
 from .extras import require
 from .types import TreeStats
 
@@ -247,6 +247,9 @@ class MetricsCollector:
             yield self._counter(f"storage_{name}", text, values.pop(name))
         yield self._by("counter", "storage_pages", "Pages by what became of them", "result", values.items())
         yield self._by("counter", "storage_failed_calls", "Calls that failed as a whole", "reason", calls.items())
+        with contextlib.suppress(StorageError):  # what the others say is worth having when the backend says nothing
+            text = "What the backend counts and holds, by its own names"
+            yield self._by("gauge", "storage_backend", text, "what", store.storage.stats().items())
 
     def _of_events(self, stats: Any) -> Iterator[Any]:
         for name in ("batches", "events", "dropped_batches", "snapshots", "replays", "short_replays"):
