@@ -225,15 +225,15 @@ class HiCacheController:
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:
     """The storage that is meant, and whether it was made here.
 
-    "file" without a path: $SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, as engines' operators know it, else a folder of the
-    user's cache.
+    "file" and "nixl" (the same folder) without a path: $SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, as engines' operators
+    know it, else a folder of the user's cache.
     """
     if isinstance(backend, Storage):
         return backend, False
     if not isinstance(backend, str) and is_plugin(backend):
         return PluginStorage(backend), True
     options = dict(config.storage_options)
-    if backend == "file":
+    if backend in ("file", "nixl"):
         options.setdefault("path", os.environ.get(FOLDER_VARIABLE) or cache_folder() / "kv")
     return create_storage(backend, **options), True
 

@@ -583,6 +583,15 @@ def test_the_folder_of_files(make: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "c" / "kv").is_dir()
 
 
+def test_the_folder_of_nixl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's --hicache-storage-backend nixl has no option for it."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(cache_controller, "create_storage", lambda name, **options: asked.update(options))
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path))
+    cache_controller.storage_of("nixl", CONFIG)
+    assert asked == {"path": str(tmp_path)}
+
+
 def test_attribution(make: Any) -> None:
     cache = make(256, 4, storage=MemoryStorage(), prefetch="wait_complete", prefetch_threshold=4)
     to_storage(cache, LONG)
