@@ -269,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "--json", type=Path, default=report.DEFAULT_FOLDER / "hicache.json", help="where the result goes"
     )
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of the calling thread, or of the wall")
+    report.add_check_option(parser)
     options = parser.parse_args(arguments)
     rounds = options.rounds or (1 if options.quick else 3)
     names, absent = present(options.sides.split(","))
@@ -281,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     result["checks"] = report.checks_as_dicts(checks(result))
     report.write_json(result, options.json)
     print_result(result)
-    report.print_checks(checks(result))
+    report.conclude(checks(result), options.check)
     return result
 
 
