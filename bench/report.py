@@ -167,7 +167,7 @@ def summarize(verdicts: Sequence[tuple[str, str, str]], must_meet: bool) -> None
         print(f"{verdict.upper()}: {what}: {figures}")
     met = len(aims) - len(wrong)
     missed = sum(verdict == "MISSED" for _, verdict, _ in wrong)
-    print(f"{met} of {len(aims)} aims met, {missed} MISSED, {len(wrong) - missed} not measured")
+    print(f"{met} of {len(aims)} aims met, {missed} MISSED, {len(wrong) - missed} not measured" if aims else "no aims")
     if must_meet and wrong:
         sys.exit(f"--check: {len(wrong)} of {len(aims)} aims are not met")
 
