@@ -63,7 +63,7 @@ def test_the_report_for_people(report: dict[str, Any]) -> None:
         assert expected in text
     assert text.count("ok ") == sum(check["passed"] for check in report["checks"])
     assert (text.count("not shown"), text.count("FAILED")) == (1, 0)
-    assert "nothing had" in text
+    assert "not shown   prefixes from host" in text
     assert request_line(report["phases"]["after"]["requests"][0]).startswith("a, turn 1: ")
     assert request_line(report["phases"]["after"]["controls"][0]).startswith("control: control: ")
 
