@@ -37,6 +37,7 @@ from .config import ControllerConfig
 from .context import Context, Where
 from .drains import Drains
 from .hashes import PathHashes
+from .in_flight import InFlight, collect
 from .layers import LayerCounter
 from .ledger import Ledger
 from .loads import Loads
@@ -383,6 +384,15 @@ class Controller:
         return not self._hanging
 
     # ---- inspection --------------------------------------------------------------------------------------------------
+    def in_flight(self) -> InFlight:
+        """The operations that have begun and are not settled, one by one. ``stats`` has how many, and is cheaper."""
+        return collect(self._writes, self._loads, self._stores, self._prefetches)
+
+    @property
+    def prefetch_capacity_tokens(self) -> int:
+        """How much prefetches in flight may have asked for together before another one is refused."""
+        return self._prefetches.capacity_tokens
+
     def stats(self) -> ControllerStats:
         """Counters, and what is in flight."""
         counts = {name: value for name, value in self._context.counts.items() if name in ControllerStats._fields}

@@ -33,6 +33,7 @@ from .cache_controller import HiCacheController, PrefetchOperation
 from .config import HiCacheConfig
 from .hashes import last_hash, node_hashes, page_hash_for
 from .node import TreeNode
+from .ongoing import OngoingNames
 from .radix_cache import RadixCache
 from .slots import tokens_of
 
@@ -44,7 +45,7 @@ POLL_S = 0.0005
 """Between two looks of a call that waits for copies."""
 
 
-class HiRadixCache(RadixCache):
+class HiRadixCache(OngoingNames, RadixCache):
     """A prefix cache over an engine's device pool, a host pool of its own, and storage. One scheduler thread calls it.
 
     Args:
@@ -283,7 +284,9 @@ class HiRadixCache(RadixCache):
         begun = self._core.prefetch(
             req_id, tokens_of(new_input_tokens), last_host_node.id, kwargs.get("extra_key"), kwargs.get("cache_salt")
         )
-        return PrefetchOperation(self._core, req_id) if begun else None
+        if not begun:
+            return None
+        return PrefetchOperation(self._core, req_id, self._core.in_flight().prefetches[req_id], self.host_indices)
 
     def can_terminate_prefetch(self, operation: PrefetchOperation) -> bool:
         """Whether the policy would let check_prefetch_progress end it now, as far as this rank sees."""
