@@ -131,7 +131,7 @@ class Context:
         """Take host pages, after one eviction if there are too few."""
         reserve = self.ledger.host.alloc_pages
         pages = reserve(num_pages, for_copy)
-        if pages is None:
+        if pages is None and not self.ledger.is_holding:
             self.evict_host(num_pages * self.page_size)
             pages = reserve(num_pages, for_copy)
         return pages

@@ -36,6 +36,7 @@ from .check import check_integrity
 from .config import ControllerConfig
 from .context import Context, Where
 from .drains import Drains
+from .giveway import GiveWay
 from .hashes import PathHashes
 from .layers import LayerCounter
 from .ledger import Ledger
@@ -113,6 +114,7 @@ class Controller:
         self._loads = Loads(context, self._drains, self._room, self.layer_counter)
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
+        self._room.give_way = GiveWay(context, self._stores, self._prefetches, self._drains).evict
         self._policy = WritePolicies(context, self._writes, self._stores)
         self._writes.backed_up = self._policy.backed_up
         self._settler = Settler(context, self._writes, self._loads, self._stores, self._prefetches, self._drains)
