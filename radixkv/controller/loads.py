@@ -146,7 +146,7 @@ class Loads:
         parts = [part for op in loads for part in op.parts]
         host_pages = context.join([part.host_pages for part in parts])
         device_pages = context.join([part.device_pages for part in parts])
-        progress = context.mover.new_progress()
+        progress = context.new_progress()
         index = self.layers.begin(progress)
         ticket = context.begin_load(host_pages, device_pages, progress)
         self.batches.append(LoadBatch(index, loads, ticket, len(host_pages)))

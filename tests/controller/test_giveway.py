@@ -1,4 +1,4 @@
-"""What counts as evictable can be evicted, whatever storage reads (at random, and with ranks: tests/hicache/rank.py)."""
+"""What counts as evictable can be evicted, whatever storage reads. At random, and with ranks: tests/hicache/rank.py."""
 
 from __future__ import annotations
 
