@@ -382,7 +382,7 @@ class Controller:
             **counts,
             writes_in_flight=len(self._writes.operations),
             queued_loads=len(self._loads.queued),
-            loads_in_flight=len(self._loads.queued) + sum(len(batch.loads) for batch in self._loads.batches),
+            loads_in_flight=self._loads.num_in_flight,
             stores_in_flight=len(self._stores.operations),
             prefetches_in_flight=len(self._prefetches.operations),
             prefetch_tokens_in_flight=self._prefetches.tokens_in_flight,

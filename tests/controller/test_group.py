@@ -113,6 +113,36 @@ def test_a_load_has_ended_when_it_has_ended_everywhere() -> None:
     assert on_ranks(2, run) == [3 * P, 3 * P]
 
 
+def test_a_load_that_always_fails_on_one_rank_is_given_up_on_all() -> None:
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(group=group)
+        tokens = prompt(1, 3)
+        stack.compute(tokens)
+        stack.settle()
+        stack.controller.evict(3 * P)
+        if group.rank == 1:
+            stack.mover.fail = lambda kind: TransferError("rank 1 has a broken link")
+        load = stack.controller.load(stack.controller.match(tokens).host_node)
+        assert load is not None
+        stack.controller.lock(load.node)
+        stack.controller.start_loads()
+        for _ in range(10):
+            stack.mover.run()
+            stack.controller.poll()
+            stack.check()
+        with pytest.raises(LoadError):
+            stack.controller.layer_counter.wait(0, 0.0, stack.controller.layer_counter.latest)
+        stack.controller.unlock(load.node)
+        stack.controller.poll()
+        stack.check()
+        stats = stack.controller.stats()
+        return stats.load_batches, stats.broken_loads, len(stack.tree), stack.device.available, group.calls
+
+    first, second = on_ranks(2, run)
+    assert first == second
+    assert first[:4] == (3, 1, 0, 32)
+
+
 def test_ranks_take_what_all_of_them_have_from_storage() -> None:
     def run(group: ThreadGroup) -> Any:
         stack = Stack(group=group, storage=True, store_after_backup=True, prefetch_policy="wait_complete")
