@@ -36,6 +36,7 @@ from .check import check_integrity
 from .config import ControllerConfig
 from .context import Context, Where
 from .drains import Drains
+from .giveway import GiveWay
 from .hashes import PathHashes
 from .in_flight import InFlight, collect
 from .layers import LayerCounter
@@ -114,6 +115,7 @@ class Controller:
         self._loads = Loads(context, self._drains, self._room, self.layer_counter)
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
+        self._room.give_way = GiveWay(context, self._stores, self._prefetches, self._drains).evict
         self._policy = WritePolicies(context, self._writes, self._stores)
         self._writes.backed_up = self._policy.backed_up
         self._settler = Settler(context, self._writes, self._loads, self._stores, self._prefetches, self._drains)
@@ -400,7 +402,7 @@ class Controller:
             **counts,
             writes_in_flight=len(self._writes.operations),
             queued_loads=len(self._loads.queued),
-            loads_in_flight=len(self._loads.queued) + sum(len(batch.loads) for batch in self._loads.batches),
+            loads_in_flight=self._loads.num_in_flight,
             stores_in_flight=len(self._stores.operations),
             prefetches_in_flight=len(self._prefetches.operations),
             prefetch_tokens_in_flight=self._prefetches.tokens_in_flight,

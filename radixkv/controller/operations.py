@@ -4,7 +4,7 @@ clock, no tree: who owns which pages, and at which stage.
     write     COPYING -> DONE | FAILED                        device -> host; the node is locked
     load      QUEUED -> COPYING -> DONE | FAILED              host -> device; the nodes are loading
                  |         ^ |
-                 |         +-+  failed, and in use: copied again
+                 |         +-+  failed, and in use: copied again, some times; then BROKEN -> FAILED once nobody uses it
                  +-> CANCELLED
     store     STORING -> DONE | PARTIAL | FAILED              host -> storage; the node's host pages are protected
     prefetch  LOOKING_UP -> REVOKED | FETCHING                storage -> host; the last host node is protected
@@ -43,6 +43,7 @@ class Stage(Enum):
 
     QUEUED = auto()
     COPYING = auto()
+    BROKEN = auto()
     STORING = auto()
     LOOKING_UP = auto()
     FETCHING = auto()
@@ -133,7 +134,9 @@ class LoadOp(Operation):
 
     __slots__ = ("parts",)
     FIRST = Stage.QUEUED
-    MOVES = _moves(QUEUED="COPYING CANCELLED", COPYING="COPYING DONE FAILED CANCELLED")
+    MOVES = _moves(
+        QUEUED="COPYING CANCELLED", COPYING="COPYING BROKEN DONE FAILED CANCELLED", BROKEN="FAILED CANCELLED"
+    )
 
     def __init__(self, op_id: int, started_s: float, parts: list[LoadPart]) -> None:
         super().__init__(op_id, started_s)
