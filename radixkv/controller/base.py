@@ -148,6 +148,16 @@ class StorageJob(Protocol):
         ...
 
     @property
+    def found(self) -> int | None:
+        """Of ``bring``: leading pages that exist; None before the look-up has answered."""
+        ...
+
+    @property
+    def reach(self) -> int:
+        """Leading host pages that it may still write, or has written. Never grows; final with ``found``."""
+        ...
+
+    @property
     def error(self) -> BaseException | None:
         """Why it ended early; a miss is none."""
         ...
@@ -179,6 +189,10 @@ class StorageEdge(Protocol):
 
     def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> StorageJob:
         """Read pages until one is missing."""
+        ...
+
+    def bring(self, digests: Digests, host_pages: PageIds, salt: bytes, least: int) -> StorageJob:
+        """Count the leading pages that exist, and read these; none if there are fewer than ``least``."""
         ...
 
     def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> StorageJob:

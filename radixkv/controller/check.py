@@ -42,7 +42,7 @@ def check_integrity(
     else:
         _require(not any(info.host_page_ids is not None for info in nodes), "host pages without a host tier")
     _check_nodes(nodes, writes, loads, stores, prefetches, drains)
-    asked = sum(len(op.tokens) for op in prefetches.operations.values())
+    asked = sum(op.counted_tokens for op in prefetches.operations.values())
     _require(asked == prefetches.tokens_in_flight, f"prefetches ask for {asked}, not {prefetches.tokens_in_flight}")
 
 

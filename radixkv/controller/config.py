@@ -41,9 +41,11 @@ class ControllerConfig:
         load_back_threshold: tokens, >= 0; shorter tails are computed again. 10, as engines know it.
         load_attempts: copies of a load, >= 1, that may fail in a row, before its nodes leave the host and are computed
             again. 3: once may be an accident, and each one fails the requests that wait for it.
-        compute_ns_per_token: for "cost": ns to compute a token again. 50 us: 20,000 prefill tokens a second.
+        compute_ns_per_token: for "cost" and late prefetches: ns to compute a token. 50 us: 20,000 prefill tokens a second.
         load_base_ns, load_ns_per_token: for "cost": what a load costs, until loads have been measured. 100 us and 2 us.
-        prefetch_policy: when finish_prefetch ends one that has not all of its pages. best_effort: at once;
+        prefetch_policy: when finish_prefetch ends one that has not all of its pages. best_effort: at once (but a fetch
+            that could begin only now, as room had to be made on the host, gets as long as its request has waited
+            till then, and no longer than compute_ns_per_token says that it saves; timeout the same);
             wait_complete: never (but see prefetch_deadline_s); timeout: after prefetch_timeout_base_s + its share of
             prefetch_timeout_per_ki_s.
         prefetch_threshold: tokens, >= 0; fewer (asked for, or in storage) are not worth a trip to storage. 256.
@@ -53,7 +55,9 @@ class ControllerConfig:
         prefetch_capacity_floor: fraction of the host pool that they may ask for in any case, as the former is 0 for a
             host pool no larger than the device's. 0.05.
         max_prefetches, max_writes, max_stores: operations in flight, >= 1, beyond which new ones are refused. They
-            bound every queue. 64, 256, 256.
+            bound every queue, and the vector that ranks agree on (two numbers a prefetch, one for each other). 1,024,
+            256, 256. Prefetches are bounded by tokens first, and those that have arrived and wait for their request
+            are not counted here.
         backoff_failures: storage calls in a row that failed, >= 1, before storage is left alone. 3: one is an accident.
         backoff_base_s, backoff_max_s: seconds without prefetches and stores, doubled by each failure that follows. 0.5
             and 30: less than a restart of a server, more than a retry storm.
@@ -96,7 +100,7 @@ class ControllerConfig:
     prefetch_timeout_per_ki_s: float = 0.25
     prefetch_capacity_fraction: float = 0.8
     prefetch_capacity_floor: float = 0.05
-    max_prefetches: int = 64
+    max_prefetches: int = 1024
     max_writes: int = 256
     max_stores: int = 256
     backoff_failures: int = 3

@@ -53,6 +53,8 @@ class Context:
         self.counts: Counter[str] = Counter()
         """By the names of ControllerStats."""
         self.last_op_id = 0
+        self.give_back: Callable[[], None] = lambda: None
+        """Called before host pages are evicted: may free some that were taken ahead."""
 
     @property
     def mover(self) -> Mover:
@@ -151,8 +153,11 @@ class Context:
         reserve = self.ledger.host.alloc_pages
         pages = reserve(num_pages, for_copy)
         if pages is None and not self.ledger.is_holding:
-            self.evict_host(num_pages * self.page_size)
+            self.give_back()
             pages = reserve(num_pages, for_copy)
+            if pages is None:
+                self.evict_host(num_pages * self.page_size)
+                pages = reserve(num_pages, for_copy)
         return pages
 
     def _count_evicted(self, tier: Literal["device", "host"], num_tokens: int) -> None:

@@ -115,6 +115,7 @@ class Controller:
         self._loads = Loads(context, self._drains, self._room, self.layer_counter)
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
+        context.give_back = self._prefetches.give_back
         self._room.give_way = GiveWay(context, self._stores, self._prefetches, self._drains).evict
         self._policy = WritePolicies(context, self._writes, self._stores)
         self._writes.backed_up = self._policy.backed_up
@@ -277,7 +278,8 @@ class Controller:
     ) -> bool:
         """Look for the pages that follow a node's path in storage, and bring them to the host.
 
-        Host pages are taken only once storage has said how many it has; device pages never.
+        Host pages that are free are taken at once, and given back as soon as storage has said that it has fewer; pages
+        are evicted only for what storage has. Device pages are never taken.
         Args:
             req_id: names it; one prefetch at a time for each.
             tokens: those *after* the path of last_host_node; a tail shorter than a page is ignored.

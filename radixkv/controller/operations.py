@@ -7,7 +7,9 @@ clock, no tree: who owns which pages, and at which stage.
                  |         +-+  failed, and in use: copied again, some times; then BROKEN -> FAILED once nobody uses it
                  +-> CANCELLED
     store     STORING -> DONE | PARTIAL | FAILED              host -> storage; the node's host pages are protected
-    prefetch  LOOKING_UP -> REVOKED | FETCHING                storage -> host; the last host node is protected
+    prefetch  LOOKING_UP -> REVOKED | FETCHING                storage -> host; the last host node is protected. With
+                                                              pages taken ahead the worker goes on by itself; the stage
+                                                              says what is agreed
               FETCHING -> FETCHED -> DONE                     FETCHED: agreed that no more comes
               each -> DONE (ended by its policy), FAILED
     any       -> CANCELLED: given up. What a worker may still touch becomes a Drain, which owns it until the worker has
@@ -193,8 +195,8 @@ class PrefetchOp(Operation):
     """Pages of a request are looked for in storage, and brought to the host. Owns ``host_pages``."""
 
     __slots__ = (
-        "cache_salt", "digests", "extra_key", "host_pages", "job", "keeps_host", "node", "num_pages", "req_id", "salt",
-        "tokens",
+        "cache_salt", "counted_tokens", "digests", "extra_key", "host_pages", "job", "keeps_host", "late_s", "node",
+        "num_pages", "reach", "req_id", "salt", "tokens",
     )  # fmt: skip
     FIRST = Stage.LOOKING_UP
     MOVES = _moves(
@@ -206,16 +208,38 @@ class PrefetchOp(Operation):
     def __init__(
         self, op_id: int, started_s: float, req_id: str, node: int, keeps_host: bool, tokens: npt.NDArray[np.int32],
         digests: Digests, salt: bytes, extra_key: NamespacePart, cache_salt: NamespacePart, job: StorageJob,
+        host_pages: PageIds,
     ) -> None:  # fmt: skip
         super().__init__(op_id, started_s)
         self.req_id, self.node, self.keeps_host, self.tokens, self.digests = req_id, node, keeps_host, tokens, digests
         self.salt, self.extra_key, self.cache_salt, self.job = salt, extra_key, cache_salt, job
-        self.host_pages: PageIds = np.zeros(0, np.int32)
+        self.host_pages = host_pages
+        self.reach = len(host_pages)
+        """Leading pages that a worker of any rank may write."""
+        self.counted_tokens = len(tokens)
+        """Of what prefetches may take together: what is asked for, then what is known to exist, then what is here."""
+        self.late_s: float | None = None
+        """When its fetch began, if that had to wait for room."""
         self.num_pages = 0
         """Pages that are known to exist (FETCHING), that have arrived on all ranks (FETCHED)."""
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it has its pages, and what storage has is not agreed yet."""
+        return self.stage is Stage.LOOKING_UP and len(self.host_pages) > 0
+
     def status(self, now_s: float) -> int:
-        return pages_status(self.job)
+        """As pages_status: of the look-up, then of the fetch."""
+        if not self.is_ahead:
+            return pages_status(self.job)
+        ended, found = self.job.done(), self.job.found  # in this order: it is final then
+        if found is None:
+            return FAILED_LOOK_UP if ended else RUNNING
+        return FAILED_LOOK_UP + 2 * found + (found > 0 or self.job.error is None)
+
+
+FAILED_LOOK_UP = 1
+"""The pages_status of no page, and an error."""
 
 
 def pages_status(job: StorageJob) -> int:

@@ -1,7 +1,10 @@
 """L3: storage to host, ahead of a request.
 
-    prefetch()          look-up begins; no page is taken yet
-    poll(): looked up   too few on all ranks together: revoked. Else host pages are taken, and the fetch begins
+    prefetch()          pages that are free are taken ahead, and a worker looks up and reads at once: a scheduler whose
+                        batch is full does not poll until the request is due. Nothing is evicted for that: with too
+                        little free only the look-up begins
+    poll(): looked up   too few on all ranks together: revoked. Pages that no rank needs are free. With none taken ahead
+                        they are taken now, by an eviction if need be, and the fetch begins
     poll(): fetched     agreed how many pages have arrived everywhere; they wait for finish_prefetch
     finish_prefetch()   by its policy, or because all is there: what has arrived enters the tree
     poll(): abandoned   nobody has finished or cancelled it for long: the same if all is there, else it is cancelled
@@ -25,7 +28,8 @@ from .config import STORED
 from .context import Context, Where
 from .drains import Drains
 from .hashes import PathHashes
-from .operations import PrefetchOp, Stage, progress_value, read_pages_status
+from .ledger import NO_PAGES
+from .operations import RUNNING, PrefetchOp, Stage, progress_value, read_pages_status
 
 __all__ = ["Prefetches"]
 
@@ -46,12 +50,14 @@ class Prefetches:
         self.operations: dict[str, PrefetchOp] = {}
         self.backoff = BackOff(context.config, context.clock)
         self.tokens_in_flight = 0
+        self.is_settling = False
+        """While poll goes through them."""
         self.brought: dict[str, int] = {}
         """Tokens that finished prefetches have put into the tree, by request."""
 
     @property
     def running(self) -> list[PrefetchOp]:
-        """Those that a worker works on."""
+        """Those that are not known to have ended everywhere."""
         return [op for op in self.operations.values() if op.stage is not Stage.FETCHED]
 
     @property
@@ -61,6 +67,11 @@ class Prefetches:
         host = context.ledger.host.size
         beyond = host - context.ledger.device.capacity * context.page_size
         return max(0, int(config.prefetch_capacity_fraction * beyond), int(config.prefetch_capacity_floor * host))
+
+    @property
+    def least_pages(self) -> int:
+        """Fewer are not worth it."""
+        return -(-max(self.context.config.prefetch_threshold, 1) // self.context.page_size)
 
     # ---- begin -------------------------------------------------------------------------------------------------------
     def begin(
@@ -76,7 +87,7 @@ class Prefetches:
         wanted = num_pages * page_size
         if (
             wanted < max(config.prefetch_threshold, 1) or self.backoff.active
-            or len(self.operations) >= config.max_prefetches
+            or len(self.running) >= config.max_prefetches
             or self.tokens_in_flight >= self.capacity_tokens
         ):  # fmt: skip
             context.counts["refused_prefetches"] += 1
@@ -92,11 +103,15 @@ class Prefetches:
         digests = self.hashes.following(node, own)
         if keeps_host:
             tree.protect_host(node)
-        edge = self.edge
-        job = context.begin_job(lambda: edge.look_up(digests, salt))
+        edge, least = self.edge, self.least_pages
+        ahead = context.ledger.reserve(num_pages)  # all ranks or none: their pools are equal
+        if ahead is None:
+            job = context.begin_job(lambda: edge.look_up(digests, salt))
+        else:
+            job = context.begin_job(lambda: edge.bring(digests, ahead, salt, least))
         self.operations[req_id] = PrefetchOp(
             context.next_op_id(), context.clock(), req_id, node, keeps_host, own, digests, salt, extra_key, cache_salt,
-            job,
+            job, NO_PAGES if ahead is None else ahead,
         )  # fmt: skip
         self.tokens_in_flight += wanted
         context.counts["prefetches"] += 1
@@ -109,6 +124,7 @@ class Prefetches:
         if op.stage is Stage.LOOKING_UP:
             return self._looked_up(op, pages, success)
         op.to(Stage.FETCHED)
+        self._count(op, pages)
         self._judge(success and pages == op.num_pages)
         rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
         self.context.ledger.free_host(rest)
@@ -119,44 +135,89 @@ class Prefetches:
         self.backoff.result(complete)
         self.context.counts["prefetch_failures"] += not complete
 
+    def _count(self, op: PrefetchOp, pages: int) -> None:
+        """It takes no more than these of what all may take together."""
+        self.tokens_in_flight += pages * self.context.page_size - op.counted_tokens
+        op.counted_tokens = pages * self.context.page_size
+
     def _looked_up(self, op: PrefetchOp, pages: int, success: bool) -> bool:
-        context, config = self.context, self.context.config
-        page_size = context.page_size
-        room: PageIds | None = None
-        assert self.edge is not None
+        """Returns: False if it was revoked."""
         if not success:
             self._judge(False)
-        if pages * page_size >= max(config.prefetch_threshold, 1):
-            room = context.reserve_host(pages)
-            if room is None:  # as many as there are, if that is still worth it
-                pages = min(pages, context.ledger.host.available_size() // page_size)
-                worth = pages * page_size >= max(config.prefetch_threshold, 1)
-                room = context.ledger.reserve(pages) if worth else None
-        if room is None:
+        worth = self._trim(op, pages) if op.is_ahead else self._begin_fetch(op, pages)
+        if not worth:
             op.to(Stage.REVOKED)
             self._remove(op, "revoked", 0)
-            context.counts["prefetch_revoked"] += 1
+            self.context.counts["prefetch_revoked"] += 1
+        return worth
+
+    def _trim(self, op: PrefetchOp, pages: int) -> bool:
+        """Give back what was taken ahead, but what is needed, or some rank writes. Returns: False if it is not worth it."""
+        self.context.ledger.free_host(op.host_pages[op.reach :])
+        op.host_pages = op.host_pages[: op.reach]
+        if pages < self.least_pages:
+            op.job.cancel()
+            if op.reach:  # another rank has found more, and may be reading it
+                self.drains.add("prefetch", op.job, host_pages=op.host_pages)
             return False
         op.to(Stage.FETCHING)
-        op.host_pages, op.num_pages = room, pages
+        op.num_pages = pages
+        self._count(op, op.reach)
+        return True
+
+    def _begin_fetch(self, op: PrefetchOp, pages: int) -> bool:
+        """Take room for what storage has, or for as much as there is. Returns: False if it is not worth it."""
+        context = self.context
+        room: PageIds | None = None
+        if pages >= self.least_pages:
+            room = context.reserve_host(pages)
+            if room is None:
+                pages = min(pages, context.ledger.host.available_size() // context.page_size)
+                room = context.ledger.reserve(pages) if pages >= self.least_pages else None
+        if room is None:
+            return False
+        op.to(Stage.FETCHING)
+        op.host_pages, op.num_pages, op.late_s = room, pages, context.clock()
+        self._count(op, pages)
         edge, pages_there = self.edge, room
+        assert edge is not None
         op.job = context.begin_job(lambda: edge.fetch(op.digests[:pages], pages_there, op.salt))
         return True
+
+    def give_back(self) -> None:
+        """Return what was taken ahead and is known not to be needed, without waiting for a poll: only if there is
+        nobody to agree with."""
+        if self.context.group.size > 1 or self.is_settling:
+            return
+        for op in [op for op in self.operations.values() if op.is_ahead]:
+            status = op.status(0.0)
+            if status != RUNNING:
+                op.reach = op.job.reach
+                self._looked_up(op, *read_pages_status(status))
 
     # ---- ended by the caller -----------------------------------------------------------------------------------------
     def may_end(self, op: PrefetchOp) -> bool:
         """Whether the policy would end it, as far as this rank sees."""
-        if op.stage is Stage.FETCHED:
+        reading = op.stage is Stage.FETCHING or op.is_ahead
+        if op.stage is Stage.FETCHED or (reading and op.job.done()):
             return True
         config = self.context.config
+        if config.prefetch_policy != "wait_complete" and self._is_late(op):
+            return False
         if config.prefetch_policy == "best_effort":
-            return True
-        if op.stage is Stage.FETCHING and op.job.done():
             return True
         limit_s = config.prefetch_deadline_s
         if config.prefetch_policy == "timeout":
             limit_s = config.prefetch_timeout_base_s + config.prefetch_timeout_per_ki_s * len(op.tokens) / 1024
         return self.context.clock() - op.started_s >= limit_s
+
+    def _is_late(self, op: PrefetchOp) -> bool:
+        """Whether its fetch began in this moment, so to speak, as room had to be made for it: in the round, that is, in
+        which its request is due. It gets as long as that has waited, but no longer than to compute would take."""
+        if op.stage is not Stage.FETCHING or op.late_s is None:
+            return False
+        compute_s = op.num_pages * self.context.page_size * self.context.config.compute_ns_per_token * 1e-9
+        return self.context.clock() - op.late_s < min(op.late_s - op.started_s, compute_s)
 
     def finish(self, req_id: str) -> bool:
         """See Controller.finish_prefetch."""
@@ -165,12 +226,19 @@ class Prefetches:
             return True
         pages, ended = op.num_pages, True
         if op.stage is not Stage.FETCHED:
-            fetching = op.stage is Stage.FETCHING
-            may_end, done = self.may_end(op), fetching and op.job.done()
+            ahead = op.is_ahead
+            reading = ahead or op.stage is Stage.FETCHING
+            may_end, done = self.may_end(op), reading and op.job.done()
             # read last: the worker goes on meanwhile, and what has ended must be seen with all of its pages
-            progress = progress_value(op.job) if fetching else int(op.job.error is None)
+            progress = progress_value(op.job) if reading else int(op.job.error is None)
             mine = [may_end, progress, done]
+            if ahead:
+                mine += [op.status(0.0), -op.job.reach]
             agreed = self.context.agree(Where.FINISH_PREFETCH, [int(value) for value in mine])
+            if ahead and agreed[3] != RUNNING:
+                op.reach = -agreed[4]
+                if not self._looked_up(op, *read_pages_status(agreed[3])):
+                    return True
             if not agreed[0]:
                 return False
             pages, ended = agreed[1] // 2, bool(agreed[2])
@@ -272,7 +340,7 @@ class Prefetches:
     def _remove(self, op: PrefetchOp, outcome: Outcome, pages: int) -> None:
         """It has ended: release what it kept."""
         del self.operations[op.req_id]
-        self.tokens_in_flight -= len(op.tokens)
+        self.tokens_in_flight -= op.counted_tokens
         if op.keeps_host:
             self.context.tree.release_host(op.node)
         self.context.finished("prefetch", outcome, pages, op.job.seconds, op.started_s)
@@ -283,11 +351,12 @@ class Prefetches:
         op = self.operations.get(req_id)
         if op is None:
             return PrefetchStatus("unknown")
-        page_size = self.context.page_size
-        fetched = op.num_pages if op.stage is Stage.FETCHED else op.job.pages if op.stage is Stage.FETCHING else 0
+        page_size, stage, found = self.context.page_size, op.stage, op.num_pages
+        if op.is_ahead and op.job.found is not None:
+            stage, found = Stage.FETCHING, op.job.reach
+        fetched = op.num_pages if stage is Stage.FETCHED else op.job.pages if stage is Stage.FETCHING else 0
         return PrefetchStatus(
-            _STATES[op.stage], len(op.tokens), op.num_pages * page_size, fetched * page_size,
-            self.context.clock() - op.started_s,
-        )  # fmt: skip
+            _STATES[stage], len(op.tokens), found * page_size, fetched * page_size, self.context.clock() - op.started_s
+        )
 
 

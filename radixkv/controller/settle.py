@@ -51,8 +51,10 @@ class Settler:
         4. The backups of this step begin, together.
         """
         try:
+            self.prefetches.is_settling = True  # what is agreed of them must still be so when its turn comes
             return self._poll()
         finally:
+            self.prefetches.is_settling = False
             self.context.flush_backups()
 
     def _poll(self) -> Polled:
@@ -69,13 +71,17 @@ class Settler:
         values = [int(backoff.may_end()) for backoff in backoffs]
         values += [-self.loads.measured_ns_per_token, -int(lost), self.prefetches.num_overdue(now_s)]
         values += [operation.status(now_s) for operation in in_flight]
+        ahead = [op for op in prefetches if op.is_ahead]
+        values += [-op.job.reach for op in ahead]  # after their status: it is final then
         agreed = context.agree(Where.POLL, values)
+        for op, reach in zip(ahead, agreed[len(values) - len(ahead) :], strict=True):
+            op.reach = -reach
         for backoff, may_end in zip(backoffs, agreed, strict=False):
             if may_end:
                 backoff.end()
         self.loads.ns_per_token = -agreed[2]
         counted: dict[str, int] = {}
-        for operation, status in zip(in_flight, agreed[5:], strict=True):
+        for operation, status in zip(in_flight, agreed[5:], strict=False):
             if status != RUNNING:
                 for name, number in self._settle(operation, status):
                     counted[name] = counted.get(name, 0) + number
@@ -172,7 +178,7 @@ class Settler:
             remains.append(_Remains("store", store.job, NO_PAGES, store.host_pages, False))
         for fetch in self.prefetches.operations.values():
             fetch.job.cancel()
-            work = fetch.job if fetch.stage is Stage.FETCHING else None
+            work = fetch.job if fetch.stage is Stage.FETCHING or fetch.is_ahead else None
             remains.append(_Remains("prefetch", work, NO_PAGES, fetch.host_pages, True))
         for drain in self.drains.operations:
             drain.to(Stage.DONE)

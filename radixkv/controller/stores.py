@@ -20,7 +20,8 @@ KEPT_SURE = 1 << 16
 class NothingToDo:
     """The job of a rank for which another one stores."""
 
-    error = None
+    error = found = None
+    reach = 0
     seconds = 0.0
 
     def __init__(self, pages: int) -> None:

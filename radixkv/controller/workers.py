@@ -1,6 +1,6 @@
 """L3: the threads in front of a PageStore. They touch host pages and storage, never the tree.
 
-    look-ups -> one thread     fetches -> one thread     stores -> one thread
+    look-ups -> one thread     fetches -> one thread (those that look first, too)     stores -> one thread
     A worker makes one call to storage for the job at the front, and puts it at the end of its queue if there is more to
     do: a long job does not keep short ones waiting, and what is cancelled leaves the queue at once.
 
@@ -64,6 +64,8 @@ class Job:
         self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes, look_first: bool = False
     ) -> None:
         self.kind, self.digests, self.host_pages, self.salt = kind, digests, host_pages, salt
+        self.least: int | None = None
+        self.found: int | None = None
         self.look_first = look_first
         self.pages = 0
         self.seconds = 0.0
@@ -71,6 +73,22 @@ class Job:
         self.cancelled = False
         self._ended = threading.Event()
         self.worker: _Worker | None = None
+
+    @classmethod
+    def bring(cls, digests: Digests, host_pages: PageIds, salt: bytes, least: int) -> Job:
+        """See StorageEdge.bring."""
+        job = cls("fetch", digests, host_pages, salt)
+        job.least = least
+        return job
+
+    @property
+    def reach(self) -> int:
+        if self.host_pages is None:
+            return 0
+        ended, found = self.done(), self.found  # in this order: what it has found is final when it has ended
+        if self.least is None or (found is None and not ended):
+            return len(self.host_pages)
+        return found if found is not None and found >= self.least else 0
 
     def done(self) -> bool:
         return self._ended.is_set()
@@ -93,7 +111,8 @@ class Job:
 class FailedJob:
     """What could not even be asked for; see StorageJob."""
 
-    pages = 0
+    pages = reach = 0
+    found = 0
     seconds = 0.0
 
     def __init__(self, error: BaseException) -> None:
@@ -223,6 +242,10 @@ class StorageWorkers:
         """Read pages until one is missing."""
         return self._put(Job("fetch", digests, host_pages, salt))
 
+    def bring(self, digests: Digests, host_pages: PageIds, salt: bytes, least: int) -> Job:
+        """Count the leading pages that exist, and read these; none if there are fewer than ``least``."""
+        return self._put(Job.bring(digests, host_pages, salt, least))
+
     def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
         """Write pages until one fails; again: those from the first that is missing."""
         return self._put(Job("store", digests, host_pages, salt, again))
@@ -263,9 +286,13 @@ def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
         job.pages = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
         job.look_first = False
         return job.host_pages is not None and job.pages < len(job.host_pages)
+    if job.least is not None and job.found is None:
+        job.found = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
+        return job.reach > 0
     call = store.get_pages if job.kind == "fetch" else store.set_pages
-    part = slice(job.pages, job.pages + config.storage_batch_pages)
+    end = len(job.host_pages) if job.kind == "store" else job.reach
+    part = slice(job.pages, min(job.pages + config.storage_batch_pages, end))
     flags = call(job.digests[part], job.host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s)
     done = len(flags) if flags.all() else int(np.argmin(flags))
     job.pages += done
-    return done == len(flags) and job.pages < len(job.host_pages)
+    return done == len(flags) and job.pages < end

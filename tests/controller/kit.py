@@ -178,6 +178,9 @@ class ScriptedEdge:
     def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
         return self._put(Job("fetch", digests, host_pages, salt))
 
+    def bring(self, digests: Digests, host_pages: PageIds, salt: bytes, least: int) -> Job:
+        return self._put(Job.bring(digests, host_pages, salt, least))
+
     def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
         return self._put(Job("store", digests, host_pages, salt, again))
 
@@ -206,7 +209,8 @@ class ScriptedEdge:
             self._in_call.remove(job)
             job.cancelled = False
         if job.host_pages is not None and not job.cancelled:
-            states = set(self._host.states_of(job.host_pages[job.pages :]).tolist())
+            end = job.reach if job.kind == "fetch" else len(job.host_pages)
+            states = set(self._host.states_of(job.host_pages[job.pages : end]).tolist())
             fine = {MemoryStateInt.RESERVED} if job.kind == "fetch" else set(MemoryStateInt) - NOTHING_THERE
             assert states <= fine, f"storage works on host pages in states {states}: {job.kind}"
         try:

@@ -490,7 +490,7 @@ def test_what_cannot_be_asked_for_has_failed() -> None:
     def refuse(*_: Any) -> Any:
         raise MemoryError("no memory for a job")
 
-    look_up, fetch, store = stack.edge.look_up, stack.edge.fetch, stack.edge.store
+    look_up, fetch, store, bring = stack.edge.look_up, stack.edge.fetch, stack.edge.store, stack.edge.bring
     stack.edge.store = refuse
     assert stack.controller.store(node) is not None
     assert stack.controller.poll().failed == 1
@@ -499,14 +499,20 @@ def test_what_cannot_be_asked_for_has_failed() -> None:
     stack.settle()
     stack.controller.reset()
 
+    stack.edge.bring = refuse
+    assert stack.controller.prefetch("r", prompt(1, 4), ROOT)
+    assert stack.controller.poll().revoked == 1
+    stack.edge.bring = bring
+    others = stack.host.alloc(stack.host.size)
     stack.edge.look_up = refuse
     assert stack.controller.prefetch("r", prompt(1, 4), ROOT)
     assert stack.controller.poll().revoked == 1
     stack.edge.look_up, stack.edge.fetch = look_up, refuse
     assert stack.controller.prefetch("r", prompt(1, 4), ROOT)
+    stack.host.free(others)
     stack.settle()
     assert stack.controller.finish_prefetch("r")
-    assert stack.controller.stats().prefetch_failures == 2
+    assert stack.controller.stats().prefetch_failures == 3
     assert stack.host.available_size() == stack.host.size
     stack.edge.fetch = fetch
     stack.check()

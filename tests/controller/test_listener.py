@@ -95,7 +95,7 @@ def test_a_fetch_that_brings_less_than_was_found_has_failed() -> None:
     stack.settle()
     stack.controller.reset()
     stack.controller.prefetch("r", prompt(1, 4), ROOT)
-    stack.edge.run()
+    stack.edge.step()
     stack.controller.poll()
     stack.edge.pages.storage.clear()
     stack.settle()

@@ -351,7 +351,7 @@ def half_fetched(policy: str, clock: Any = None, **options: Any) -> Stack:
     stack = stored(prompt(1, 6), prefetch_policy=policy, **({"clock": clock} if clock else {}), **options)
     assert stack.controller.prefetch("req", prompt(1, 6), ROOT)
     assert stack.edge is not None
-    stack.edge.run()
+    stack.edge.step("fetch")  # the look-up
     stack.controller.poll()
     stack.edge.step("fetch")
     status = stack.controller.prefetch_progress("req")
@@ -425,7 +425,8 @@ def test_wait_complete_waits_for_the_look_up_and_for_every_page() -> None:
     stack.controller.poll()
     assert not stack.controller.finish_prefetch("req")
     assert stack.edge is not None
-    stack.edge.run()
+    stack.edge.step()
+    assert not stack.controller.finish_prefetch("req")  # it has now
     stack.controller.poll()
     assert not stack.controller.finish_prefetch("req")
     stack.edge.step()
@@ -572,7 +573,7 @@ def test_a_prefetch_that_nobody_ends_is_ended_by_poll(stage: str) -> None:
     assert stack.edge is not None
     assert stack.controller.prefetch("forgotten", tokens, ROOT)
     if stage != "looking up":
-        stack.edge.run()
+        stack.edge.step()
         stack.controller.poll()
     if stage == "fetched":
         stack.edge.run()
