@@ -41,7 +41,7 @@ class ControllerConfig:
         load_back_threshold: tokens, >= 0; shorter tails are computed again. 10, as engines know it.
         load_attempts: copies of a load, >= 1, that may fail in a row, before its nodes leave the host and are computed
             again. 3: once may be an accident, and each one fails the requests that wait for it.
-        compute_ns_per_token: for "cost" and late prefetches: ns to compute a token. 50 us: 20,000 prefill tokens a second.
+        compute_ns_per_token: for "cost" and late prefetches: ns to compute a token. 50 us: 20,000 tokens a second.
         load_base_ns, load_ns_per_token: for "cost": what a load costs, until loads have been measured. 100 us and 2 us.
         prefetch_policy: when finish_prefetch ends one that has not all of its pages. best_effort: at once (but a fetch
             that could begin only now, as room had to be made on the host, gets as long as its request has waited

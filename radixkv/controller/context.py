@@ -30,6 +30,7 @@ class Where(IntEnum):
     WRITE_BACK = 4
     RESET = 5
     ATTACH = 6
+    EVICT = 7
 
 
 class Context:

@@ -152,7 +152,8 @@ class Prefetches:
         return worth
 
     def _trim(self, op: PrefetchOp, pages: int) -> bool:
-        """Give back what was taken ahead, but what is needed, or some rank writes. Returns: False if it is not worth it."""
+        """Give back what was taken ahead and is not needed, nor written by some rank. Returns: False if it is not worth
+        it."""
         self.context.ledger.free_host(op.host_pages[op.reach :])
         op.host_pages = op.host_pages[: op.reach]
         if pages < self.least_pages:

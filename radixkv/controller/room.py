@@ -24,6 +24,9 @@ class Room:
         context = self.context
         context.flush_backups()  # what they lock would stay
         freed = self._evict(num_tokens)
+        if freed < num_tokens and self.writes.operations:
+            self.writes.settle_ended()
+            freed += self._evict(num_tokens - freed)
         if freed < num_tokens and context.ledger.has_host and context.tree.stats().evictable_tokens:
             freed += self.give_way(num_tokens - freed, self._evict)
         return freed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from ..errors import GroupError
@@ -24,6 +25,7 @@ class Writes:
         self.backed_up: Callable[[int], None] = lambda node: None
         """Is told of each node that has got its host copy; an eviction tells at its end."""
         self._written_back: list[int] = []
+        self._waited_for = 0  # the last operation that an eviction has waited for
 
     # ---- write-through -----------------------------------------------------------------------------------------------
     def begin(self, node: int) -> int:
@@ -72,6 +74,24 @@ class Writes:
         if status == SUCCEEDED:
             self.backed_up(op.node)
         return status == SUCCEEDED
+
+    def settle_ended(self) -> None:
+        """For an eviction that falls short, as these lock their nodes: wait for those in flight, copy_timeout_s in all
+        and for each once, and settle them. A scheduler whose batch is full evicts, but does not poll. Collective.
+
+        Raises: GroupError.
+        """
+        context, end_s = self.context, time.monotonic() + self.context.config.copy_timeout_s
+        operations = list(self.operations)
+        for op in operations:
+            if op.op_id > self._waited_for:
+                op.ticket.wait(max(0.0, end_s - time.monotonic()))
+        self._waited_for = operations[-1].op_id
+        now_s = context.clock()
+        agreed = context.agree(Where.EVICT, [op.status(now_s) for op in operations])
+        for op, status in zip(operations, agreed, strict=True):
+            if status != RUNNING:
+                self.settle(op, status)
 
     # ---- write-back --------------------------------------------------------------------------------------------------
     def evict(self, num_tokens: int) -> int:

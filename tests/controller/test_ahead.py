@@ -129,7 +129,8 @@ def test_a_fetch_that_had_to_wait_for_room_gets_a_moment(policy: str) -> None:
     """The host is full, so pages are taken in the round in which the request is due: it would end with none."""
     clock = Clock()
     options = {"compute_ns_per_token": 10_000_000, "prefetch_timeout_base_s": 1.0}  # 0.24 s for six pages
-    stack = stored(prompt(1, 6), prefetch_policy=policy, clock=clock, host_pages=8, prefetch_capacity_floor=1.0, **options)
+    options |= {"host_pages": 8, "prefetch_capacity_floor": 1.0}
+    stack = stored(prompt(1, 6), prefetch_policy=policy, clock=clock, **options)
     stack.compute(prompt(3, 7))
     stack.settle()
     stack.controller.evict(7 * P)
@@ -315,5 +316,5 @@ def test_ranks_whose_pools_have_parted_find_out() -> None:
         assert stack.controller.prefetch("req", prompt(1, 4), ROOT)
         stack.controller.poll()
 
-    with pytest.raises((GroupError, AssertionError), match="vectors of|another rank"):
+    with pytest.raises((GroupError, AssertionError), match=r"vectors of|another rank"):
         on_ranks(2, rank)

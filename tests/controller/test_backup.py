@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from radixkv.controller import STORING, WRITING
 from radixkv.errors import TransferError
 
-from .kit import P, Stack, prompt
+from .kit import P, Stack, ThreadGroup, on_ranks, prompt
+from .soak import digest_of
 
 
 def refuse(kind: str) -> BaseException:
@@ -313,3 +315,56 @@ def test_write_back_and_storage_without_hits() -> None:
     stack.settle()
     assert stack.controller.stats().store_tokens == 3 * P
     stack.check()
+
+
+# ---- evictions while nobody polls ------------------------------------------------------------------------------------
+def test_an_eviction_settles_the_backups_that_lock_what_it_needs() -> None:
+    """A scheduler whose batch is full evicts for the next tokens, and does not poll."""
+    stack = Stack(threads=True, storage=True, store_after_backup=True)
+    for seed in range(4):
+        stack.compute(prompt(seed, 8))  # all 32 pages, and each is locked by its backup
+    assert stack.controller.stats().writes_in_flight == 4
+    assert stack.controller.evict(20 * P) >= 20 * P
+    stats = stack.controller.stats()
+    assert (stats.writes_in_flight, stats.backups) == (0, 4)
+    stack.check()
+    stack.settle(10**6)
+    assert stack.controller.match(prompt(0, 8)).host_num_tokens == 8 * P
+    stack.check()
+    assert stack.controller.close()
+
+
+def test_an_eviction_waits_for_a_backup_that_hangs_once() -> None:
+    stack = Stack(copy_timeout_s=0.2)
+    stack.mover.begins = True
+    stack.compute(prompt(1, 4))
+    began_s = time.monotonic()
+    assert stack.controller.evict(4 * P) == 0
+    assert 0.2 <= time.monotonic() - began_s < 5.0
+    began_s = time.monotonic()
+    for _ in range(20):
+        assert stack.controller.evict(4 * P) == 0
+    assert time.monotonic() - began_s < 2.0
+    stack.mover.run()
+    assert stack.controller.evict(4 * P) == 4 * P
+    stack.check()
+
+
+def test_ranks_agree_on_what_an_eviction_has_settled() -> None:
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(group=group, copy_timeout_s=0.01)
+        stack.compute(prompt(1, 4))
+        stack.compute(prompt(2, 4))
+        if group.rank:
+            stack.mover.run()
+        else:
+            stack.mover.step()
+        freed = stack.controller.evict(8 * P)
+        stack.check()
+        stack.settle()
+        stack.check()
+        return freed, digest_of(stack.tree)
+
+    first, second = on_ranks(2, run)
+    assert first == second
+    assert first[0] == 4 * P

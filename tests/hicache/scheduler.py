@@ -6,6 +6,7 @@ computed for this very prefix is seen at once, whatever went wrong before.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +117,8 @@ class Engine:
         self.waiting: list[Req] = []
         self.running: list[Req] = []
         self.chunked: Req | None = None
+        self.batch_is_full = False
+        """Then no prompts are taken, and the cache is not even asked what has ended, until somebody ends."""
         self.finished: list[Req] = []
         self.next_output = OUTPUT
         self.retracted = 0
@@ -147,11 +150,14 @@ class Engine:
 
     def step(self) -> None:
         """One round: a batch of prompts if there is one, else one token of all that run."""
+        running = len(self.running)
         batch = self.prefill_batch()
         if batch:
             self.prefill(batch)
         elif self.running:
             self.decode()
+        if len(self.running) < running or not self.running:
+            self.batch_is_full = False
 
     # ---- prompts -----------------------------------------------------------------------------------------------------
     def init_next_round_input(self, req: Req) -> None:
@@ -160,11 +166,17 @@ class Engine:
         req.prefix_indices, req.last_node, req.last_host_node, req.host_hit_length = found
 
     def prefill_batch(self) -> list[Req]:
-        """Who computes a prompt (or the next chunk of one) now; they are locked, and their loads are queued."""
+        """Who computes a prompt (or the next chunk of one) now; they are locked, and their loads are queued.
+
+        get_new_batch_prefill: with no room in the batch, or nobody waiting, it returns before check_hicache_events.
+        """
         if self.chunked is not None:
             self.cache.cache_unfinished_req(self.chunked)
             self.rows.free(self.chunked.req_pool_idx)  # it gets another row with its next chunk
             self.check_row(self.chunked)
+        self.batch_is_full |= len(self.running) >= self.max_running
+        if self.chunked is None and (self.batch_is_full or not self.waiting):
+            return []
         if self.hierarchical:
             self.cache.check_hicache_events()
         batch: list[Req] = []
@@ -182,13 +194,26 @@ class Engine:
                 continue
             self.init_next_round_input(req)
             if not self.admit(req, budget):
+                self.batch_is_full = bool(batch or self.running)
                 break
             self.waiting.remove(req)
             batch.append(req)
             budget = self.budget(batch)
-        if not batch and not self.running and self.waiting and not self.storage:
+        if not batch and not self.running and self.waiting and not self.storage and not self.copies_hold_memory():
             raise OutOfMemoryError(f"{self.waiting[0].seqlen} tokens, and {budget} are free or evictable")
         return batch
+
+    def copies_hold_memory(self) -> bool:
+        """Whether pages are locked by copies that a busy machine has not made yet; if so, settles those that are."""
+        core = getattr(getattr(self.cache, "cache_controller", None), "core", None)
+        if core is None:
+            return False
+        stats = core.stats()
+        if not stats.writes_in_flight and stats.loads_in_flight <= stats.queued_loads:
+            return False
+        time.sleep(0.0005)
+        self.cache.check_hicache_events()
+        return True
 
     def budget(self, batch: list[Req]) -> int:
         """Tokens that are free or could be, less those that who runs and who is in the batch will need."""
