@@ -19,7 +19,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from .controller.base import Attribution, ControllerStats, Finished, Kind, Outcome
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, StorageError
 from .extras import require
 from .types import TreeStats
 
@@ -187,6 +187,7 @@ class MetricsCollector:
         yield self._by("counter", "operation_failures", "Operations that failed", "kind", failed.items())
         text = "Operations not begun: no room, no capacity, storage left alone"
         yield self._by("counter", "refused_operations", text, "kind", refused.items())
+        yield self._counter("broken_loads", "Loads that failed for good: off the host", stats.broken_loads)
         yield self._counter("prefetch_revoked", "Prefetches given up: storage had too little", stats.prefetch_revoked)
         yield self._counter("prefetch_cancelled", "Prefetches cancelled", stats.prefetch_cancelled)
         yield self._counter("prefetch_abandoned", "Prefetches that nobody ended", stats.prefetch_abandoned)
@@ -247,6 +248,9 @@ class MetricsCollector:
             yield self._counter(f"storage_{name}", text, values.pop(name))
         yield self._by("counter", "storage_pages", "Pages by what became of them", "result", values.items())
         yield self._by("counter", "storage_failed_calls", "Calls that failed as a whole", "reason", calls.items())
+        with contextlib.suppress(StorageError):  # what the others say is worth having when the backend says nothing
+            text = "What the backend counts and holds, by its own names"
+            yield self._by("gauge", "storage_backend", text, "what", store.storage.stats().items())
 
     def _of_events(self, stats: Any) -> Iterator[Any]:
         for name in ("batches", "events", "dropped_batches", "snapshots", "replays", "short_replays"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, PrefetchInFlight, TorchGroup
 from ..controller.mover_cuda import GpuTransfers
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, StateError, StorageError
 from ..pool.arrays import Array, canonical_dtype
 from ..pool.foreign import EnginePool
 from ..pool.host import HostKVCache
@@ -250,10 +250,23 @@ class HiCacheController:
 
     # ---- storage -----------------------------------------------------------------------------------------------------
     def attach_storage(self, backend: Any) -> None:
-        """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage.
+        """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage. All ranks or none.
 
-        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached.
+        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached, from here or
+            from another rank; GroupError.
         """
+        if self.enable_storage:
+            raise StateError("there is a storage already: detach it first")
+        try:
+            self._attach(backend)
+        except Exception:
+            self.core.all_can(False)
+            raise
+        if not self.core.all_can(True):
+            self.detach_storage()
+            raise StorageError("another rank cannot use its storage")
+
+    def _attach(self, backend: Any) -> None:
         config, host = self._config, self.mem_pool_host
         namespace = PageNamespace.of_geometry(
             host.geometry, host.page_dims, model=config.model_name(), dtype=_dtype_of(self.mem_pool_device),
@@ -264,9 +277,8 @@ class HiCacheController:
         storage, own = storage_of(backend, config)
         registered = False
         try:
-            if not self.enable_storage:  # else attach_storage refuses
-                storage.register(host.arena.data)
-                registered = True
+            storage.register(host.arena.data)
+            registered = True
             self.core.attach_storage(PageStore(storage, namespace, host_page_parts(host)))
         except BaseException:
             if registered:
@@ -307,15 +319,15 @@ class HiCacheController:
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:
     """The storage that is meant, and whether it was made here.
 
-    "file" without a path: $SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, as engines' operators know it, else a folder of the
-    user's cache.
+    "file" and "nixl" (the same folder) without a path: $SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, as engines' operators
+    know it, else a folder of the user's cache.
     """
     if isinstance(backend, Storage):
         return backend, False
     if not isinstance(backend, str) and is_plugin(backend):
         return PluginStorage(backend), True
     options = dict(config.storage_options)
-    if backend == "file":
+    if backend in ("file", "nixl"):
         options.setdefault("path", os.environ.get(FOLDER_VARIABLE) or cache_folder() / "kv")
     return create_storage(backend, **options), True
 

@@ -31,7 +31,7 @@ from ..types import ROOT, PageIds
 from .base import MatchResult
 from .cache_controller import HiCacheController, PrefetchOperation
 from .config import HiCacheConfig
-from .hashes import node_hashes, page_hash_for
+from .hashes import last_hash, node_hashes, page_hash_for
 from .node import TreeNode
 from .ongoing import OngoingNames
 from .radix_cache import RadixCache
@@ -318,11 +318,13 @@ class HiRadixCache(OngoingNames, RadixCache):
         still reads or writes.
 
         As there, the device slots are the engine's business: it clears its allocator next to this call. So this waits
-        for every copy that writes to the device. Raises: StateError if one does not end within control.copy_timeout_s.
+        for every copy that writes to the device. Raises: StateError if one does not end within control.copy_timeout_s:
+            everything is forgotten, but the allocator must not be cleared before this has been called again and
+            returned.
         """
         assert self._pages is not None
         self._children = None
-        with self._pages.forgetting(self.total_size() // self.page_size) as left:
+        with self._pages.forgetting(self.total_size() // self.page_size + self._core.draining_device_pages) as left:
             self._core.reset()
             self._wait(left, "device pages are being written")
 
@@ -368,7 +370,7 @@ class HiRadixCache(OngoingNames, RadixCache):
 
     def last_hash(self, handle: int) -> str | None:
         """See TreeNode.get_last_hash_value."""
-        return node_hashes(self.tree, handle)[-1] if handle != ROOT and self.enable_storage else None
+        return last_hash(self.tree, handle) if self.enable_storage else None
 
 
 class _Hit(NamedTuple):

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import radixkv
 from radixkv.controller.base import Attribution, ControllerStats, Finished
-from radixkv.errors import InvalidArgumentError
+from radixkv.errors import InvalidArgumentError, StorageError
 from radixkv.metrics import DURATION_BUCKETS_S, Histogram, MetricsCollector, MetricsListener, serve_metrics
 from radixkv.pool.host import HostKVCache, HostPoolConfig
 from radixkv.pool.layout import KVGeometry
@@ -165,6 +165,20 @@ def test_tree_host_pool_storage_and_publisher() -> None:
     assert value(samples, "storage_pages_total", result="corrupt") == 0
     assert value(samples, "storage_bytes_read_total") == 2 * GEOMETRY.page_bytes
     assert value(samples, "storage_failed_calls_total", reason="timeouts") == 0
+    assert value(samples, "storage_backend", what="values") == 2
+    assert value(samples, "storage_backend", what="evicted") == 0
+    host.close()
+
+
+def test_a_backend_that_says_nothing_spoils_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise StorageError("the journal is gone")
+
+    monkeypatch.setattr(MemoryStorage, "stats", refuse)
+    host = HostKVCache(GEOMETRY, 32, "page_first", config=HostPoolConfig(headroom_bytes=0))
+    name = PageNamespace.of_geometry(GEOMETRY, host.page_dims, model="m", dtype="float32")
+    store = PageStore(MemoryStorage(), name, host_page_parts(host))
+    assert value(scrape(store=store), "storage_pages_total", result="hits") == 0
     host.close()
 
 
@@ -180,6 +194,7 @@ def test_a_store_left_alone_by_its_breaker_shows() -> None:
     class Left:
         counters = PageCounters()
         breaker = Breaker(BreakerConfig(failures=1))
+        storage = MemoryStorage()
 
     controller = Idle()
     assert value(scrape(controller=controller), "storage_backing_off") == 0
