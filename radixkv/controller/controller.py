@@ -38,7 +38,7 @@ from .context import Context, Where
 from .drains import Drains
 from .giveway import GiveWay
 from .hashes import PathHashes
-from .in_flight import InFlight, collect
+from .in_flight import InFlight, PrefetchInFlight, collect, look_at
 from .layers import LayerCounter
 from .ledger import Ledger
 from .loads import Loads
@@ -389,6 +389,11 @@ class Controller:
     def in_flight(self) -> InFlight:
         """The operations that have begun and are not settled, one by one. ``stats`` has how many, and is cheaper."""
         return collect(self._writes, self._loads, self._stores, self._prefetches)
+
+    def prefetch_in_flight(self, req_id: str) -> PrefetchInFlight | None:
+        """One of them; None if there is none. O(1)."""
+        op = self._prefetches.operations.get(req_id)
+        return None if op is None else look_at(op)
 
     @property
     def prefetch_capacity_tokens(self) -> int:

@@ -109,7 +109,7 @@ class PrefetchOperation:
     @property
     def _now(self) -> PrefetchInFlight | None:
         """What is known of it; None if it has ended, also if there is another one of the same request."""
-        found = self._controller.in_flight().prefetches.get(self.request_id)
+        found = self._controller.prefetch_in_flight(self.request_id)
         return found if found is not None and found.op_id == self.id else None
 
     @property

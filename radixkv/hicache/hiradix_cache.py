@@ -284,9 +284,8 @@ class HiRadixCache(OngoingNames, RadixCache):
         begun = self._core.prefetch(
             req_id, tokens_of(new_input_tokens), last_host_node.id, kwargs.get("extra_key"), kwargs.get("cache_salt")
         )
-        if not begun:
-            return None
-        return PrefetchOperation(self._core, req_id, self._core.in_flight().prefetches[req_id], self.host_indices)
+        shown = self._core.prefetch_in_flight(req_id) if begun else None
+        return None if shown is None else PrefetchOperation(self._core, req_id, shown, self.host_indices)
 
     def can_terminate_prefetch(self, operation: PrefetchOperation) -> bool:
         """Whether the policy would let check_prefetch_progress end it now, as far as this rank sees."""
