@@ -89,7 +89,7 @@ class Prefetches:
                 raise InvalidArgumentError(f"node {node:#x} is of namespace {info.namespace!r}, not {salt!r}")
             keeps_host = info.host_page_ids is not None
         own = given[:wanted]
-        digests = self.hashes.following(node, own)
+        digests = self.hashes.following(node, own, salt)
         if keeps_host:
             tree.protect_host(node)
         job = self.edge.look_up(digests, salt)
