@@ -135,6 +135,7 @@ class RadixCache(BasePrefixCache):
         aligned = len(token_ids) // self.page_size * self.page_size
         pages = self.indices.pages(row[:aligned])
         inserted = self._insert(token_ids, pages, *_namespace(req))
+        self._attribute(req, True)
         self._free_pages(inserted.duplicate_page_ids)
         if aligned < len(token_ids):
             self.token_to_kv_pool_allocator.free(row[aligned:])
@@ -154,6 +155,7 @@ class RadixCache(BasePrefixCache):
         pages = self.indices.pages(row, len(token_ids) // self.page_size)
         namespace = _namespace(req)
         inserted = self._insert(token_ids, pages, *namespace)
+        self._attribute(req, False)
         node = inserted.node
         prefix = self.indices.copy(row)
         if len(inserted.duplicate_page_ids):
@@ -163,6 +165,9 @@ class RadixCache(BasePrefixCache):
         self.inc_lock_ref(req.last_node)
         self.dec_lock_ref(last_node)
         req.prefix_indices = prefix
+
+    def _attribute(self, req: Request, finished: bool) -> None:
+        """Account for where its prompt came from; one tier needs no accounts."""
 
     def _adopt(self, req: Request, prefix: Array, mine: PageIds, found: TreeMatch) -> int:
         """Go over from the request's own pages to the cache's where they differ. Returns: the node that it uses now.
