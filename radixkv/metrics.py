@@ -249,7 +249,8 @@ class MetricsCollector:
         yield self._by("counter", "storage_failed_calls", "Calls that failed as a whole", "reason", calls.items())
 
     def _of_events(self, stats: Any) -> Iterator[Any]:
-        for name in ("batches", "events", "dropped_batches", "snapshots", "replays", "short_replays"):
+        for name in ("batches", "events", "dropped_batches", "snapshots", "replays", "short_replays", "bad_requests",
+                     "slow_subscribers"):
             yield self._counter(
                 f"kv_event_publisher_{name}", "KV events: " + name.replace("_", " "), getattr(stats, name)
             )
