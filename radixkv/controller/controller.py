@@ -318,6 +318,7 @@ class Controller:
         counts["host_tokens"] += from_host
         counts["storage_tokens"] += from_storage
         counts["computed_tokens"] += computed
+        counts["requests"] += 1
         if self._context.listener is not None:
             self._context.listener.attributed(split)
         return split
@@ -396,6 +397,7 @@ class Controller:
             stores_in_flight=len(self._stores.operations),
             prefetches_in_flight=len(self._prefetches.operations),
             prefetch_tokens_in_flight=self._prefetches.tokens_in_flight,
+            prefetch_capacity_tokens=self._prefetches.capacity_tokens if self._stores.edge is not None else 0,
             stuck_pages=self._drains.num_pages,
             backing_off=self._stores.backoff.active or self._prefetches.backoff.active,
         )

@@ -18,6 +18,16 @@ class Room:
     def evict(self, num_tokens: int) -> int:
         """See Controller.evict."""
         context = self.context
+        if context.listener is None:
+            return self._evict(num_tokens)
+        began_s = context.clock()
+        tokens = self._evict(num_tokens)
+        if tokens:
+            context.listener.made_room(tokens, context.clock() - began_s)
+        return tokens
+
+    def _evict(self, num_tokens: int) -> int:
+        context = self.context
         context.flush_backups()  # what they lock would stay
         if context.config.write_policy == "write_back" and context.ledger.has_host:
             return self.writes.evict(num_tokens)
