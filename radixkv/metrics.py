@@ -391,7 +391,8 @@ class MetricsMirror:
                 self._histograms[name, kind] = histogram.labels(*own) if own else histogram
 
     def update(self) -> None:
-        """Bring all up to date: about half a millisecond. Call it every second or so, from one thread.
+        """Bring all up to date: about a millisecond, and what the storage backend takes to say how it is. Call it every
+        second or so, from one thread; not the scheduler's, if the backend is on a slow disk.
 
         Beyond 65,536 durations since the last time the oldest are lost, and only to the histograms.
         """
