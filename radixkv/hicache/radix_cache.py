@@ -134,8 +134,8 @@ class RadixCache(BasePrefixCache):
             return
         aligned = len(token_ids) // self.page_size * self.page_size
         pages = self.indices.pages(row[:aligned])
+        self._attribute(req, True)  # first: it may raise for a request that is none, and nothing has changed then
         inserted = self._insert(token_ids, pages, *_namespace(req))
-        self._attribute(req, True)
         self._free_pages(inserted.duplicate_page_ids)
         if aligned < len(token_ids):
             self.token_to_kv_pool_allocator.free(row[aligned:])
@@ -154,8 +154,8 @@ class RadixCache(BasePrefixCache):
         row = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(token_ids)]
         pages = self.indices.pages(row, len(token_ids) // self.page_size)
         namespace = _namespace(req)
-        inserted = self._insert(token_ids, pages, *namespace)
         self._attribute(req, False)
+        inserted = self._insert(token_ids, pages, *namespace)
         node = inserted.node
         prefix = self.indices.copy(row)
         if len(inserted.duplicate_page_ids):
