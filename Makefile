@@ -71,11 +71,11 @@ soak: $(BUILT) ## hours of churn: the whole stack with every byte checked (SOAK_
 	$(PY) -m tests.hicache.compare --seeds 0:$${SOAK_SEEDS:-500}
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 
-bench: $(BUILT) ## every benchmark beside its peers: table and JSON
-	$(PY) -m bench --install
+bench: $(BUILT) ## every benchmark beside its peers: tables, JSON, and the aims that were missed (BENCH_ARGS=--check: an error)
+	$(PY) -m bench --install $(BENCH_ARGS)
 
 bench-quick: $(BUILT) ## the benchmarks, smaller
-	$(PY) -m bench --install --quick
+	$(PY) -m bench --install --quick $(BENCH_ARGS)
 
 callgrind: $(BUILT) ## instruction counts of the C core against the recorded ones
 	$(PY) -m bench.callgrind --check

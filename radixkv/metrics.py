@@ -223,6 +223,7 @@ class MetricsCollector:
         yield self._by("counter", "operation_failures", "Operations that failed", "kind", failed.items())
         text = "Operations not begun: no room, no capacity, storage left alone"
         yield self._by("counter", "refused_operations", text, "kind", refused.items())
+        yield self._counter("broken_loads", "Loads that failed for good: off the host", stats.broken_loads)
         yield self._counter("prefetch_revoked", "Prefetches given up: storage had too little", stats.prefetch_revoked)
         yield self._counter("prefetch_cancelled", "Prefetches cancelled", stats.prefetch_cancelled)
         yield self._counter("prefetch_abandoned", "Prefetches that nobody ended", stats.prefetch_abandoned)

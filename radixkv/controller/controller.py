@@ -36,7 +36,9 @@ from .check import check_integrity
 from .config import ControllerConfig
 from .context import Context, Where
 from .drains import Drains
+from .giveway import GiveWay
 from .hashes import PathHashes
+from .in_flight import InFlight, collect
 from .layers import LayerCounter
 from .ledger import Ledger
 from .loads import Loads
@@ -57,7 +59,7 @@ class Controller:
     In a group every rank makes the same calls in the same order with the same arguments; then every rank has the same
     tree. Which collectives run follows from what has been agreed before, never from a rank's own state: one in each
     poll, one in finish_prefetch while the prefetch is in flight, one a round of an eviction that writes back, one in
-    reset and the constructor.
+    reset, all_can and the constructor.
 
     Args:
         tree: empty; nobody else changes it from now on.
@@ -113,6 +115,7 @@ class Controller:
         self._loads = Loads(context, self._drains, self._room, self.layer_counter)
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
+        self._room.give_way = GiveWay(context, self._stores, self._prefetches, self._drains).evict
         self._policy = WritePolicies(context, self._writes, self._stores)
         self._writes.backed_up = self._policy.backed_up
         self._settler = Settler(context, self._writes, self._loads, self._stores, self._prefetches, self._drains)
@@ -148,6 +151,11 @@ class Controller:
     def storage(self) -> Any | None:
         """What attach_storage was given."""
         return self._storage
+
+    @property
+    def draining_device_pages(self) -> int:
+        """Device pages of before a reset that a copy may still write; poll frees them when it has ended."""
+        return self._drains.num_device_pages
 
     # ---- a request, step by step -------------------------------------------------------------------------------------
     def match(self, tokens: Tokens, extra_key: NamespacePart = None, cache_salt: NamespacePart = None) -> MatchResult:
@@ -346,6 +354,11 @@ class Controller:
         self._stores.use(edge)
         self._prefetches.backoff.reset()
 
+    def all_can(self, can: bool) -> bool:
+        """Whether all ranks can do what is about to be done alike (attach a storage that each makes for itself).
+        Collective. Raises: GroupError."""
+        return bool(self._context.agree(Where.ATTACH, [int(can)])[0])
+
     def detach_storage(self) -> Any | None:
         """Cancel what uses storage, end its workers, and forget what was stored. Returns: the PageStore, or None."""
         storage, edge = self._storage, self._stores.edge
@@ -386,6 +399,15 @@ class Controller:
         return not self._hanging
 
     # ---- inspection --------------------------------------------------------------------------------------------------
+    def in_flight(self) -> InFlight:
+        """The operations that have begun and are not settled, one by one. ``stats`` has how many, and is cheaper."""
+        return collect(self._writes, self._loads, self._stores, self._prefetches)
+
+    @property
+    def prefetch_capacity_tokens(self) -> int:
+        """How much prefetches in flight may have asked for together before another one is refused."""
+        return self._prefetches.capacity_tokens
+
     def stats(self) -> ControllerStats:
         """Counters, and what is in flight."""
         counts = {name: value for name, value in self._context.counts.items() if name in ControllerStats._fields}
@@ -393,7 +415,7 @@ class Controller:
             **counts,
             writes_in_flight=len(self._writes.operations),
             queued_loads=len(self._loads.queued),
-            loads_in_flight=len(self._loads.queued) + sum(len(batch.loads) for batch in self._loads.batches),
+            loads_in_flight=self._loads.num_in_flight,
             stores_in_flight=len(self._stores.operations),
             prefetches_in_flight=len(self._prefetches.operations),
             prefetch_tokens_in_flight=self._prefetches.tokens_in_flight,

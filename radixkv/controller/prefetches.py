@@ -92,7 +92,8 @@ class Prefetches:
         digests = self.hashes.following(node, own, salt)
         if keeps_host:
             tree.protect_host(node)
-        job = self.edge.look_up(digests, salt)
+        edge = self.edge
+        job = context.begin_job(lambda: edge.look_up(digests, salt))
         self.operations[req_id] = PrefetchOp(
             context.next_op_id(), context.clock(), req_id, node, keeps_host, own, digests, salt, extra_key, cache_salt,
             job,
@@ -139,7 +140,8 @@ class Prefetches:
             return False
         op.to(Stage.FETCHING)
         op.host_pages, op.num_pages = room, pages
-        op.job = self.edge.fetch(op.digests[:pages], room, op.salt)
+        edge, pages_there = self.edge, room
+        op.job = context.begin_job(lambda: edge.fetch(op.digests[:pages], pages_there, op.salt))
         return True
 
     # ---- ended by the caller -----------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class BasePrefixCache(ABC):
     def pretty_print(self) -> None:
         raise NotImplementedError
 
-    def init_load_back(self, last_node: TreeNode, host_hit_length: int, mem_quota: int | None = None) -> Any:
+    def init_load_back(self, last_host_node: TreeNode, host_hit_length: int, mem_quota: int | None = None) -> Any:
         raise NotImplementedError
 
     def ready_to_load_host_cache(self) -> int:

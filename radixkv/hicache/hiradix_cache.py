@@ -31,8 +31,9 @@ from .attribution import Attributions
 from .base import MatchResult, Request
 from .cache_controller import HiCacheController, PrefetchOperation
 from .config import HiCacheConfig
-from .hashes import node_hashes, page_hash_for
+from .hashes import last_hash, node_hashes, page_hash_for
 from .node import TreeNode
+from .ongoing import OngoingNames
 from .radix_cache import RadixCache
 from .slots import tokens_of
 
@@ -44,7 +45,7 @@ POLL_S = 0.0005
 """Between two looks of a call that waits for copies."""
 
 
-class HiRadixCache(RadixCache):
+class HiRadixCache(OngoingNames, RadixCache):
     """A prefix cache over an engine's device pool, a host pool of its own, and storage. One scheduler thread calls it.
 
     Args:
@@ -298,7 +299,9 @@ class HiRadixCache(RadixCache):
         begun = self._core.prefetch(
             req_id, tokens_of(new_input_tokens), last_host_node.id, kwargs.get("extra_key"), kwargs.get("cache_salt")
         )
-        return PrefetchOperation(self._core, req_id) if begun else None
+        if not begun:
+            return None
+        return PrefetchOperation(self._core, req_id, self._core.in_flight().prefetches[req_id], self.host_indices)
 
     def can_terminate_prefetch(self, operation: PrefetchOperation) -> bool:
         """Whether the policy would let check_prefetch_progress end it now, as far as this rank sees."""
@@ -330,11 +333,13 @@ class HiRadixCache(RadixCache):
         still reads or writes.
 
         As there, the device slots are the engine's business: it clears its allocator next to this call. So this waits
-        for every copy that writes to the device. Raises: StateError if one does not end within control.copy_timeout_s.
+        for every copy that writes to the device. Raises: StateError if one does not end within control.copy_timeout_s:
+            everything is forgotten, but the allocator must not be cleared before this has been called again and
+            returned.
         """
         assert self._pages is not None
         self._children = None
-        with self._pages.forgetting(self.total_size() // self.page_size) as left:
+        with self._pages.forgetting(self.total_size() // self.page_size + self._core.draining_device_pages) as left:
             self._core.reset()
             self._attributions.reset()
             self._wait(left, "device pages are being written")
@@ -394,4 +399,4 @@ class HiRadixCache(RadixCache):
 
     def last_hash(self, handle: int) -> str | None:
         """See TreeNode.get_last_hash_value."""
-        return node_hashes(self.tree, handle)[-1] if handle != ROOT and self.enable_storage else None
+        return last_hash(self.tree, handle) if self.enable_storage else None

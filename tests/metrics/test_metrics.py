@@ -181,6 +181,20 @@ def test_tree_host_pool_storage_and_publisher() -> None:
     assert value(samples, "storage_pages_total", result="corrupt") == 0
     assert value(samples, "storage_bytes_read_total") == 2 * GEOMETRY.page_bytes
     assert value(samples, "storage_failed_calls_total", reason="timeouts") == 0
+    assert value(samples, "storage_values") == 2
+    assert value(samples, "storage_backend_events_total", event="evicted") == 0
+    host.close()
+
+
+def test_a_backend_that_says_nothing_spoils_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise StorageError("the journal is gone")
+
+    monkeypatch.setattr(MemoryStorage, "stats", refuse)
+    host = HostKVCache(GEOMETRY, 32, "page_first", config=HostPoolConfig(headroom_bytes=0))
+    name = PageNamespace.of_geometry(GEOMETRY, host.page_dims, model="m", dtype="float32")
+    store = PageStore(MemoryStorage(), name, host_page_parts(host))
+    assert value(scrape(store=store), "storage_pages_total", result="hits") == 0
     host.close()
 
 
@@ -230,20 +244,6 @@ def test_the_budget_of_a_backend(tmp_path: Path) -> None:
         assert 40 <= value(samples, "storage_used_bytes") < 1 << 20
         assert value(samples, "storage_budget_bytes") == 1 << 20
         assert value(samples, "storage_backend_events_total", event="no_room") == 0
-    host.close()
-
-
-class Grumpy(MemoryStorage):
-    def stats(self) -> Any:
-        raise StorageError("no answer")
-
-
-def test_a_backend_that_cannot_answer_hides_nothing_else() -> None:
-    host = HostKVCache(GEOMETRY, 32, "page_first", config=HostPoolConfig(headroom_bytes=0))
-    name = PageNamespace.of_geometry(GEOMETRY, host.page_dims, model="m", dtype="float32")
-    samples = scrape(host=host, store=PageStore(Grumpy(), name, host_page_parts(host)))
-    assert value(samples, "storage_pages_total", result="hits") == 0
-    assert ("radixkv:storage_values", ()) not in samples
     host.close()
 
 
