@@ -314,13 +314,26 @@ class Controller:
 
         Args: match: made before load; loaded_tokens: of the Load, 0 without one.
         """
+        return self.account(req_id, num_tokens, match.num_tokens, loaded_tokens)
+
+    def account(self, req_id: str, num_tokens: int, device_tokens: int, loaded_tokens: int) -> Attribution:
+        """attribute, for who has no match at hand: so many tokens were on the device, so many were loaded."""
         from_storage = min(self._prefetches.brought.pop(req_id, 0), loaded_tokens)
-        computed = num_tokens - match.num_tokens - loaded_tokens
-        split = Attribution(match.num_tokens, loaded_tokens - from_storage, from_storage, computed)
-        self._context.counts.update(split._asdict())
+        from_host, computed = loaded_tokens - from_storage, num_tokens - device_tokens - loaded_tokens
+        split = Attribution(device_tokens, from_host, from_storage, computed)
+        counts = self._context.counts
+        counts["device_tokens"] += device_tokens
+        counts["host_tokens"] += from_host
+        counts["storage_tokens"] += from_storage
+        counts["computed_tokens"] += computed
+        counts["requests"] += 1
         if self._context.listener is not None:
             self._context.listener.attributed(split)
         return split
+
+    def forget_request(self, req_id: str) -> None:
+        """A request has ended: what a prefetch brought for it is nobody's any more."""
+        self._prefetches.brought.pop(req_id, None)
 
     # ---- settling ----------------------------------------------------------------------------------------------------
     def poll(self) -> Polled:
@@ -411,6 +424,7 @@ class Controller:
             stores_in_flight=len(self._stores.operations),
             prefetches_in_flight=len(self._prefetches.operations),
             prefetch_tokens_in_flight=self._prefetches.tokens_in_flight,
+            prefetch_capacity_tokens=self._prefetches.capacity_tokens if self._stores.edge is not None else 0,
             stuck_pages=self._drains.num_pages,
             backing_off=self._stores.backoff.active or self._prefetches.backoff.active,
         )

@@ -193,8 +193,8 @@ class PrefetchOp(Operation):
     """Pages of a request are looked for in storage, and brought to the host. Owns ``host_pages``."""
 
     __slots__ = (
-        "cache_salt", "digests", "extra_key", "host_pages", "job", "keeps_host", "node", "num_pages", "req_id", "salt",
-        "tokens",
+        "cache_salt", "digests", "extra_key", "failed", "host_pages", "job", "keeps_host", "node", "num_pages",
+        "req_id", "salt", "tokens",
     )  # fmt: skip
     FIRST = Stage.LOOKING_UP
     MOVES = _moves(
@@ -213,6 +213,8 @@ class PrefetchOp(Operation):
         self.host_pages: PageIds = np.zeros(0, np.int32)
         self.num_pages = 0
         """Pages that are known to exist (FETCHING), that have arrived on all ranks (FETCHED)."""
+        self.failed = False
+        """Storage failed, or brought less than it had said, on some rank."""
 
     def status(self, now_s: float) -> int:
         return pages_status(self.job)
