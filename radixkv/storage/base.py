@@ -17,7 +17,7 @@ import importlib
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -34,6 +34,9 @@ Buffer: TypeAlias = Any
 Parts: TypeAlias = Sequence[Buffer]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 IntArray: TypeAlias = npt.NDArray[np.int64]
+
+Positions: TypeAlias = Sequence[int]
+"""Of some keys in the sequences of a call."""
 
 MISS = -1
 """What get_many reports for a key that is not there (or that could not be read, which is counted)."""
@@ -72,6 +75,29 @@ class Storage(ABC):
         length, hold anything afterwards; nothing beyond them is written.
         Args: parts: a scatter list of writable buffers for each key.
         """
+
+    def put_each(self, keys: Sequence[str], parts: Sequence[Parts], prepare: Callable[[Positions], None], *,
+                 timeout_s: float | None = None) -> BoolArray:  # fmt: skip
+        """put_many, but ``prepare(positions)`` completes the bytes of these values before they are looked at.
+
+        A store that writes values one after the other calls it just before it writes them, so that a checksum and the
+        write go through memory once; then it is called from several threads at once, of positions that are not the
+        same. Values that were there already need not be prepared. What it raises, the call raises.
+        """
+        prepare(range(len(keys)))
+        return self.put_many(keys, parts, timeout_s=timeout_s)
+
+    def get_each(self, keys: Sequence[str], parts: Sequence[Parts], arrived: Callable[[Positions], None], *,
+                 timeout_s: float | None = None) -> IntArray:  # fmt: skip
+        """get_many, but ``arrived(positions)`` is told of values that are in their parts, each once, before the end.
+
+        A store that reads values one after the other tells at once, while their bytes are in the processor's cache;
+        then it is called from several threads at once. Of values of another length than their parts it may be told too.
+        What it raises, the call raises.
+        """
+        sizes = self.get_many(keys, parts, timeout_s=timeout_s)
+        arrived(np.flatnonzero(sizes != MISS).tolist())
+        return sizes
 
     @abstractmethod
     def exists_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:

@@ -20,7 +20,8 @@ against someone who can write to the store: who can, can store wrong KV.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Sequence
 from enum import Enum
 from functools import cache
 from typing import Any, TypeAlias
@@ -28,9 +29,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .base import Buffer, IntArray, require_package
+from .base import IntArray, Positions, byte_views, require_package
 
-__all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Headers", "Verdict", "seal", "verify"]
+__all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Check", "Headers", "Payloads", "Seal", "Verdict"]
 
 HEADER_BYTES = 64
 FORMAT_VERSION = 1
@@ -43,8 +44,10 @@ HEADER = np.dtype([
 ])  # fmt: skip
 assert HEADER.itemsize == HEADER_BYTES
 SUM_OFFSET = 56
+_SUM = struct.Struct("<Q")
 
 Headers: TypeAlias = npt.NDArray[np.uint8]
+Payloads: TypeAlias = Sequence[Sequence[memoryview]]
 
 
 class Verdict(Enum):
@@ -80,40 +83,70 @@ def _headers(keys: Sequence[str], payload_bytes: IntArray) -> Headers:
     return headers.view(np.uint8).reshape(len(keys), HEADER_BYTES)
 
 
-def _sums(headers: Headers, payloads: Iterable[Sequence[Buffer]]) -> list[int]:
-    """The checksum of each header and its payload. XXH3 releases the GIL."""
-    new, covered, sums = _xxhash().xxh3_64, memoryview(headers[:, :SUM_OFFSET].tobytes()), []
-    for at, parts in zip(range(0, len(covered), SUM_OFFSET), payloads, strict=True):
-        state = new(covered[at : at + SUM_OFFSET])
-        for part in parts:
-            state.update(part)
-        sums.append(state.intdigest())
-    return sums
+class _Enveloped:
+    """Pages with their headers. Thread-safe as far as threads work on different pages.
 
-
-def seal(keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: IntArray) -> Headers:
-    """The headers of pages: a new uint8 [len(keys), 64]. Args: payload_bytes: of each payload, int64 [len(keys)]."""
-    headers = _headers(keys, payload_bytes)
-    headers.view(HEADER)["sum"][:, 0] = np.array(_sums(headers, payloads), np.uint64)
-    return headers
-
-
-def verify(headers: Headers, keys: Sequence[str], payloads: Sequence[Sequence[Buffer]], payload_bytes: IntArray,
-           sizes: IntArray) -> dict[int, Verdict]:  # fmt: skip
-    """Judge pages that were read: the positions of those that are wrong, and what is wrong with them.
-
-    Args:
-        headers: uint8 [len(keys), 64].
-        payload_bytes: int64 [len(keys)], what is expected. sizes: the same, of the stored values, header included.
+    Args: payloads: the pieces of each page; payload_bytes: of each page, int64 [len(payloads)].
     """
-    expected = _headers(keys, payload_bytes)
-    whole = sizes == HEADER_BYTES + payload_bytes
-    ours = (headers[:, :SUM_OFFSET] == expected[:, :SUM_OFFSET]).all(axis=1)
-    right = (headers[:, : len(MAGIC)] == np.frombuffer(MAGIC, np.uint8)).all(axis=1)
-    at = np.flatnonzero(whole & right)  # of those that are not whole the payload is not all there
-    sums = _sums(headers[at], payloads if len(at) == len(keys) else [payloads[index] for index in at.tolist()])
-    right[at] = headers.view(HEADER)["sum"][at, 0] == np.array(sums, np.uint64)
-    return {
-        index: Verdict.SHORT if not whole[index] else Verdict.FOREIGN if right[index] else Verdict.CORRUPT
-        for index in np.flatnonzero(~(whole & right & ours)).tolist()
-    }
+
+    def __init__(self, headers: Headers, payloads: Payloads) -> None:
+        self._headers, self._payloads = headers, payloads
+        self._rows = byte_views([headers])[0]  # slices of one view: an array's row costs ten times as much
+
+    def parts(self) -> list[list[memoryview]]:
+        """Header and pieces of each page, for a storage to read or fill."""
+        rows = self._rows
+        return [[rows[at : at + HEADER_BYTES], *payload]
+                for at, payload in zip(range(0, len(rows), HEADER_BYTES), self._payloads, strict=True)]  # fmt: skip
+
+    def _sum(self, position: int) -> int:
+        """The checksum of a header and its payload. XXH3 releases the GIL."""
+        at = HEADER_BYTES * position
+        state = _xxhash().xxh3_64(self._rows[at : at + SUM_OFFSET])
+        for piece in self._payloads[position]:
+            state.update(piece)
+        sum64: int = state.intdigest()
+        return sum64
+
+
+class Seal(_Enveloped):
+    """Pages to be stored: all of each header but its sum is there at once."""
+
+    def __init__(self, keys: Sequence[str], payloads: Payloads, payload_bytes: IntArray) -> None:
+        super().__init__(_headers(keys, payload_bytes), payloads)
+
+    def prepare(self, positions: Positions) -> None:
+        """Write the sums of these pages."""
+        for position in positions:
+            _SUM.pack_into(self._rows, HEADER_BYTES * position + SUM_OFFSET, self._sum(position))
+
+
+class Check(_Enveloped):
+    """Pages that are read, and what is wrong with them."""
+
+    def __init__(self, keys: Sequence[str], payloads: Payloads, payload_bytes: IntArray) -> None:
+        super().__init__(np.zeros((len(keys), HEADER_BYTES), np.uint8), payloads)
+        self._keys, self._payload_bytes = keys, payload_bytes
+        self._sums: list[int | None] = [None] * len(keys)
+
+    def arrived(self, positions: Positions) -> None:
+        """Hash these pages, which have been read: the sooner, the more of them is in the processor's cache."""
+        for position in positions:
+            self._sums[position] = self._sum(position)
+
+    def verdicts(self, sizes: IntArray) -> dict[int, Verdict]:
+        """Judge the pages that were found: the positions of those that are wrong, and what is wrong with them.
+
+        Args: sizes: int64 [pages], bytes of the stored values, header included; negative: not found.
+        """
+        headers, sums = self._headers, self._sums
+        whole = sizes == HEADER_BYTES + self._payload_bytes  # of those that are not, the payload is not all there
+        self.arrived([position for position in np.flatnonzero(whole).tolist() if sums[position] is None])
+        expected = _headers(self._keys, self._payload_bytes)
+        ours = (headers[:, :SUM_OFFSET] == expected[:, :SUM_OFFSET]).all(axis=1)
+        right = (headers[:, : len(MAGIC)] == np.frombuffer(MAGIC, np.uint8)).all(axis=1)
+        right &= headers.view(HEADER)["sum"][:, 0] == np.array([one or 0 for one in sums], np.uint64)
+        return {
+            index: Verdict.SHORT if not whole[index] else Verdict.FOREIGN if right[index] else Verdict.CORRUPT
+            for index in np.flatnonzero((sizes >= 0) & ~(whole & right & ours)).tolist()
+        }
