@@ -17,7 +17,7 @@ import importlib
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 from ..errors import InvalidArgumentError, StorageError, StorageTimeoutError
 
-__all__ = ["BoolArray", "Buffer", "Deadline", "IntArray", "Parts", "Storage", "byte_views", "check_keys", "check_pairs"]
-__all__ += ["MISS", "require_package"]
+__all__ = ["BoolArray", "Buffer", "Deadline", "FlatParts", "IntArray", "Parts", "Positions", "Storage", "byte_views"]
+__all__ += ["MISS", "check_keys", "check_pairs", "require_package"]
 
 Buffer: TypeAlias = Any
 """Anything with a C-contiguous buffer: bytes, bytearray, memoryview, mmap, a numpy array. Writable, to read into."""
@@ -197,6 +197,22 @@ def byte_views(parts: Parts, writable: bool = False) -> list[memoryview]:
             raise InvalidArgumentError(f"a part to read into is read-only: {type(part).__name__}")
         views.append(view)
     return views
+
+
+class FlatParts(list[list[memoryview]]):
+    """The parts of values as ``byte_views`` makes them, and the bytes of each value: made once for a call."""
+
+    def __init__(self, parts: Iterable[list[memoryview]], sizes: list[int], *, writable: bool) -> None:
+        super().__init__(parts)
+        self.sizes, self.writable = sizes, writable
+
+    @classmethod
+    def of(cls, parts: Sequence[Parts], writable: bool = False) -> FlatParts:
+        """These parts. Raises: InvalidArgumentError, as byte_views."""
+        if type(parts) is cls and (parts.writable or not writable):
+            return parts
+        views = [byte_views(pieces, writable) for pieces in parts]
+        return cls(views, [sum(map(len, pieces)) for pieces in views], writable=writable)
 
 
 def require_package(module: str, package: str, what: str) -> ModuleType:

@@ -20,7 +20,6 @@ against someone who can write to the store: who can, can store wrong KV.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from enum import Enum
 from functools import cache
@@ -29,9 +28,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .base import IntArray, Positions, byte_views, require_package
+from .base import FlatParts, IntArray, Positions, byte_views, require_package
 
-__all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Check", "Headers", "Payloads", "Seal", "Verdict"]
+__all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Check", "Headers", "Seal", "Verdict"]
 
 HEADER_BYTES = 64
 FORMAT_VERSION = 1
@@ -43,11 +42,9 @@ HEADER = np.dtype([
     ("payload_bytes", "<u8"), ("key", "V16"), ("more_zeros", "V16"), ("sum", "<u8"),
 ])  # fmt: skip
 assert HEADER.itemsize == HEADER_BYTES
-SUM_OFFSET = 56
-_SUM = struct.Struct("<Q")
+SUM_OFFSET, SUM_BYTES = 56, 8
 
 Headers: TypeAlias = npt.NDArray[np.uint8]
-Payloads: TypeAlias = Sequence[Sequence[memoryview]]
 
 
 class Verdict(Enum):
@@ -71,7 +68,7 @@ def require_checksum() -> None:
     _xxhash()
 
 
-def _headers(keys: Sequence[str], payload_bytes: IntArray) -> Headers:
+def _headers(keys: Sequence[str], payload_bytes: Sequence[int]) -> Headers:
     """All but the sums: a new uint8 [len(keys), 64]."""
     fingerprint = _xxhash().xxh3_128_digest
     first = np.zeros(1, HEADER)
@@ -84,68 +81,70 @@ def _headers(keys: Sequence[str], payload_bytes: IntArray) -> Headers:
 
 
 class _Enveloped:
-    """Pages with their headers. Thread-safe as far as threads work on different pages.
+    """Pages with their headers. Thread-safe as far as threads work on different pages."""
 
-    Args: payloads: the pieces of each page; payload_bytes: of each page, int64 [len(payloads)].
-    """
-
-    def __init__(self, headers: Headers, payloads: Payloads) -> None:
+    def __init__(self, headers: Headers, payloads: FlatParts) -> None:
         self._headers, self._payloads = headers, payloads
         self._rows = byte_views([headers])[0]  # slices of one view: an array's row costs ten times as much
 
-    def parts(self) -> list[list[memoryview]]:
+    def parts(self) -> FlatParts:
         """Header and pieces of each page, for a storage to read or fill."""
-        rows = self._rows
-        return [[rows[at : at + HEADER_BYTES], *payload]
-                for at, payload in zip(range(0, len(rows), HEADER_BYTES), self._payloads, strict=True)]  # fmt: skip
+        rows, payloads = self._rows, self._payloads
+        views = [[rows[at : at + HEADER_BYTES], *payload]
+                 for at, payload in zip(range(0, len(rows), HEADER_BYTES), payloads, strict=True)]  # fmt: skip
+        return FlatParts(views, [HEADER_BYTES + size for size in payloads.sizes], writable=payloads.writable)
 
-    def _sum(self, position: int) -> int:
-        """The checksum of a header and its payload. XXH3 releases the GIL."""
-        at = HEADER_BYTES * position
-        state = _xxhash().xxh3_64(self._rows[at : at + SUM_OFFSET])
-        for piece in self._payloads[position]:
-            state.update(piece)
-        sum64: int = state.intdigest()
-        return sum64
+    def _sums(self, positions: Positions) -> list[bytes]:
+        """The checksums of headers and their payloads, big endian. XXH3 releases the GIL."""
+        new, rows, payloads, sums = _xxhash().xxh3_64, self._rows, self._payloads, []
+        for position in positions:
+            at = HEADER_BYTES * position
+            state = new(rows[at : at + SUM_OFFSET])
+            for piece in payloads[position]:
+                state.update(piece)
+            sums.append(state.digest())
+        return sums
 
 
 class Seal(_Enveloped):
     """Pages to be stored: all of each header but its sum is there at once."""
 
-    def __init__(self, keys: Sequence[str], payloads: Payloads, payload_bytes: IntArray) -> None:
-        super().__init__(_headers(keys, payload_bytes), payloads)
+    def __init__(self, keys: Sequence[str], payloads: FlatParts) -> None:
+        super().__init__(_headers(keys, payloads.sizes), payloads)
 
     def prepare(self, positions: Positions) -> None:
-        """Write the sums of these pages."""
-        for position in positions:
-            _SUM.pack_into(self._rows, HEADER_BYTES * position + SUM_OFFSET, self._sum(position))
+        """Write the sums of these pages into their headers."""
+        for position, digest in zip(positions, self._sums(positions), strict=True):
+            end = HEADER_BYTES * (position + 1)
+            self._rows[end - SUM_BYTES : end] = digest[::-1]
 
 
 class Check(_Enveloped):
-    """Pages that are read, and what is wrong with them."""
+    """Pages to be read, and what is wrong with them."""
 
-    def __init__(self, keys: Sequence[str], payloads: Payloads, payload_bytes: IntArray) -> None:
+    def __init__(self, keys: Sequence[str], payloads: FlatParts) -> None:
         super().__init__(np.zeros((len(keys), HEADER_BYTES), np.uint8), payloads)
-        self._keys, self._payload_bytes = keys, payload_bytes
-        self._sums: list[int | None] = [None] * len(keys)
+        self._keys = keys
+        self._found: list[bytes | None] = [None] * len(keys)
 
     def arrived(self, positions: Positions) -> None:
         """Hash these pages, which have been read: the sooner, the more of them is in the processor's cache."""
-        for position in positions:
-            self._sums[position] = self._sum(position)
+        for position, digest in zip(positions, self._sums(positions), strict=True):
+            self._found[position] = digest
 
     def verdicts(self, sizes: IntArray) -> dict[int, Verdict]:
         """Judge the pages that were found: the positions of those that are wrong, and what is wrong with them.
 
         Args: sizes: int64 [pages], bytes of the stored values, header included; negative: not found.
         """
-        headers, sums = self._headers, self._sums
-        whole = sizes == HEADER_BYTES + self._payload_bytes  # of those that are not, the payload is not all there
-        self.arrived([position for position in np.flatnonzero(whole).tolist() if sums[position] is None])
-        expected = _headers(self._keys, self._payload_bytes)
+        headers, found = self._headers, self._found
+        whole = sizes == HEADER_BYTES + np.array(self._payloads.sizes)  # of others the payload is not all there
+        self.arrived([position for position in np.flatnonzero(whole).tolist() if found[position] is None])
+        sums = np.frombuffer(b"".join([digest or bytes(SUM_BYTES) for digest in found]), ">u8")
+        expected = _headers(self._keys, self._payloads.sizes)
         ours = (headers[:, :SUM_OFFSET] == expected[:, :SUM_OFFSET]).all(axis=1)
         right = (headers[:, : len(MAGIC)] == np.frombuffer(MAGIC, np.uint8)).all(axis=1)
-        right &= headers.view(HEADER)["sum"][:, 0] == np.array([one or 0 for one in sums], np.uint64)
+        right &= headers.view(HEADER)["sum"][:, 0] == sums
         return {
             index: Verdict.SHORT if not whole[index] else Verdict.FOREIGN if right[index] else Verdict.CORRUPT
             for index in np.flatnonzero((sizes >= 0) & ~(whole & right & ours)).tolist()

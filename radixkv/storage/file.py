@@ -22,13 +22,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from ..errors import InvalidArgumentError, StorageError
-from .base import MISS, BoolArray, Deadline, IntArray, Parts, Positions, Storage, byte_views, check_keys, check_pairs
+from .base import MISS, BoolArray, Deadline, FlatParts, IntArray, Parts, Positions, Storage, check_keys, check_pairs
 from .folder import Draft, Folder, Segment
 from .segment import encode_index
 from .threads import DaemonPool
@@ -45,11 +46,19 @@ _Read: TypeAlias = tuple[int, int, int]
 """One value to read: offset in its segment, bytes, position in the call."""
 
 
-class _Get(NamedTuple):
-    """A call of get_each: the parts to fill, their bytes and the values' bytes, for each key, and whom to tell."""
+class _Run(NamedTuple):
+    """Values that are read with one scatter list. num_bytes: of their parts."""
 
-    views: list[list[memoryview]]
-    rooms: list[int]
+    offset: int
+    num_bytes: int
+    positions: list[int]
+
+
+class _Get(NamedTuple):
+    """A call of get_each: the parts to fill; for each key the value's bytes by the index, and once it has been read."""
+
+    parts: FlatParts
+    found: list[int]
     sizes: list[int]
     arrived: Callable[[Positions], None]
     deadline: Deadline
@@ -103,7 +112,8 @@ class FileStorage(Storage):
         flags = np.array([place is not None for place in self.folder.find(keys, touch=True)], np.bool_)
         new = {key: index for index, key in enumerate(keys) if not flags[index]}  # each key once
         if new:
-            values = {key: _Value(index, byte_views(parts[index])) for key, index in new.items()}
+            flat = FlatParts.of(parts)
+            values = {key: _Value(index, flat[index], flat.sizes[index]) for key, index in new.items()}
             stored = self._put(values, prepare, deadline)
             flags |= np.fromiter((key in stored for key in keys), np.bool_, len(keys))
         return flags
@@ -198,22 +208,23 @@ class FileStorage(Storage):
                  timeout_s: float | None = None) -> IntArray:  # fmt: skip
         check_pairs(keys, parts)
         deadline = self._begin(timeout_s, "get_many")
-        views = [byte_views(pieces, writable=True) for pieces in parts]
-        get = _Get(views, [sum(map(len, pieces)) for pieces in views], [MISS] * len(keys), arrived, deadline)
+        flat = FlatParts.of(parts, writable=True)
+        get = _Get(flat, [MISS] * len(keys), [MISS] * len(keys), arrived, deadline)
         by_segment: dict[Segment, list[_Read]] = {}
         for position, place in enumerate(self.folder.find(keys, touch=True)):
             if place is not None:
                 segment, (_, offset, num_bytes) = place
+                get.found[position] = num_bytes
                 by_segment.setdefault(segment, []).append((offset, num_bytes, position))
         tasks = []
         for segment, reads in by_segment.items():
             reads.sort()
-            runs = _runs(reads, get.rooms, self.run_bytes)
+            runs = _runs(reads, flat.sizes, self.run_bytes)
             tasks += [partial(self._read, segment, share, get) for share in _shares(runs)]
         self._run(tasks)
         return np.array(get.sizes, np.int64)
 
-    def _read(self, segment: Segment, runs: Iterable[list[_Read]], get: _Get) -> None:
+    def _read(self, segment: Segment, runs: Iterable[_Run], get: _Get) -> None:
         """Read values of one segment into their parts, and note their sizes. Raises: StorageTimeoutError."""
         try:
             fd = os.open(self.folder.path(segment.name), os.O_RDONLY | os.O_CLOEXEC)
@@ -232,20 +243,24 @@ class FileStorage(Storage):
         finally:
             os.close(fd)
 
-    def _read_run(self, fd: int, run: list[_Read], get: _Get) -> list[int]:
-        """Read values that follow each other in the file with one scatter list; returns the positions of those read."""
-        views = [view for _, _, position in run for view in get.views[position]]
-        got = self._read_all(fd, views, run[0][0], get.deadline)
-        done = []
-        for _, num_bytes, position in run:
-            wanted = min(num_bytes, get.rooms[position])
+    def _read_run(self, fd: int, run: _Run, get: _Get) -> list[int]:
+        """Read values that follow each other in the file; returns the positions of those that were read."""
+        views = list(chain.from_iterable([get.parts[position] for position in run.positions]))
+        got = self._read_all(fd, views, run.offset, get.deadline)
+        done = run.positions if got == run.num_bytes else self._whole(run, got, get)
+        for position in done:
+            get.sizes[position] = get.found[position]
+        return done
+
+    def _whole(self, run: _Run, got: int, get: _Get) -> list[int]:
+        """The positions of the values that are in the first ``got`` bytes of a run."""
+        for index, position in enumerate(run.positions):
+            wanted = min(get.found[position], get.parts.sizes[position])
             if got < wanted:
                 self.folder.count("short")
-                break
-            get.sizes[position] = num_bytes
-            done.append(position)
+                return run.positions[:index]
             got -= wanted
-        return done
+        return run.positions
 
     # ---- how bytes move; NixlStorage does it otherwise ---------------------------------------------------------------
     def _write_all(self, fd: int, views: Sequence[memoryview], at: int, deadline: Deadline) -> int:
@@ -346,13 +361,12 @@ class FileStorage(Storage):
         self.folder.count("no_room" if error.errno in _FULL else "io_errors")
 
 
-class _Value:
+class _Value(NamedTuple):
     """A value to write: its position in the call, its parts, and their bytes."""
 
-    __slots__ = ("num_bytes", "position", "views")
-
-    def __init__(self, position: int, views: list[memoryview]) -> None:
-        self.position, self.views, self.num_bytes = position, views, sum(map(len, views))
+    position: int
+    views: list[memoryview]
+    num_bytes: int
 
 
 class _Batch:
@@ -381,33 +395,33 @@ def _nothing(positions: Positions) -> None:
     """For calls that have nothing to do with each value."""
 
 
-def _runs(reads: Iterable[_Read], rooms: Sequence[int], most_bytes: int) -> Iterator[list[_Read]]:
-    """Split reads where one does not begin where the one before it ended, in the file and in its parts.
+def _runs(reads: Iterable[_Read], rooms: Sequence[int], most_bytes: int) -> Iterator[_Run]:
+    """Join reads where one begins where the one before it ended, in the file and in its parts.
 
     A run has no more than ``most_bytes``, unless it is one value.
     """
-    run: list[_Read] = []
-    end, left = -1, 0
-    for read in reads:
-        offset, num_bytes, position = read
-        if offset != end or num_bytes > left:
-            if run:
-                yield run
-            run, left = [], most_bytes
-        run.append(read)
-        left -= num_bytes
-        end = offset + num_bytes if rooms[position] == num_bytes else -1
-    if run:
-        yield run
+    run = _Run(0, 0, [])
+    size, end = 0, -1
+    for offset, num_bytes, position in reads:
+        room = rooms[position]
+        if offset != end or size + room > most_bytes:
+            if run.positions:
+                yield run._replace(num_bytes=size)
+            run, size = _Run(offset, 0, []), 0
+        run.positions.append(position)
+        size += room
+        end = offset + num_bytes if room == num_bytes else -1
+    if run.positions:
+        yield run._replace(num_bytes=size)
 
 
-def _shares(runs: Iterable[list[_Read]]) -> Iterator[list[list[_Read]]]:
+def _shares(runs: Iterable[_Run]) -> Iterator[list[_Run]]:
     """Split the runs of a segment so that threads share them."""
-    share: list[list[_Read]] = []
+    share: list[_Run] = []
     num_bytes = 0
     for run in runs:
         share.append(run)
-        num_bytes += run[-1][0] + run[-1][1] - run[0][0]
+        num_bytes += run.num_bytes
         if num_bytes >= CHUNK_BYTES:
             yield share
             share, num_bytes = [], 0

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import StorageError, StorageTimeoutError
-from .base import BoolArray, Deadline, IntArray, Storage
+from .base import BoolArray, Deadline, FlatParts, Parts, Storage
 from .breaker import Breaker, BreakerConfig
-from .envelope import Check, Payloads, Seal, Verdict, require_checksum
+from .envelope import Check, Seal, Verdict, require_checksum
 
 __all__ = ["PageCounters", "SealedStore"]
 
@@ -83,27 +83,27 @@ class SealedStore:
         with self._lock:
             return replace(self._counters)
 
-    def put(self, keys: Sequence[str], payloads: Payloads, timeout_s: float | None) -> BoolArray:
+    def put(self, keys: Sequence[str], payloads: Sequence[Parts], timeout_s: float | None) -> BoolArray:
         """Store values: bool [len(keys)], whether each is there now."""
         if not keys:
             return np.zeros(0, np.bool_)
-        num_bytes = _sizes(payloads)
-        seal = Seal(keys, payloads, num_bytes)
+        flat = FlatParts.of(payloads)
+        seal = Seal(keys, flat)
         flags = self._call(self.storage.put_each, keys, seal.parts(), seal.prepare, timeout_s=timeout_s)
         if flags is None:
             return np.zeros(len(keys), np.bool_)
         stored = int(flags.sum())
-        self._count(stored=stored, refused=len(keys) - stored, bytes_written=int(num_bytes[flags].sum()))
+        self._count(stored=stored, refused=len(keys) - stored, bytes_written=int(np.array(flat.sizes)[flags].sum()))
         return flags
 
-    def get(self, keys: Sequence[str], payloads: Payloads, timeout_s: float | None) -> BoolArray:
+    def get(self, keys: Sequence[str], payloads: Sequence[Parts], timeout_s: float | None) -> BoolArray:
         """Fetch values: bool [len(keys)], whether each payload holds exactly what was put. Wrong ones are removed."""
         good = np.zeros(len(keys), np.bool_)
         if not keys:
             return good
         deadline = Deadline(timeout_s, "get")
-        num_bytes = _sizes(payloads)
-        check = Check(keys, payloads, num_bytes)
+        flat = FlatParts.of(payloads, writable=True)
+        check = Check(keys, flat)
         sizes = self._call(self.storage.get_each, keys, check.parts(), check.arrived, timeout_s=timeout_s)
         if sizes is None:
             self._count(misses=len(keys))
@@ -112,7 +112,7 @@ class SealedStore:
         good[:] = sizes >= 0
         good[list(verdicts)] = False
         hits = int(good.sum())
-        self._count(hits=hits, misses=len(keys) - hits, bytes_read=int(num_bytes[good].sum()))
+        self._count(hits=hits, misses=len(keys) - hits, bytes_read=int(np.array(flat.sizes)[good].sum()))
         if verdicts:
             self._remove({keys[index]: verdict for index, verdict in verdicts.items()}, deadline)
         return good
@@ -180,7 +180,3 @@ class SealedStore:
 
 
 assert {field.name for field in fields(PageCounters)} >= {verdict.value for verdict in Verdict}
-
-
-def _sizes(payloads: Payloads) -> IntArray:
-    return np.array([sum(map(len, payload)) for payload in payloads], np.int64)

@@ -87,11 +87,11 @@ def test_layout_of_a_segment(storage: FileStorage, folder: Path) -> None:
     assert len(path.name) == 16
     magic, version, header_bytes, _, entries, key_bytes, file_bytes = struct.unpack_from("<8sHHIIIQ", data)
     assert (magic, version, header_bytes, entries, key_bytes) == (b"RKVSEG\0\x1a", 1, 64, 2, 11)
-    assert file_bytes == len(data) == 64 + 2 * 24 + 11 + 8
+    assert file_bytes == len(data) == 128 + 8
     rows = [struct.unpack_from("<QQII", data, 64 + 24 * i)[:3] for i in range(2)]
-    assert rows == [(123, 5, 5), (128, 3, 6)]
-    assert data[112:123] == b"firstsecond"
-    assert data[123:] == b"abcdefgh"
+    assert rows == [(128, 5, 5), (133, 3, 6)]
+    assert data[112:128] == b"firstsecond" + bytes(5)
+    assert data[128:] == b"abcdefgh"
     storage.delete_many(["first"])
     assert struct.unpack_from("<I", path.read_bytes(), 64 + 20) == (0,)
 
