@@ -19,12 +19,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidArgumentError, StorageError, StorageTimeoutError
+from .batch import flat_sizes
 
 __all__ = ["BoolArray", "Buffer", "Deadline", "FlatParts", "IntArray", "Parts", "Positions", "Storage", "byte_views"]
 __all__ += ["MISS", "check_keys", "check_pairs", "require_package"]
@@ -211,6 +212,8 @@ class FlatParts(list[list[memoryview]]):
         """These parts. Raises: InvalidArgumentError, as byte_views."""
         if type(parts) is cls and (parts.writable or not writable):
             return parts
+        if (sizes := flat_sizes(parts, writable)) is not None:
+            return cls(cast("Sequence[list[memoryview]]", parts), sizes, writable=writable)
         views = [byte_views(pieces, writable) for pieces in parts]
         return cls(views, [sum(map(len, pieces)) for pieces in views], writable=writable)
 

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .base import FlatParts, IntArray, Positions, byte_views, require_package
+from .batch import sums, with_headers
 
 __all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Check", "Headers", "Seal", "Verdict"]
 
@@ -89,21 +90,13 @@ class _Enveloped:
 
     def parts(self) -> FlatParts:
         """Header and pieces of each page, for a storage to read or fill."""
-        rows, payloads = self._rows, self._payloads
-        views = [[rows[at : at + HEADER_BYTES], *payload]
-                 for at, payload in zip(range(0, len(rows), HEADER_BYTES), payloads, strict=True)]  # fmt: skip
+        payloads = self._payloads
+        views = with_headers(self._rows, HEADER_BYTES, payloads)
         return FlatParts(views, [HEADER_BYTES + size for size in payloads.sizes], writable=payloads.writable)
 
     def _sums(self, positions: Positions) -> list[bytes]:
         """The checksums of headers and their payloads, big endian. XXH3 releases the GIL."""
-        new, rows, payloads, sums = _xxhash().xxh3_64, self._rows, self._payloads, []
-        for position in positions:
-            at = HEADER_BYTES * position
-            state = new(rows[at : at + SUM_OFFSET])
-            for piece in payloads[position]:
-                state.update(piece)
-            sums.append(state.digest())
-        return sums
+        return sums(_xxhash().xxh3_64, self._rows, HEADER_BYTES, SUM_OFFSET, self._payloads, positions)
 
 
 class Seal(_Enveloped):
@@ -140,11 +133,11 @@ class Check(_Enveloped):
         headers, found = self._headers, self._found
         whole = sizes == HEADER_BYTES + np.array(self._payloads.sizes)  # of others the payload is not all there
         self.arrived([position for position in np.flatnonzero(whole).tolist() if found[position] is None])
-        sums = np.frombuffer(b"".join([digest or bytes(SUM_BYTES) for digest in found]), ">u8")
+        actual = np.frombuffer(b"".join([digest or bytes(SUM_BYTES) for digest in found]), ">u8")
         expected = _headers(self._keys, self._payloads.sizes)
         ours = (headers[:, :SUM_OFFSET] == expected[:, :SUM_OFFSET]).all(axis=1)
         right = (headers[:, : len(MAGIC)] == np.frombuffer(MAGIC, np.uint8)).all(axis=1)
-        right &= headers.view(HEADER)["sum"][:, 0] == sums
+        right &= headers.view(HEADER)["sum"][:, 0] == actual
         return {
             index: Verdict.SHORT if not whole[index] else Verdict.FOREIGN if right[index] else Verdict.CORRUPT
             for index in np.flatnonzero((sizes >= 0) & ~(whole & right & ours)).tolist()

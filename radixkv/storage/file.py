@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -30,6 +29,7 @@ import numpy as np
 
 from ..errors import InvalidArgumentError, StorageError
 from .base import MISS, BoolArray, Deadline, FlatParts, IntArray, Parts, Positions, Storage, check_keys, check_pairs
+from .batch import by_segment, gather, runs
 from .folder import Draft, Folder, Segment
 from .segment import encode_index
 from .threads import DaemonPool
@@ -42,16 +42,8 @@ T = TypeVar("T")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-_Read: TypeAlias = tuple[int, int, int]
-"""One value to read: offset in its segment, bytes, position in the call."""
-
-
-class _Run(NamedTuple):
-    """Values that are read with one scatter list. num_bytes: of their parts."""
-
-    offset: int
-    num_bytes: int
-    positions: list[int]
+_Run: TypeAlias = tuple[int, int, list[int]]
+"""Values that are read with one scatter list: offset in their segment, bytes of their parts, positions in the call."""
 
 
 class _Get(NamedTuple):
@@ -210,17 +202,10 @@ class FileStorage(Storage):
         deadline = self._begin(timeout_s, "get_many")
         flat = FlatParts.of(parts, writable=True)
         get = _Get(flat, [MISS] * len(keys), [MISS] * len(keys), arrived, deadline)
-        by_segment: dict[Segment, list[_Read]] = {}
-        for position, place in enumerate(self.folder.find(keys, touch=True)):
-            if place is not None:
-                segment, (_, offset, num_bytes) = place
-                get.found[position] = num_bytes
-                by_segment.setdefault(segment, []).append((offset, num_bytes, position))
         tasks = []
-        for segment, reads in by_segment.items():
-            reads.sort()
-            runs = _runs(reads, flat.sizes, self.run_bytes)
-            tasks += [partial(self._read, segment, share, get) for share in _shares(runs)]
+        for segment, reads in by_segment(self.folder.find(keys, touch=True), get.found).items():
+            joined = runs(reads, flat.sizes, self.run_bytes)
+            tasks += [partial(self._read, segment, share, get) for share in _shares(joined)]
         self._run(tasks)
         return np.array(get.sizes, np.int64)
 
@@ -245,22 +230,22 @@ class FileStorage(Storage):
 
     def _read_run(self, fd: int, run: _Run, get: _Get) -> list[int]:
         """Read values that follow each other in the file; returns the positions of those that were read."""
-        views = list(chain.from_iterable([get.parts[position] for position in run.positions]))
-        got = self._read_all(fd, views, run.offset, get.deadline)
-        done = run.positions if got == run.num_bytes else self._whole(run, got, get)
+        offset, num_bytes, positions = run
+        got = self._read_all(fd, gather(get.parts, positions), offset, get.deadline)
+        done = positions if got == num_bytes else self._whole(positions, got, get)
         for position in done:
             get.sizes[position] = get.found[position]
         return done
 
-    def _whole(self, run: _Run, got: int, get: _Get) -> list[int]:
+    def _whole(self, positions: list[int], got: int, get: _Get) -> list[int]:
         """The positions of the values that are in the first ``got`` bytes of a run."""
-        for index, position in enumerate(run.positions):
+        for index, position in enumerate(positions):
             wanted = min(get.found[position], get.parts.sizes[position])
             if got < wanted:
                 self.folder.count("short")
-                return run.positions[:index]
+                return positions[:index]
             got -= wanted
-        return run.positions
+        return positions
 
     # ---- how bytes move; NixlStorage does it otherwise ---------------------------------------------------------------
     def _write_all(self, fd: int, views: Sequence[memoryview], at: int, deadline: Deadline) -> int:
@@ -395,33 +380,13 @@ def _nothing(positions: Positions) -> None:
     """For calls that have nothing to do with each value."""
 
 
-def _runs(reads: Iterable[_Read], rooms: Sequence[int], most_bytes: int) -> Iterator[_Run]:
-    """Join reads where one begins where the one before it ended, in the file and in its parts.
-
-    A run has no more than ``most_bytes``, unless it is one value.
-    """
-    run = _Run(0, 0, [])
-    size, end = 0, -1
-    for offset, num_bytes, position in reads:
-        room = rooms[position]
-        if offset != end or size + room > most_bytes:
-            if run.positions:
-                yield run._replace(num_bytes=size)
-            run, size = _Run(offset, 0, []), 0
-        run.positions.append(position)
-        size += room
-        end = offset + num_bytes if room == num_bytes else -1
-    if run.positions:
-        yield run._replace(num_bytes=size)
-
-
 def _shares(runs: Iterable[_Run]) -> Iterator[list[_Run]]:
     """Split the runs of a segment so that threads share them."""
     share: list[_Run] = []
     num_bytes = 0
     for run in runs:
         share.append(run)
-        num_bytes += run.num_bytes
+        num_bytes += run[1]
         if num_bytes >= CHUNK_BYTES:
             yield share
             share, num_bytes = [], 0

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..errors import InvalidArgumentError
 from ..types import PageIds
 from .base import BoolArray, FlatParts, Storage
+from .batch import slices
 from .breaker import Breaker, BreakerConfig
 from .namespace import PageNamespace
 from .sealed import PageCounters, SealedStore
@@ -139,7 +140,7 @@ class _HostPageParts:
         starts, size = self._pool.page_pieces(pages)
         if (starts[:, 1:] == starts[:, :-1] + size).all():  # one behind the other: page_first
             starts, size = starts[:, :1], size * starts.shape[1]
-        views = [[memory[at : at + size] for at in row] for row in starts.tolist()]
+        views = slices(memory, starts, size)
         return FlatParts(views, [size * starts.shape[1]] * len(views), writable=not memory.readonly)
 
     def __call__(self, page: int) -> list[memoryview]:
