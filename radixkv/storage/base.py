@@ -18,6 +18,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, TypeAlias, cast
 
@@ -43,6 +44,8 @@ MISS = -1
 """What get_many reports for a key that is not there (or that could not be read, which is counted)."""
 
 _KEY = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]{0,199}")
+_PLAIN = bytes(range(48, 58)) + bytes(range(65, 91)) + bytes(range(97, 123)) + b"_-"
+"""Of keys without dots, which PageStore makes."""
 
 
 class Storage(ABC):
@@ -173,6 +176,10 @@ class Deadline:
 
 def check_keys(keys: Sequence[str]) -> None:
     """Raise InvalidArgumentError for a key that is none."""
+    with suppress(TypeError, UnicodeEncodeError):  # a key that is no such str: found below
+        rest = "/".join(keys).encode().translate(None, _PLAIN)  # all at once, at a third of the time
+        if len(rest) == len(keys) - 1 == rest.count(b"/") and 0 < min(map(len, keys)) <= max(map(len, keys)) <= 200:
+            return
     for key in keys:
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             raise InvalidArgumentError(f"{key!r} is no key: 1 .. 200 characters of 0-9 a-z A-Z . _ -, no dot first")

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ def flat_sizes(parts: Sequence[Any], writable: bool) -> list[int] | None: ...
 def slices(memory: memoryview, starts: npt.NDArray[np.int64], size: int) -> list[list[memoryview]]: ...
 def with_headers(rows: memoryview, header_bytes: int, payloads: list[list[memoryview]]) -> list[list[memoryview]]: ...
 def sums(
-    new: Callable[[memoryview], Any],
+    module: Any,
     rows: memoryview,
     header_bytes: int,
     covered: int,

@@ -67,14 +67,20 @@ def with_headers(rows, Py_ssize_t header_bytes, payloads):
     return values
 
 
-def sums(new, rows, Py_ssize_t header_bytes, Py_ssize_t covered, payloads, positions):
-    """Digests of the first ``covered`` bytes of a row and of the parts behind it. Args: new: makes a hash state."""
+def sums(module, rows, Py_ssize_t header_bytes, Py_ssize_t covered, payloads, positions):
+    """XXH3-64 digests of payloads, seeded with those of the first ``covered`` bytes of their rows. Args: module: xxhash."""
     cdef Py_ssize_t at, position
+    seed_of, digest, new = module.xxh3_64_intdigest, module.xxh3_64_digest, module.xxh3_64
     digests = []
     for position in positions:
         at = header_bytes * position
-        state = new(rows[at : at + covered])
-        for piece in <list>payloads[position]:
+        pieces = payloads[position]
+        seed = seed_of(rows[at : at + covered])
+        if len(pieces) == 1:
+            digests.append(digest(pieces[0], seed))
+            continue
+        state = new(seed=seed)
+        for piece in pieces:
             state.update(piece)
         digests.append(state.digest())
     return digests

@@ -89,6 +89,7 @@ class FileStorage(Storage):
             raise
         except OSError as error:
             raise StorageError(f"{path} cannot be used: {error}") from error
+        self._segments = self.folder.root / "segments"
         self._num_helpers = num_threads - 1
         self._pool = DaemonPool(max(1, self._num_helpers), "radixkv-file")
         self._pid: int | None = os.getpid()
@@ -212,7 +213,7 @@ class FileStorage(Storage):
     def _read(self, segment: Segment, runs: Iterable[_Run], get: _Get) -> None:
         """Read values of one segment into their parts, and note their sizes. Raises: StorageTimeoutError."""
         try:
-            fd = os.open(self.folder.path(segment.name), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"{self._segments}/{segment.name[:2]}/{segment.name}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return self.folder.forget(segment)  # evicted by another process
         except OSError as error:
