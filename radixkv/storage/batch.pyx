@@ -67,23 +67,24 @@ def with_headers(rows, Py_ssize_t header_bytes, payloads):
     return values
 
 
-def sums(module, rows, Py_ssize_t header_bytes, Py_ssize_t covered, payloads, positions):
-    """XXH3-64 digests of payloads, seeded with those of the first ``covered`` bytes of their rows. Args: module: xxhash."""
+def sums(module, rows, Py_ssize_t header_bytes, Py_ssize_t covered, payloads, positions, list digests):
+    """Write XXH3-64 digests of payloads, seeded with those of the first ``covered`` bytes of their rows, into ``digests``.
+
+    Args: module: xxhash. digests: for each payload; only those at ``positions`` are written.
+    """
     cdef Py_ssize_t at, position
     seed_of, digest, new = module.xxh3_64_intdigest, module.xxh3_64_digest, module.xxh3_64
-    digests = []
     for position in positions:
         at = header_bytes * position
         pieces = payloads[position]
         seed = seed_of(rows[at : at + covered])
         if len(pieces) == 1:
-            digests.append(digest(pieces[0], seed))
+            digests[position] = digest(pieces[0], seed)
             continue
         state = new(seed=seed)
         for piece in pieces:
             state.update(piece)
-        digests.append(state.digest())
-    return digests
+        digests[position] = state.digest()
 
 
 def gather(parts, list positions):
@@ -93,6 +94,13 @@ def gather(parts, list positions):
     for position in positions:
         flat.extend(<list>parts[position])
     return flat
+
+
+def copy_at(list positions, list source, list target):
+    """target[position] = source[position] for these positions."""
+    cdef Py_ssize_t position
+    for position in positions:
+        target[position] = source[position]
 
 
 def by_segment(list places, list found):

@@ -88,6 +88,7 @@ class _Enveloped:
 
     def __init__(self, headers: Headers, payloads: FlatParts) -> None:
         self._headers, self._payloads = headers, payloads
+        self._digests = [b""] * len(payloads)  # big endian
         self._rows = byte_views([headers])[0]  # slices of one view: an array's row costs ten times as much
 
     def parts(self) -> FlatParts:
@@ -96,9 +97,9 @@ class _Enveloped:
         views = with_headers(self._rows, HEADER_BYTES, payloads)
         return FlatParts(views, [HEADER_BYTES + size for size in payloads.sizes], writable=payloads.writable)
 
-    def _sums(self, positions: Positions) -> list[bytes]:
-        """The checksums of headers and their payloads, big endian. XXH3 releases the GIL."""
-        return sums(_xxhash(), self._rows, HEADER_BYTES, SUM_OFFSET, self._payloads, positions)
+    def hash_at(self, positions: Positions) -> None:
+        """Hash these pages. XXH3 releases the GIL."""
+        sums(_xxhash(), self._rows, HEADER_BYTES, SUM_OFFSET, self._payloads, positions, self._digests)
 
 
 class Seal(_Enveloped):
@@ -109,9 +110,10 @@ class Seal(_Enveloped):
 
     def prepare(self, positions: Positions) -> None:
         """Write the sums of these pages into their headers."""
-        for position, digest in zip(positions, self._sums(positions), strict=True):
+        self.hash_at(positions)
+        for position in positions:
             end = HEADER_BYTES * (position + 1)
-            self._rows[end - SUM_BYTES : end] = digest[::-1]
+            self._rows[end - SUM_BYTES : end] = self._digests[position][::-1]
 
 
 class Check(_Enveloped):
@@ -120,27 +122,28 @@ class Check(_Enveloped):
     def __init__(self, keys: Sequence[str], payloads: FlatParts) -> None:
         super().__init__(np.zeros((len(keys), HEADER_BYTES), np.uint8), payloads)
         self._keys = keys
-        self._found: list[bytes | None] = [None] * len(keys)
 
     def arrived(self, positions: Positions) -> None:
         """Hash these pages, which have been read: the sooner, the more of them is in the processor's cache."""
-        for position, digest in zip(positions, self._sums(positions), strict=True):
-            self._found[position] = digest
+        self.hash_at(positions)
 
     def verdicts(self, sizes: IntArray) -> dict[int, Verdict]:
         """Judge the pages that were found: the positions of those that are wrong, and what is wrong with them.
 
         Args: sizes: int64 [pages], bytes of the stored values, header included; negative: not found.
         """
-        headers, found = self._headers, self._found
+        headers, digests = self._headers, self._digests
         whole = sizes == HEADER_BYTES + np.array(self._payloads.sizes)  # of others the payload is not all there
-        self.arrived([position for position in np.flatnonzero(whole).tolist() if found[position] is None])
-        actual = np.frombuffer(b"".join([digest or bytes(SUM_BYTES) for digest in found]), ">u8")
+        if b"" in digests:
+            self.arrived([position for position in np.flatnonzero(whole).tolist() if not digests[position]])
+            digests = [digest or bytes(SUM_BYTES) for digest in digests]
+        actual = np.frombuffer(b"".join(digests), ">u8")
         expected = _headers(self._keys, self._payloads.sizes)
         words, wanted = headers.view(np.uint64), expected.view(np.uint64)
         ours = (words[:, : SUM_OFFSET // 8] == wanted[:, : SUM_OFFSET // 8]).all(axis=1)
         right = (words[:, 0] == np.frombuffer(MAGIC, np.uint64)) & (headers.view(HEADER)["sum"][:, 0] == actual)
+        wrong = (sizes >= 0) & ~(whole & right & ours)
         return {
             index: Verdict.SHORT if not whole[index] else Verdict.FOREIGN if right[index] else Verdict.CORRUPT
-            for index in np.flatnonzero((sizes >= 0) & ~(whole & right & ours)).tolist()
+            for index in np.flatnonzero(wrong).tolist()
         }

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..errors import InvalidArgumentError, StorageError
 from .base import MISS, BoolArray, Deadline, FlatParts, IntArray, Parts, Positions, Storage, check_keys, check_pairs
-from .batch import by_segment, gather, runs
+from .batch import by_segment, copy_at, gather, runs
 from .folder import Draft, Folder, Segment
 from .segment import encode_index
 from .threads import DaemonPool
@@ -234,8 +234,7 @@ class FileStorage(Storage):
         offset, num_bytes, positions = run
         got = self._read_all(fd, gather(get.parts, positions), offset, get.deadline)
         done = positions if got == num_bytes else self._whole(positions, got, get)
-        for position in done:
-            get.sizes[position] = get.found[position]
+        copy_at(done, get.found, get.sizes)
         return done
 
     def _whole(self, positions: list[int], got: int, get: _Get) -> list[int]:
