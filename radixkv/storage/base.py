@@ -17,19 +17,19 @@ import importlib
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import ModuleType
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InvalidArgumentError, StorageError, StorageTimeoutError
-from .batch import flat_sizes
+from .batch import FlatParts, flat_sizes
 
 __all__ = ["BoolArray", "Buffer", "Deadline", "FlatParts", "IntArray", "Parts", "Positions", "Storage", "byte_views"]
-__all__ += ["MISS", "check_keys", "check_pairs", "require_package"]
+__all__ += ["MISS", "check_keys", "check_pairs", "flat_parts", "require_package"]
 
 Buffer: TypeAlias = Any
 """Anything with a C-contiguous buffer: bytes, bytearray, memoryview, mmap, a numpy array. Writable, to read into."""
@@ -207,22 +207,15 @@ def byte_views(parts: Parts, writable: bool = False) -> list[memoryview]:
     return views
 
 
-class FlatParts(list[list[memoryview]]):
-    """The parts of values as ``byte_views`` makes them, and the bytes of each value: made once for a call."""
-
-    def __init__(self, parts: Iterable[list[memoryview]], sizes: list[int], *, writable: bool) -> None:
-        super().__init__(parts)
-        self.sizes, self.writable = sizes, writable
-
-    @classmethod
-    def of(cls, parts: Sequence[Parts], writable: bool = False) -> FlatParts:
-        """These parts. Raises: InvalidArgumentError, as byte_views."""
-        if type(parts) is cls and (parts.writable or not writable):
-            return parts
-        if (sizes := flat_sizes(parts, writable)) is not None:
-            return cls(cast("Sequence[list[memoryview]]", parts), sizes, writable=writable)
-        views = [byte_views(pieces, writable) for pieces in parts]
-        return cls(views, [sum(map(len, pieces)) for pieces in views], writable=writable)
+def flat_parts(parts: Sequence[Parts], writable: bool = False) -> FlatParts:
+    """The parts of a call as ``byte_views`` makes them. Raises: InvalidArgumentError, as it does."""
+    if isinstance(parts, FlatParts) and (parts.writable or not writable):
+        return parts
+    if (sizes := flat_sizes(parts, writable)) is not None:
+        lists: list[Any] = list(parts)
+        return FlatParts(lists, sizes, writable=writable)
+    views = [byte_views(pieces, writable) for pieces in parts]
+    return FlatParts(views, [sum(map(len, pieces)) for pieces in views], writable=writable)
 
 
 def require_package(module: str, package: str, what: str) -> ModuleType:

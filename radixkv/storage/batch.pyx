@@ -40,43 +40,81 @@ def flat_sizes(parts, bint writable):
     return sizes
 
 
-def slices(memory, starts, Py_ssize_t size):
-    """Views of ``size`` bytes. Args: starts: int64 [values, pieces]. Returns: a list for each value."""
-    cdef Py_ssize_t at
-    cdef const long long[:, :] table = starts
-    cdef Py_ssize_t row, column
-    values = []
-    for row in range(table.shape[0]):
-        pieces = []
-        for column in range(table.shape[1]):
-            at = table[row, column]
-            pieces.append(memory[at : at + size])
-        values.append(pieces)
-    return values
+cdef class FlatParts:
+    """The parts of values, contiguous memoryviews of bytes, and the bytes of each value: looked at once for a call.
+
+    A sequence of lists of views. Either lists are kept, or all are slices of one memory, made when they are asked for: of
+    1,024 pages two views each, and a list around them, are much to make, to keep and to walk through.
+
+    Attributes: sizes: bytes of each value; writable.
+    """
+    cdef list lists             # None: slices of memory
+    cdef object memory
+    cdef const long long[:, :] starts
+    cdef Py_ssize_t piece_bytes
+    cdef object rows            # None, or what has the first part of each value
+    cdef Py_ssize_t row_bytes
+    cdef readonly list sizes
+    cdef readonly bint writable
+
+    def __init__(self, list lists, list sizes, *, bint writable):
+        if lists is not None and len(lists) != len(sizes):
+            raise ValueError(f"{len(lists)} lists of parts and {len(sizes)} sizes")
+        self.lists, self.sizes, self.writable = lists, sizes, writable
+
+    @staticmethod
+    def of_slices(memory, starts, Py_ssize_t piece_bytes):
+        """Slices of a flat memoryview of bytes. Args: starts: int64 [values, pieces]; piece_bytes: of each slice."""
+        cdef FlatParts made = FlatParts(None, [piece_bytes * starts.shape[1]] * starts.shape[0], writable=not memory.readonly)
+        made.memory, made.starts, made.piece_bytes = memory, starts, piece_bytes
+        return made
+
+    def behind(self, rows, Py_ssize_t row_bytes):
+        """These, each behind its part of ``rows``: a flat memoryview of bytes, writable, ``row_bytes`` a value."""
+        cdef FlatParts made = FlatParts(self.lists, [row_bytes + size for size in self.sizes], writable=self.writable)
+        if self.rows is not None:
+            raise ValueError("there are rows in front of them already")
+        made.memory, made.starts, made.piece_bytes = self.memory, self.starts, self.piece_bytes
+        made.rows, made.row_bytes = rows, row_bytes
+        return made
+
+    cdef int append_to(self, list flat, Py_ssize_t position) except -1:
+        """Append the parts of a value."""
+        cdef Py_ssize_t at, piece
+        if not 0 <= position < len(self.sizes):
+            raise IndexError(f"value {position} of {len(self.sizes)}")
+        if self.rows is not None:
+            at = position * self.row_bytes
+            flat.append(self.rows[at : at + self.row_bytes])
+        if self.lists is not None:
+            flat.extend(<list>self.lists[position])
+            return 0
+        for piece in range(self.starts.shape[1]):
+            at = self.starts[position, piece]
+            flat.append(self.memory[at : at + self.piece_bytes])
+        return 0
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, Py_ssize_t position):
+        cdef list parts = []
+        self.append_to(parts, position)
+        return parts
 
 
-def with_headers(rows, Py_ssize_t header_bytes, payloads):
-    """Each payload's parts behind its slice of ``rows``."""
-    cdef Py_ssize_t at = 0
-    values = []
-    for payload in payloads:
-        value = [rows[at : at + header_bytes]]
-        value.extend(payload)
-        values.append(value)
-        at += header_bytes
-    return values
-
-
-def sums(module, rows, Py_ssize_t header_bytes, Py_ssize_t covered, payloads, positions, list digests):
+def sums(module, rows, Py_ssize_t header_bytes, Py_ssize_t covered, FlatParts payloads, positions, list digests):
     """Write XXH3-64 digests of payloads, seeded with those of the first ``covered`` bytes of their rows, into ``digests``.
 
     Args: module: xxhash. digests: for each payload; only those at ``positions`` are written.
     """
     cdef Py_ssize_t at, position
+    cdef list pieces
     seed_of, digest, new = module.xxh3_64_intdigest, module.xxh3_64_digest, module.xxh3_64
     for position in positions:
         at = header_bytes * position
-        pieces = payloads[position]
+        pieces = []
+        payloads.append_to(pieces, position)
         seed = seed_of(rows[at : at + covered])
         if len(pieces) == 1:
             digests[position] = digest(pieces[0], seed)
@@ -87,12 +125,12 @@ def sums(module, rows, Py_ssize_t header_bytes, Py_ssize_t covered, payloads, po
         digests[position] = state.digest()
 
 
-def gather(parts, list positions):
+def gather(FlatParts parts, list positions):
     """The parts of these values, one after the other."""
     cdef Py_ssize_t position
-    flat = []
+    cdef list flat = []
     for position in positions:
-        flat.extend(<list>parts[position])
+        parts.append_to(flat, position)
     return flat
 
 

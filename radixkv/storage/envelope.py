@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .base import FlatParts, IntArray, Positions, byte_views, require_package
-from .batch import sums, with_headers
+from .batch import sums
 
 __all__ = ["FORMAT_VERSION", "HEADER_BYTES", "Check", "Headers", "Seal", "Verdict"]
 
@@ -93,9 +93,7 @@ class _Enveloped:
 
     def parts(self) -> FlatParts:
         """Header and pieces of each page, for a storage to read or fill."""
-        payloads = self._payloads
-        views = with_headers(self._rows, HEADER_BYTES, payloads)
-        return FlatParts(views, [HEADER_BYTES + size for size in payloads.sizes], writable=payloads.writable)
+        return self._payloads.behind(self._rows, HEADER_BYTES)
 
     def hash_at(self, positions: Positions) -> None:
         """Hash these pages. XXH3 releases the GIL."""

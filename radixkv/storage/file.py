@@ -28,7 +28,19 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from ..errors import InvalidArgumentError, StorageError
-from .base import MISS, BoolArray, Deadline, FlatParts, IntArray, Parts, Positions, Storage, check_keys, check_pairs
+from .base import (
+    MISS,
+    BoolArray,
+    Deadline,
+    FlatParts,
+    IntArray,
+    Parts,
+    Positions,
+    Storage,
+    check_keys,
+    check_pairs,
+    flat_parts,
+)
 from .batch import by_segment, copy_at, gather, runs
 from .folder import Draft, Folder, Segment
 from .segment import encode_index
@@ -105,7 +117,7 @@ class FileStorage(Storage):
         flags = np.array([place is not None for place in self.folder.find(keys, touch=True)], np.bool_)
         new = {key: index for index, key in enumerate(keys) if not flags[index]}  # each key once
         if new:
-            flat = FlatParts.of(parts)
+            flat = flat_parts(parts)
             values = {key: _Value(index, flat[index], flat.sizes[index]) for key, index in new.items()}
             stored = self._put(values, prepare, deadline)
             flags |= np.fromiter((key in stored for key in keys), np.bool_, len(keys))
@@ -201,7 +213,7 @@ class FileStorage(Storage):
                  timeout_s: float | None = None) -> IntArray:  # fmt: skip
         check_pairs(keys, parts)
         deadline = self._begin(timeout_s, "get_many")
-        flat = FlatParts.of(parts, writable=True)
+        flat = flat_parts(parts, writable=True)
         get = _Get(flat, [MISS] * len(keys), [MISS] * len(keys), arrived, deadline)
         tasks = []
         for segment, reads in by_segment(self.folder.find(keys, touch=True), get.found).items():

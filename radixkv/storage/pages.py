@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidArgumentError
 from ..types import PageIds
-from .base import BoolArray, FlatParts, Storage
-from .batch import slices
+from .base import BoolArray, FlatParts, Storage, flat_parts
 from .breaker import Breaker, BreakerConfig
 from .namespace import PageNamespace
 from .sealed import PageCounters, SealedStore
@@ -111,7 +110,7 @@ class PageStore:
         if len(keys) != len(host_pages):
             raise InvalidArgumentError(f"{len(keys)} digests and {len(host_pages)} host pages")
         many = getattr(self._page_parts, "many", None)
-        payloads = FlatParts.of(
+        payloads = flat_parts(
             [self._page_parts(page) for page in np.asarray(host_pages).tolist()] if many is None else many(host_pages)
         )
         for page, size in zip(host_pages, payloads.sizes, strict=True):
@@ -140,8 +139,7 @@ class _HostPageParts:
         starts, size = self._pool.page_pieces(pages)
         if (starts[:, 1:] == starts[:, :-1] + size).all():  # one behind the other: page_first
             starts, size = starts[:, :1], size * starts.shape[1]
-        views = slices(memory, starts, size)
-        return FlatParts(views, [size * starts.shape[1]] * len(views), writable=not memory.readonly)
+        return FlatParts.of_slices(memory, starts, size)
 
     def __call__(self, page: int) -> list[memoryview]:
         return self.many(np.array([page], np.int32))[0]

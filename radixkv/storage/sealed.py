@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..errors import StorageError, StorageTimeoutError
-from .base import BoolArray, Deadline, FlatParts, Parts, Storage
+from .base import BoolArray, Deadline, Parts, Storage, flat_parts
 from .breaker import Breaker, BreakerConfig
 from .envelope import Check, Seal, Verdict, require_checksum
 
@@ -87,7 +87,7 @@ class SealedStore:
         """Store values: bool [len(keys)], whether each is there now."""
         if not keys:
             return np.zeros(0, np.bool_)
-        flat = FlatParts.of(payloads)
+        flat = flat_parts(payloads)
         seal = Seal(keys, flat)
         flags = self._call(self.storage.put_each, keys, seal.parts(), seal.prepare, timeout_s=timeout_s)
         if flags is None:
@@ -102,7 +102,7 @@ class SealedStore:
         if not keys:
             return good
         deadline = Deadline(timeout_s, "get")
-        flat = FlatParts.of(payloads, writable=True)
+        flat = flat_parts(payloads, writable=True)
         check = Check(keys, flat)
         sizes = self._call(self.storage.get_each, keys, check.parts(), check.arrived, timeout_s=timeout_s)
         if sizes is None:

@@ -18,7 +18,7 @@ import xxhash
 
 from radixkv.errors import InvalidArgumentError, StorageError
 from radixkv.storage import MemoryStorage, SealedStore, Storage, batch, segment
-from radixkv.storage.base import FlatParts, byte_views
+from radixkv.storage.base import byte_views, flat_parts
 from radixkv.storage.envelope import HEADER_BYTES
 from radixkv.storage.file import FileStorage
 
@@ -286,11 +286,11 @@ def test_only_flat_views_of_bytes_are_taken_as_they_are() -> None:
     assert batch.flat_sizes([[memoryview(b"read-only")]], False) == [9]
     assert batch.flat_sizes([[memoryview(b"read-only")]], True) is None
     assert batch.flat_sizes([(good,)], False) is None
-    flat = FlatParts.of([[good], [bytes(4), np.zeros(3, "<i4")]])
+    flat = flat_parts([[good], [bytes(4), np.zeros(3, "<i4")]])
     assert flat.sizes == [10, 16]
-    assert FlatParts.of(flat) is flat
+    assert flat_parts(flat) is flat
     with pytest.raises(InvalidArgumentError, match="read-only"):
-        FlatParts.of(flat, writable=True)
+        flat_parts(flat, writable=True)
 
 
 def test_runs_end_where_they_must() -> None:
@@ -300,3 +300,29 @@ def test_runs_end_where_they_must() -> None:
     assert batch.runs(reads[:3], [10] * 3, 20) == [(64, 20, [0, 1]), (84, 10, [2])]
     assert batch.runs(reads[:2], [10] * 2, 1) == [(64, 10, [0]), (74, 10, [1])]
     assert batch.runs([], [], 1) == []
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_slices_are_the_same_as_lists(pieces: int) -> None:
+    memory, rows = memoryview(bytearray(np.random.default_rng(0).bytes(64))), memoryview(bytearray(b"abcdef"))
+    starts = np.array([[0, 40], [8, 32], [16, 48]], np.int64)[:, :pieces]
+    lists = [[memory[at : at + 8] for at in row] for row in starts.tolist()]
+    sliced, listed = batch.FlatParts.of_slices(memory, starts, 8), flat_parts(lists, writable=True)
+    assert list(sliced) == list(listed) == lists
+    assert sliced.sizes == listed.sizes == [8 * pieces] * 3
+    for made in (sliced.behind(rows, 2), listed.behind(rows, 2)):
+        assert list(made) == [[rows[2 * at : 2 * at + 2], *lists[at]] for at in range(3)]
+        assert made.sizes == [2 + 8 * pieces] * 3
+        assert batch.gather(made, [2, 0]) == [*made[2], *made[0]]
+        assert made.writable
+        for outside in (3, -1):
+            with pytest.raises(IndexError):
+                batch.gather(made, [outside])
+        with pytest.raises(ValueError, match="already"):
+            made.behind(rows, 2)
+    frozen = batch.FlatParts.of_slices(memory.toreadonly(), starts, 8)
+    assert not frozen.writable
+    with pytest.raises(InvalidArgumentError, match="read-only"):
+        flat_parts(frozen, writable=True)
+    with pytest.raises(ValueError, match="2 sizes"):
+        batch.FlatParts([[]], [1, 2], writable=True)
