@@ -86,7 +86,8 @@ class Storage(ABC):
 
         A store that writes values one after the other calls it just before it writes them, so that a checksum and the
         write go through memory once; then it is called from several threads at once, of positions that are not the
-        same. Values that were there already need not be prepared. What it raises, the call raises.
+        same. Values that were there already need not be prepared. What it raises, the call raises (an OSError may count
+        as a write that failed).
         """
         prepare(range(len(keys)))
         return self.put_many(keys, parts, timeout_s=timeout_s)

@@ -233,11 +233,13 @@ class FileStorage(Storage):
         try:
             self.folder.touched(segment, fd)
             for run in runs:
-                get.arrived(self._read_run(fd, run, get))
-        except StorageError:
-            raise
-        except OSError as error:
-            self._count(error)
+                try:
+                    done = self._read_run(fd, run, get)
+                except StorageError:
+                    raise
+                except OSError as error:
+                    return self._count(error)
+                get.arrived(done)
         finally:
             os.close(fd)
 
