@@ -65,7 +65,7 @@ fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then li
 sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 	$(PYTEST) tests/abi/test_sanitizers.py
 
-soak: $(BUILT) ## hours of churn: the whole stack with every byte checked (SOAK_STEPS=N), HiRadixCache beside the original (SOAK_SEEDS=N), the tree under a bounded memory (SOAK_OPS=N)
+soak: $(BUILT) ## hours of churn: the whole stack, HiRadixCache beside the original, the tree (SOAK_STEPS, SOAK_SEEDS, SOAK_OPS)
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000}
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads
 	$(PY) -m tests.hicache.compare --seeds 0:$${SOAK_SEEDS:-500}

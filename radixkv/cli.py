@@ -325,8 +325,12 @@ def _demo(args: argparse.Namespace) -> int:
     failed = [check["name"] for check in report["checks"] if check["verdict"] == "FAILED"]
     if failed:
         return _fail(f"CHECK FAILED: {'; '.join(failed)}", 1)
-    absent = [f"{check['name']} ({check['detail']})" for check in report["checks"] if check["verdict"] == "not shown"]
-    return _fail(f"all that ran is right, but NOT SHOWN: {'; '.join(absent)}", NOT_SHOWN) if absent else 0
+    absent: dict[str, list[str]] = {}  # by the reason
+    for check in report["checks"]:
+        if check["verdict"] == "not shown":
+            absent.setdefault(check["detail"], []).append(check["name"])
+    shown = "; ".join(f"{', '.join(names)} ({why})" for why, names in absent.items())
+    return _fail(f"all that ran is right, but NOT SHOWN: {shown}", NOT_SHOWN) if absent else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

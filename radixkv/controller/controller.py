@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import InvalidArgumentError, StateError
+from ..errors import InvalidArgumentError, StateError, StorageError
 from ..key import NamespacePart
 from ..tree.base import BaseRadixTree, InsertResult, MatchResult, Tokens
 from ..tree.tokens import read_tokens
@@ -38,7 +38,7 @@ from .context import Context, Where
 from .drains import Drains
 from .giveway import GiveWay
 from .hashes import PathHashes
-from .in_flight import InFlight, collect
+from .in_flight import InFlight, PrefetchInFlight, collect, look_at
 from .layers import LayerCounter
 from .ledger import Ledger
 from .loads import Loads
@@ -59,7 +59,8 @@ class Controller:
     In a group every rank makes the same calls in the same order with the same arguments; then every rank has the same
     tree. Which collectives run follows from what has been agreed before, never from a rank's own state: one in each
     poll, one in finish_prefetch while the prefetch is in flight, one a round of an eviction that writes back, one in
-    reset, all_can and the constructor.
+    reset, attach_storage and the constructor (one more if it is given a storage), and one in an eviction that falls short
+    while backups are in flight.
 
     Args:
         tree: empty; nobody else changes it from now on.
@@ -316,13 +317,26 @@ class Controller:
 
         Args: match: made before load; loaded_tokens: of the Load, 0 without one.
         """
+        return self.account(req_id, num_tokens, match.num_tokens, loaded_tokens)
+
+    def account(self, req_id: str, num_tokens: int, device_tokens: int, loaded_tokens: int) -> Attribution:
+        """attribute, for who has no match at hand: so many tokens were on the device, so many were loaded."""
         from_storage = min(self._prefetches.brought.pop(req_id, 0), loaded_tokens)
-        computed = num_tokens - match.num_tokens - loaded_tokens
-        split = Attribution(match.num_tokens, loaded_tokens - from_storage, from_storage, computed)
-        self._context.counts.update(split._asdict())
+        from_host, computed = loaded_tokens - from_storage, num_tokens - device_tokens - loaded_tokens
+        split = Attribution(device_tokens, from_host, from_storage, computed)
+        counts = self._context.counts
+        counts["device_tokens"] += device_tokens
+        counts["host_tokens"] += from_host
+        counts["storage_tokens"] += from_storage
+        counts["computed_tokens"] += computed
+        counts["requests"] += 1
         if self._context.listener is not None:
             self._context.listener.attributed(split)
         return split
+
+    def forget_request(self, req_id: str) -> None:
+        """A request has ended: what a prefetch brought for it is nobody's any more."""
+        self._prefetches.brought.pop(req_id, None)
 
     # ---- settling ----------------------------------------------------------------------------------------------------
     def poll(self) -> Polled:
@@ -333,20 +347,36 @@ class Controller:
         return self._settler.poll()
 
     def attach_storage(self, storage: Any) -> None:
-        """Use a PageStore from now on. Raises: StateError if there is one, InvalidArgumentError without a host."""
+        """Use a PageStore from now on, on all ranks or none. Collective, within the group's deadline.
+
+        Args: storage: a PageStore; or a function that makes one, which is called here: where it raises, the other ranks
+            hear of it. (A rank that makes it before this call, and fails, must not leave the others waiting.)
+        Raises: StateError if there is one, InvalidArgumentError without a host; what making it raises; StorageError if
+            another rank cannot; GroupError. Nothing is attached then, and what was made is the caller's to close.
+        """
         if self._storage is not None:
             raise StateError("there is a storage already: detach it first")
         if not self._context.ledger.has_host:
             raise InvalidArgumentError("storage is behind the host tier, and there is none")
-        edge = storage if hasattr(storage, "look_up") else StorageWorkers(storage, self.config)
+        try:
+            if callable(storage):
+                storage = storage()
+            edge = storage if hasattr(storage, "look_up") else StorageWorkers(storage, self.config)
+            self._stores.use(edge)  # asks it what it has lost
+        except Exception:
+            self._stores.use(None)
+            self._context.agree(Where.ATTACH, [0])
+            raise
+        try:
+            together = self._context.agree(Where.ATTACH, [1])[0]
+        except BaseException:
+            self._stores.use(None)
+            raise
+        if not together:
+            self._stores.use(None)
+            raise StorageError("another rank cannot use its storage, so none does")
         self._storage, self._prefetches.edge = storage, edge
-        self._stores.use(edge)
         self._prefetches.backoff.reset()
-
-    def all_can(self, can: bool) -> bool:
-        """Whether all ranks can do what is about to be done alike (attach a storage that each makes for itself).
-        Collective. Raises: GroupError."""
-        return bool(self._context.agree(Where.ATTACH, [int(can)])[0])
 
     def detach_storage(self) -> Any | None:
         """Cancel what uses storage, end its workers, and forget what was stored. Returns: the PageStore, or None."""
@@ -392,6 +422,11 @@ class Controller:
         """The operations that have begun and are not settled, one by one. ``stats`` has how many, and is cheaper."""
         return collect(self._writes, self._loads, self._stores, self._prefetches)
 
+    def prefetch_in_flight(self, req_id: str) -> PrefetchInFlight | None:
+        """One of them; None if there is none. O(1)."""
+        op = self._prefetches.operations.get(req_id)
+        return None if op is None else look_at(op)
+
     @property
     def prefetch_capacity_tokens(self) -> int:
         """How much prefetches in flight may have asked for together before another one is refused."""
@@ -408,6 +443,7 @@ class Controller:
             stores_in_flight=len(self._stores.operations),
             prefetches_in_flight=len(self._prefetches.operations),
             prefetch_tokens_in_flight=self._prefetches.tokens_in_flight,
+            prefetch_capacity_tokens=self._prefetches.capacity_tokens if self._stores.edge is not None else 0,
             stuck_pages=self._drains.num_pages,
             backing_off=self._stores.backoff.active or self._prefetches.backoff.active,
         )

@@ -15,7 +15,7 @@ from .prefetches import Prefetches
 from .stores import Stores
 from .writes import Writes
 
-__all__ = ["InFlight", "LoadInFlight", "PrefetchInFlight", "collect"]
+__all__ = ["InFlight", "LoadInFlight", "PrefetchInFlight", "collect", "look_at"]
 
 
 class LoadInFlight(NamedTuple):
@@ -59,11 +59,12 @@ def collect(writes: Writes, loads: Loads, stores: Stores, prefetches: Prefetches
         writes=[op.node for op in writes.operations],
         loads={op.parts[-1].node: LoadInFlight(op.parts[0].node, op.parts[-1].node) for op in begun},
         stores={op.op_id: op.node for op in stores.operations},
-        prefetches={req_id: _prefetch(op) for req_id, op in prefetches.operations.items()},
+        prefetches={req_id: look_at(op) for req_id, op in prefetches.operations.items()},
     )
 
 
-def _prefetch(op: PrefetchOp) -> PrefetchInFlight:
+def look_at(op: PrefetchOp) -> PrefetchInFlight:
+    """One prefetch now."""
     return PrefetchInFlight(
         op.op_id, op.node, op.tokens, op.digests[: op.num_pages], op.host_pages[: op.num_pages], op.started_s
     )

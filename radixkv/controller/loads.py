@@ -193,7 +193,7 @@ class Loads:
             self.layers.settle(batch.index)
             self._measure(batch)
             for op in batch.loads:
-                self._finish(op, batch.ticket.seconds)
+                self._finish(op, batch.ticket.seconds * op.num_pages / batch.num_pages)
             return len(batch.loads)
         error = batch.ticket.error or LoadError("the copy failed on another rank")
         again: list[LoadOp] = []

@@ -195,8 +195,8 @@ class PrefetchOp(Operation):
     """Pages of a request are looked for in storage, and brought to the host. Owns ``host_pages``."""
 
     __slots__ = (
-        "cache_salt", "counted_tokens", "digests", "extra_key", "host_pages", "job", "keeps_host", "late_s", "node",
-        "num_pages", "reach", "req_id", "salt", "tokens",
+        "cache_salt", "counted_tokens", "digests", "extra_key", "failed", "host_pages", "job", "keeps_host", "late_s",
+        "node", "num_pages", "reach", "req_id", "salt", "tokens",
     )  # fmt: skip
     FIRST = Stage.LOOKING_UP
     MOVES = _moves(
@@ -222,6 +222,8 @@ class PrefetchOp(Operation):
         """When its fetch began, if that had to wait for room."""
         self.num_pages = 0
         """Pages that are known to exist (FETCHING), that have arrived on all ranks (FETCHED)."""
+        self.failed = False
+        """Storage failed, or brought less than it had said, on some rank."""
 
     @property
     def is_ahead(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, PrefetchInFlight, TorchGroup
 from ..controller.mover_cuda import GpuTransfers
-from ..errors import InvalidArgumentError, StateError, StorageError
+from ..errors import InvalidArgumentError, StateError
 from ..pool.arrays import Array, canonical_dtype
 from ..pool.foreign import EnginePool
 from ..pool.host import HostKVCache
@@ -109,7 +110,7 @@ class PrefetchOperation:
     @property
     def _now(self) -> PrefetchInFlight | None:
         """What is known of it; None if it has ended, also if there is another one of the same request."""
-        found = self._controller.in_flight().prefetches.get(self.request_id)
+        found = self._controller.prefetch_in_flight(self.request_id)
         return found if found is not None and found.op_id == self.id else None
 
     @property
@@ -257,16 +258,13 @@ class HiCacheController:
         """
         if self.enable_storage:
             raise StateError("there is a storage already: detach it first")
-        try:
-            self._attach(backend)
-        except Exception:
-            self.core.all_can(False)
-            raise
-        if not self.core.all_can(True):
-            self.detach_storage()
-            raise StorageError("another rank cannot use its storage")
+        with contextlib.ExitStack() as undo:
+            self.core.attach_storage(lambda: self._make_store(backend, undo))
+            undo.pop_all()
+        _log.info("storage=attached backend=%s", self.storage_backend_type)
 
-    def _attach(self, backend: Any) -> None:
+    def _make_store(self, backend: Any, undo: contextlib.ExitStack) -> PageStore:
+        """Open a storage backend. Args: undo: gets what closes it again."""
         config, host = self._config, self.mem_pool_host
         namespace = PageNamespace.of_geometry(
             host.geometry, host.page_dims, model=config.model_name(), dtype=_dtype_of(self.mem_pool_device),
@@ -275,19 +273,13 @@ class HiCacheController:
             first_head=config.first_head, extra=config.model_extra,
         )  # fmt: skip
         storage, own = storage_of(backend, config)
-        registered = False
-        try:
-            storage.register(host.arena.data)
-            registered = True
-            self.core.attach_storage(PageStore(storage, namespace, host_page_parts(host)))
-        except BaseException:
-            if registered:
-                storage.unregister(host.arena.data)
-            if own:
-                storage.close()
-            raise
+        if own:
+            undo.callback(storage.close)
+        storage.register(host.arena.data)
+        undo.callback(storage.unregister, host.arena.data)
         self._own_storage = storage if own else None
-        _log.info("storage=attached backend=%s", storage.name)
+        undo.callback(setattr, self, "_own_storage", None)
+        return PageStore(storage, namespace, host_page_parts(host))
 
     def detach_storage(self) -> None:
         """Go on without storage. What is stored stays; a backend that was made here is closed."""

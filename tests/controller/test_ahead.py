@@ -318,3 +318,29 @@ def test_ranks_whose_pools_have_parted_find_out() -> None:
 
     with pytest.raises((GroupError, AssertionError), match=r"vectors of|another rank"):
         on_ranks(2, rank)
+
+
+def test_what_ends_before_its_look_up_is_no_success() -> None:
+    outcomes: list[tuple[str, int]] = []
+
+    class Ear:
+        def finished(self, event: Any) -> None:
+            if event.kind == "prefetch":
+                outcomes.append((event.outcome, event.num_tokens))
+
+        def evicted(self, tier: str, num_tokens: int) -> None: ...
+
+        def made_room(self, num_tokens: int, seconds: float) -> None: ...
+
+    stack = stored(prompt(1, 6), prefetch_policy="best_effort", listener=Ear())
+    for calls in (0, 2, 9):
+        assert stack.controller.prefetch("req", prompt(1, 6), ROOT)
+        for _ in range(calls):
+            stack.edge.step()
+        assert stack.controller.finish_prefetch("req")
+        stack.settle()
+        stack.controller.reset()
+    stack.controller.prefetch("miss", prompt(2, 6), ROOT)
+    stack.edge.run()
+    assert stack.controller.finish_prefetch("miss")
+    assert outcomes == [("partial", 0), ("partial", 2 * P), ("done", 6 * P), ("revoked", 0)]

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from radixkv.controller import LocalGroup, TorchGroup
-from radixkv.errors import GroupError, InvalidArgumentError, LoadError, TransferError
+from radixkv.errors import GroupError, InvalidArgumentError, LoadError, StorageError, TransferError
 from radixkv.storage import MemoryStorage
 from radixkv.tree.page_hash import sha256_chain
 
-from .kit import ROOT, P, Stack, ThreadGroup, launch, on_ranks, prompt
+from .kit import ROOT, P, Stack, ThreadGroup, launch, on_ranks, page_store, prompt
 from .soak import Soak, digest_of
 
 torch_needed = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
@@ -220,7 +220,7 @@ def test_how_many_collectives_there_are() -> None:
         return calls
 
     expected = {
-        "make": 1, "idle poll": 1, "evict": 1, "busy poll": 1, "finish": 1, "finish again": 0, "evict nothing": 0,
+        "make": 2, "idle poll": 1, "evict": 1, "busy poll": 1, "finish": 1, "finish again": 0, "evict nothing": 0,
         "match": 0, "reset": 1, "close": 0,
     }  # fmt: skip
     assert on_ranks(2, run) == [expected, expected]
@@ -282,3 +282,50 @@ def test_torch_group_needs_torch_distributed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(GroupError, match="needs torch"):
         TorchGroup()
+
+
+@pytest.mark.parametrize("where", ["made before", "made inside", "refuses to be asked"])
+def test_storage_is_attached_on_all_ranks_or_none(where: str) -> None:
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(threads=True, group=group)
+        store = page_store(stack.host)
+
+        def broken() -> Any:
+            raise StorageError("cannot be reached from here")
+
+        storage: Any = store
+        if where == "made inside":
+            storage = broken if group.rank else lambda: store
+        elif group.rank:
+            store.lost = broken  # type: ignore[method-assign]
+        if where == "made before" and not group.rank:
+            storage = lambda: store  # noqa: E731  # a function here, a PageStore there: both are fine
+        with pytest.raises(StorageError, match="from here" if group.rank else "another rank"):
+            stack.controller.attach_storage(storage)
+        assert stack.controller.storage is None
+        for step in range(2):  # they go on together
+            assert not stack.controller.prefetch(f"r{step}", prompt(1, 8), ROOT)
+            stack.controller.poll()
+        stack.controller.attach_storage(lambda: page_store(stack.host))
+        assert stack.controller.prefetch("r", prompt(1, 8), ROOT)
+        stack.controller.poll()
+        stack.controller.cancel_prefetch("r")
+        stack.settle(10**6)
+        stack.check()
+        return stack.controller.close()
+
+    assert on_ranks(2, run) == [True, True]
+
+
+def test_a_rank_that_never_comes_to_attach_is_an_error() -> None:
+    def run(group: ThreadGroup) -> None:
+        stack = Stack(group=group)
+        if group.rank:
+            group.leave()
+            return
+        with pytest.raises(GroupError):
+            stack.controller.attach_storage(page_store(stack.host))
+        assert stack.controller.storage is None
+        assert not stack.controller.prefetch("r", prompt(1, 8), ROOT)
+
+    on_ranks(2, run)

@@ -231,7 +231,8 @@ def test_the_exit_code_is_the_verdict(
     shown = copy.deepcopy(report)
     for check in shown["checks"]:
         check["verdict"] = "ok"
-    shown["checks"][0] |= {"verdict": verdict, "detail": "because"}
+    for check in shown["checks"][:2]:
+        check |= {"verdict": verdict, "detail": "because"}
     asked: list[DemoConfig] = []
 
     def fake(config: DemoConfig, folder: Path, progress: Any) -> dict[str, Any]:
@@ -246,10 +247,10 @@ def test_the_exit_code_is_the_verdict(
     assert asked == [DemoConfig(users=3, turns_before=2, turns_after=2, host_tokens=1600)]
     assert json.loads(out.read_text())["model"] == "random Llama"
     assert ("FAILED" in captured.out, "not shown" in captured.out) == (verdict == "FAILED", verdict == "not shown")
-    claim = "logits: the bits of recomputation"
+    one, other = "logits: the bits of recomputation", "KV: the fingerprints of recomputation"
     assert captured.err.splitlines()[-1:] == {
-        "ok": [], "FAILED": [f"radixkv: CHECK FAILED: {claim}"],
-        "not shown": [f"radixkv: all that ran is right, but NOT SHOWN: {claim} (because)"],
+        "ok": [], "FAILED": [f"radixkv: CHECK FAILED: {one}; {other}"],
+        "not shown": [f"radixkv: all that ran is right, but NOT SHOWN: {one}, {other} (because)"],
     }[verdict]  # fmt: skip
 
 
