@@ -59,7 +59,7 @@ class Controller:
     In a group every rank makes the same calls in the same order with the same arguments; then every rank has the same
     tree. Which collectives run follows from what has been agreed before, never from a rank's own state: one in each
     poll, one in finish_prefetch while the prefetch is in flight, one a round of an eviction that writes back, one in
-    reset, attach_storage and the constructor (one more if it is given a storage), and one in an eviction that falls short
+    reset, attach_storage and the constructor (one more with a storage), and one in an eviction that falls short
     while backups are in flight.
 
     Args:

@@ -6,8 +6,12 @@
     load stream      ............ [wait e]== layer 0 ==[e0]---+     == layer 1 ==[e1]-----+
 
 A copy waits for what computes when it is asked for (the forward pass may still write the pages that are backed up, or
-read those that a load gets), and a layer that computes waits for its load. A thread a direction puts copies on the
-stream and waits for their end, so that the caller launches nothing.
+those that a load gets: the token of a request that has ended is computed and dropped), and a layer that computes waits
+for its load. A thread a direction puts copies on the stream and waits for their end, so that the caller launches
+nothing.
+
+What computes is the end of a stream, if all that concerns the copy is on it by then. Where another thread launches the
+forward passes it is not: see ``Fence``.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from ..errors import DeviceUnavailableError, TransferError
 from ..pool.layout import KVGeometry, KVView
@@ -26,7 +30,7 @@ from ..transfer.plan import CopyPlan, plan_copy
 from ..types import PageIds
 from .lanes import CopyLane, CopyTicket, PageLane, PageTicket
 
-__all__ = ["CudaMover", "CupyStreams", "GpuTransfers", "StreamProgress", "StreamTransfer", "Streams"]
+__all__ = ["CudaMover", "CupyStreams", "Fence", "GpuTransfers", "StreamProgress", "StreamTransfer", "Streams"]
 
 
 class Streams(Protocol):
@@ -132,6 +136,13 @@ class StreamProgress:
         return bool(self.events.wait_on_stream(layer, self._compute_stream(), timeout_s))
 
 
+Fence: TypeAlias = Callable[[], Callable[[], int | None]]
+"""For an engine that launches forward passes on a thread of its own. Called when a copy is asked for, by that thread;
+must not wait. What it returns is called by the copy's thread, before anything of the copy is on its stream: it waits
+until every forward pass that had been handed over at that time is launched, and returns the stream that they are on
+(None: there is none to wait for). What it raises fails the copy."""
+
+
 class CudaMover:
     """A Mover over the GPU path: a stream and a thread for backups, a stream and a thread for loads.
 
@@ -140,6 +151,7 @@ class CudaMover:
         device_view, host_view: where the bytes lie; the host's must be page-locked.
         compute_stream: returns the stream that computes now, as a number (cudaStream_t); called on the thread that asks
             for a copy or waits for a layer. None: torch's current stream, or CuPy's without torch.
+        fence: None: forward passes are launched by the thread that asks for copies.
         streams, transfer_on: None: made for the device, now; transfer_on gives what copies on a stream.
     Raises: DeviceUnavailableError that says what is missing.
     """
@@ -151,6 +163,7 @@ class CudaMover:
         host_view: KVView,
         compute_stream: Callable[[], int] | None = None,
         *,
+        fence: Fence | None = None,
         streams: Streams | None = None,
         transfer_on: Callable[[int], StreamTransfer] | None = None,
     ) -> None:
@@ -161,12 +174,11 @@ class CudaMover:
         self._geometry, self._device, self._host = geometry, device_view, host_view
         self._streams: Streams = streams or CupyStreams(device)
         self._compute_stream = compute_stream or (lambda: current_stream(device))
+        self._fence = fence
         self._write_stream, self._load_stream = self._streams.new(), self._streams.new()
         transfer_on = transfer_on or GpuTransfers(geometry, device).on
         self._writer, self._loader = transfer_on(self._write_stream), transfer_on(self._load_stream)
-        self._writes = PageLane(
-            "radixkv-write", self._copy_to_host, lambda: self._streams.record(self._compute_stream())
-        )
+        self._writes = PageLane("radixkv-write", self._copy_to_host, self._computed)
         self._loads = CopyLane("radixkv-load")
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> PageTicket:
@@ -177,11 +189,31 @@ class CudaMover:
         """See Mover. The event of the compute stream that the copy waits for is recorded here."""
         self._writes.flush()
 
-    def _copy_to_host(self, device_pages: PageIds, host_pages: PageIds, computed: list[Any]) -> None:
+    def _computed(self) -> Callable[[], Any]:
+        """When a copy is asked for. Returns: what its thread gets the event from that it must wait for, or None."""
+        if self._fence is None:
+            event = self._streams.record(self._compute_stream())
+            return lambda: event
+        launched = self._fence()
+
+        def record() -> Any:
+            stream = launched()
+            return None if stream is None else self._streams.record(stream)
+
+        return record
+
+    def _wait_for(self, stream: int, computed: Callable[[], Any]) -> None:
+        event = computed()
+        if event is not None:
+            self._streams.wait(stream, event)
+
+    def _copy_to_host(
+        self, device_pages: PageIds, host_pages: PageIds, computed: list[Callable[[], Any]]
+    ) -> None:  # fmt: skip
         plan = plan_copy(self._geometry, self._device, self._host, device_pages, host_pages)
         with self._to_the_end(self._write_stream):
-            for event in computed:
-                self._streams.wait(self._write_stream, event)
+            for each in computed:
+                self._wait_for(self._write_stream, each)
             self._writer.copy(plan)
 
     @contextmanager
@@ -198,11 +230,11 @@ class CudaMover:
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CopyTicket:
         """See Mover."""
-        computed = self._streams.record(self._compute_stream())
+        computed = self._computed()
 
         def copy() -> None:
             with self._to_the_end(self._load_stream):
-                self._streams.wait(self._load_stream, computed)
+                self._wait_for(self._load_stream, computed)
                 self._loader.load_back(self._host, self._device, host_pages, device_pages, progress.events)
 
         ticket = CopyTicket(copy, progress.fail)

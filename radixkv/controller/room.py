@@ -34,7 +34,7 @@ class Room:
         context = self.context
         context.flush_backups()  # what they lock would stay
         freed = self._evict(num_tokens)
-        if freed < num_tokens and self.writes.operations:
+        if freed < num_tokens and self.writes.operations and context.config.evict_awaits_backups:
             self.writes.settle_ended()
             freed += self._evict(num_tokens - freed)
         if freed < num_tokens and context.ledger.has_host and context.tree.stats().evictable_tokens:

@@ -343,7 +343,10 @@ def mover_of(found: EnginePool, host: HostKVCache, io_backend: str, config: HiCa
         transfer = CpuTransfer(found.geometry, config.copy_threads)
         return CpuMover(transfer, found.view, host.view())
     transfers = GpuTransfers(found.geometry, int(found.view.device.partition(":")[2]), IO_BACKENDS[io_backend])
-    return CudaMover(found.geometry, found.view, host.view(), transfer_on=transfers.on)
+    return CudaMover(
+        found.geometry, found.view, host.view(), config.compute_stream, fence=config.compute_fence,
+        transfer_on=transfers.on,
+    )  # fmt: skip
 
 
 def _dtype_of(pool: Any) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..controller import ControllerConfig, Listener
+from ..controller.mover_cuda import Fence
 from ..errors import InvalidArgumentError
 from ..pool.host import HostPoolConfig
 from ..types import Policy
@@ -37,6 +38,10 @@ class HiCacheConfig:
         page_hashes: keep the SHA-256 of each page in the tree; None: if there is a storage backend from the start.
             Without, a storage that is attached later costs a hash of the whole path for each store.
         group_timeout_s: how long ranks wait for one another.
+        compute_stream: returns the stream (cudaStream_t) that computes, on the thread that asks; None: torch's current
+            one.
+        compute_fence: needed where forward passes are launched by another thread than the scheduler's (SGLang's overlap
+            scheduler): see docs/engines.md and controller.mover_cuda.Fence.
         copy_threads: of copies between host memory and a pool on the CPU; None: all cores of this process, <= 16.
         listener: is told what happened (metrics).
         clock: seconds; only differences count.
@@ -53,6 +58,8 @@ class HiCacheConfig:
     max_kv_cache_events: int = 1 << 20
     page_hashes: bool | None = None
     group_timeout_s: float = 30.0
+    compute_stream: Callable[[], int] | None = None
+    compute_fence: Fence | None = None
     copy_threads: int | None = None
     listener: Listener | None = None
     clock: Callable[[], float] = time.monotonic

@@ -122,7 +122,9 @@ def ended_prefetch(clock: Clock, ear: Ear, policy: str, until: str, **more: Any)
     ear.take()
     stack.controller.prefetch("r", prompt(1, 4), ROOT)
     if until == "dead":
-        stack.controller._prefetches.operations["r"].job = Broken()
+        operation = stack.controller._prefetches.operations["r"]
+        operation.job.cancel()
+        operation.job = Broken()
     if until != "look-up":
         stack.edge.step()
         stack.controller.poll()

@@ -269,3 +269,112 @@ def test_the_current_stream_is_torchs_or_cupys(monkeypatch: pytest.MonkeyPatch) 
     cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=66 + device))
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     assert current_stream(1) == 67
+
+
+# ---- forward passes that another thread launches ---------------------------------------------------------------------
+FORWARD = 9
+
+
+def make_fenced(fence: Any) -> tuple[CudaMover, FakeStreams]:
+    streams = FakeStreams()
+    mover = CudaMover(
+        GEOMETRY, *views(), lambda: COMPUTE, fence=fence, streams=streams,
+        transfer_on=lambda stream: FakeTransfer(streams, stream),
+    )  # fmt: skip
+    return mover, streams
+
+
+@pytest.mark.parametrize("kind", ["load", "backup"])
+def test_a_copy_waits_for_passes_that_are_not_launched_yet(kind: str) -> None:
+    """The scheduler has handed a batch over and asks for a copy; the forward thread launches later."""
+    launched, asked = threading.Event(), []
+
+    def fence() -> Any:
+        asked.append(threading.get_ident())
+
+        def wait() -> int:
+            asked.append(threading.get_ident())
+            assert launched.wait(30)
+            return FORWARD
+
+        return wait
+
+    mover, streams = make_fenced(fence)
+    if kind == "load":
+        ticket: Any = mover.load(ids(3), ids(1), mover.new_progress())
+    else:
+        ticket = mover.backup(ids(1), ids(3))
+        mover.flush()
+    assert not ticket.wait(0.05)
+    assert streams.log == [], "an event before the pass is on its stream says nothing"
+    streams.log.append(("forward", FORWARD))
+    launched.set()
+    assert ticket.wait(30)
+    assert ticket.error is None
+    stream = LOAD if kind == "load" else WRITE
+    assert streams.log[:3] == [("forward", FORWARD), ("record", FORWARD, "e1 of 9"), ("wait", stream, "e1 of 9")]
+    assert streams.log[3][:2] == ("copy layer" if kind == "load" else "copy", stream)
+    assert asked[0] == threading.get_ident() != asked[1], "the fence waits on the copy's thread"
+    mover.close()
+
+
+def test_nothing_launched_is_nothing_to_wait_for() -> None:
+    mover, streams = make_fenced(lambda: lambda: None)
+    assert mover.backup(ids(1), ids(3)).wait(30)
+    assert streams.log[0] == ("copy", WRITE, [1], [3])
+    mover.close()
+
+
+@pytest.mark.parametrize("kind", ["load", "backup"])
+def test_a_pass_that_is_never_launched_fails_the_copy(kind: str) -> None:
+    def never() -> int:
+        raise TimeoutError("the forward thread does not launch")
+
+    mover, streams = make_fenced(lambda: never)
+    progress = mover.new_progress()
+    ticket = mover.load(ids(3), ids(1), progress) if kind == "load" else mover.backup(ids(1), ids(3))
+    assert ticket.wait(30)
+    assert "does not launch" in str(ticket.error)
+    assert not [entry for entry in streams.log if "copy" in entry[0]]
+    if kind == "load":
+        with pytest.raises(TransferError):
+            progress.wait(0, 30.0)
+    mover.close()
+
+
+def test_a_load_waits_for_the_batch_before_its_own_and_that_for_its_load() -> None:
+    """Two batches in the forward thread, each with a load: launched in order, without a deadlock."""
+    launched = [threading.Event(), threading.Event()]
+    handed_over: list[threading.Event] = []
+
+    def fence() -> Any:
+        last = handed_over[-1] if handed_over else None
+
+        def wait() -> int | None:
+            assert last is None or last.wait(30)
+            return FORWARD if last else None
+
+        return wait
+
+    mover, streams = make_fenced(fence)
+    progresses = []
+    for event in launched:
+        progresses.append(mover.new_progress())
+        mover.load(ids(3), ids(1), progresses[-1])
+        handed_over.append(event)
+
+    def forward() -> None:
+        for progress, event in zip(progresses, launched, strict=True):
+            for layer in range(GEOMETRY.num_layers):
+                assert progress.wait(layer, 30.0)
+            streams.log.append(("forward", FORWARD))
+            event.set()
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    mover.close()
+    first = streams.log.index(("forward", FORWARD))
+    second_load = [at for at, entry in enumerate(streams.log) if entry[0] == "copy layer"][GEOMETRY.num_layers]
+    assert first < second_load

@@ -110,7 +110,8 @@ class OurSide(Side):
             self.req_to_token_pool, self.allocator, single_rank_group(), page, setup.host_ratio, 0,
             setup.write_policy, setup.io_backend, setup.layout, self.storage, setup.prefetch_policy,
             config=HiCacheConfig(
-                control=ControllerConfig(**control), host_pool=HostPoolConfig(headroom_bytes=0), model="test",
+                control=ControllerConfig(evict_awaits_backups=False, **control),
+                host_pool=HostPoolConfig(headroom_bytes=0), model="test",
                 copy_threads=1, clock=self.clock.monotonic,
             ),
         )  # fmt: skip
