@@ -63,10 +63,10 @@ class ControllerConfig:
             and 30: less than a restart of a server, more than a retry storm.
         storage_batch_pages: pages a storage call, >= 1: what a cancel waits for. 32.
         storage_timeout_s: seconds a storage call may take, > 0. 5.
-        copy_timeout_s: seconds, > 0, that an eviction waits for its write-back, or for backups that lock what it needs,
-            and a model for a layer of a load. 10: a copy takes milliseconds.
-        evict_awaits_backups: an eviction that falls short while backups lock nodes waits for these and settles them. On:
-            a scheduler whose batch is full evicts, but does not poll. Off, as engines know it: they stay until poll.
+        copy_timeout_s: seconds, > 0, that an eviction waits for its write-back, or for backups that lock what it
+            needs, and a model for a layer of a load. 10: a copy takes milliseconds.
+        evict_awaits_backups: an eviction that falls short while backups lock nodes waits for these and settles them.
+            On: a scheduler whose batch is full evicts, but does not poll. Off, as engines know it: they stay until poll.
         write_timeout_s: seconds, > 0, from the first poll that sees a backup, the mover's queue included, until it is
             given up and its node unlocked. 30: so long a queue means that the link is not what it was.
         prefetch_deadline_s: seconds, > 0, after which wait_complete waits no more. 60: a backend that keeps its own

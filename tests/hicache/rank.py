@@ -145,7 +145,7 @@ class Rank:
         context._mover = self.mover = FlakyMover(context.mover, np.random.default_rng([seed, rank]))
         self.engine = RankEngine(self.cache, chunk=5 * PAGE)
         self.engine.group = self.group
-        self.mover.chance = self.storage.chance = 0.05
+        self.mover.chance, self.storage.chance = 0.15, 0.05
         self.compared = 0
 
     def compare(self) -> None:
