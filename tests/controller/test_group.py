@@ -248,6 +248,21 @@ def test_a_rank_that_makes_other_calls_is_found_out() -> None:
     on_ranks(2, run)
 
 
+def test_a_rank_with_another_tree_is_found_out() -> None:
+    """An allocation failed on rank 1 alone, so that it has evicted."""
+
+    def run(group: ThreadGroup) -> None:
+        stack = Stack(group=group, device_pages=8)
+        stack.compute(prompt(1, 4))
+        stack.settle()
+        stack.device.refuse = group.rank
+        assert stack.controller.alloc_pages(2) is not None
+        with pytest.raises(GroupError, match="another tree than others"):
+            stack.controller.poll()
+
+    on_ranks(2, run)
+
+
 def test_one_rank_agrees_with_itself() -> None:
     assert LocalGroup().min([3, 1]) == [3, 1]
 
