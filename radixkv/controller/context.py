@@ -18,7 +18,10 @@ from .lanes import FailedProgress, FailedTicket
 from .ledger import NO_PAGES, Ledger
 from .workers import FailedJob
 
-__all__ = ["Context", "Where"]
+__all__ = ["HEADER", "Context", "Where"]
+
+HEADER = 10
+"""Values at the front of each vector that ranks agree on: where a rank is, and the counts of its tree, both ways."""
 
 
 class Where(IntEnum):
@@ -29,6 +32,7 @@ class Where(IntEnum):
     FINISH_PREFETCH = 3
     WRITE_BACK = 4
     RESET = 5
+    CALLER = 6
 
 
 class Context:

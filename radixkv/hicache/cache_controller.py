@@ -8,7 +8,8 @@ from typing import Any
 
 from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, TorchGroup
 from ..controller.mover_cuda import GpuTransfers
-from ..errors import InvalidArgumentError
+from ..controller.workers import let_go
+from ..errors import InvalidArgumentError, StorageError
 from ..pool.arrays import canonical_dtype
 from ..pool.foreign import EnginePool
 from ..pool.host import HostKVCache
@@ -20,7 +21,7 @@ from ..tree.base import BaseRadixTree
 from .config import HiCacheConfig
 from .indices import AllocatorPages
 
-__all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "PrefetchOperation", "storage_of"]
+__all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "PrefetchOperation", "backend_name", "storage_of"]
 
 IO_BACKENDS: dict[str, PathName | None] = {"kernel": "kernel", "direct": "engine", "auto": None}
 """On a GPU: by kernels, by copy engines, or for each copy by what was measured to be faster (not known there)."""
@@ -90,6 +91,8 @@ class PrefetchOperation:
 class HiCacheController:
     """The controller, its mover, its group and its storage, for one device pool and one host pool.
 
+    Args: storage: the backend that will be attached, by name, if any; all ranks must mean the same.
+
     Attributes (those that engines touch): layer_done_counter, write_policy, io_backend, mem_pool_host, mem_pool_device,
     mem_pool_device_allocator, page_size, enable_storage. ``core`` is the controller itself.
     """
@@ -104,6 +107,7 @@ class HiCacheController:
         tp_group: Any,
         io_backend: str,
         config: HiCacheConfig,
+        storage: str = "none",
     ) -> None:
         if io_backend not in IO_BACKENDS:
             raise InvalidArgumentError(f"io backend {io_backend!r} is none of {', '.join(IO_BACKENDS)}")
@@ -118,7 +122,7 @@ class HiCacheController:
         try:
             self.core = Controller(
                 tree, device_pages, host_pool, mover, group=self._group, config=config.control,
-                listener=config.listener, clock=config.clock,
+                listener=config.listener, alike=config.alike() | {"storage": storage}, clock=config.clock,
             )  # fmt: skip
         except BaseException:
             mover.close()
@@ -158,8 +162,23 @@ class HiCacheController:
     def attach_storage(self, backend: Any) -> None:
         """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage.
 
-        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached.
+        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached, or on
+            another rank could not: it is attached on all ranks or on none.
         """
+        failed: Exception | None = None
+        try:
+            self._attach(backend)
+        except Exception as error:
+            let_go(error)  # of the host pool's memory
+            failed = error
+        if self.core.agree(failed is None):
+            return
+        if failed is None:
+            self.detach_storage()
+            failed = StorageError("another rank could not attach its storage")
+        raise failed
+
+    def _attach(self, backend: Any) -> None:
         config, host = self._config, self.mem_pool_host
         namespace = PageNamespace.of_geometry(
             host.geometry, host.page_dims, model=config.model_name(), dtype=_dtype_of(self.mem_pool_device),
@@ -208,6 +227,13 @@ class HiCacheController:
         if storage is not None and ended:
             self._part_from(storage)
         return ended
+
+
+def backend_name(backend: Any) -> str:
+    """What is meant, in a word that all ranks say alike."""
+    if backend is None or isinstance(backend, str):
+        return str(backend).lower()
+    return type(backend).__name__
 
 
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:

@@ -29,7 +29,7 @@ from ..tree.base import MatchResult as TreeMatch
 from ..tree.core import RadixTree
 from ..types import ROOT, PageIds
 from .base import MatchResult
-from .cache_controller import HiCacheController, PrefetchOperation
+from .cache_controller import HiCacheController, PrefetchOperation, backend_name
 from .config import HiCacheConfig
 from .hashes import node_hashes, page_hash_for
 from .node import TreeNode
@@ -111,7 +111,7 @@ class HiRadixCache(RadixCache):
         try:
             self.cache_controller = HiCacheController(
                 tree, self._pages, self.kv_cache, found, self.token_to_kv_pool_host, tp_cache_group,
-                hicache_io_backend, config,
+                hicache_io_backend, config, backend_name(hicache_storage_backend),
             )  # fmt: skip
         except BaseException:
             self.token_to_kv_pool_host.close()
@@ -258,7 +258,7 @@ class HiRadixCache(RadixCache):
         """Poll until nothing is left. What is left follows from agreed state, so all ranks poll as often."""
         end_s = time.monotonic() + self.config.control.copy_timeout_s
         while left():
-            if time.monotonic() > end_s:
+            if not self._core.agree(time.monotonic() <= end_s):  # else a rank would poll once more, alone
                 raise StateError(f"{left()} {what} after {self.config.control.copy_timeout_s} s")
             time.sleep(POLL_S)
             self._core.poll()

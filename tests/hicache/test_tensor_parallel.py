@@ -4,15 +4,22 @@ its own. Identical trees, every byte verified, nothing hangs; a rank that is gon
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.controller.kit import launch
+from radixkv.errors import StateError, StorageError
+from radixkv.storage import MemoryStorage
+from tests.controller.kit import ThreadGroup, launch, on_ranks
 
 if not importlib.util.find_spec("torch"):
     pytest.skip("torch is not installed", allow_module_level=True)
+
+from radixkv.hicache import HiRadixCache
+
+from .kit import hiradix_cache, take
 
 MODULE = "tests.hicache.rank"
 
@@ -61,3 +68,65 @@ def test_four_ranks_serve_alike(tmp_path: Path) -> None:
     check_served(results, 30)
     assert results[3] == {}
     check_told(results, ["exit"])
+
+
+# ---- ranks that are threads ------------------------------------------------------------------------------------------
+def cache_of(group: ThreadGroup, **more: Any) -> HiRadixCache:
+    """A rank's cache; from now on it agrees with the others."""
+    cache = hiradix_cache(load_back_threshold=1, **more)
+    cache.cache_controller.core._context.group = group
+    return cache
+
+
+class NeverEnds:
+    """A copy that does not."""
+
+    error = None
+    seconds = 0.0
+
+    def done(self) -> bool:
+        return False
+
+    cancel = done
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return False
+
+
+def test_who_waits_too_long_does_so_on_all_ranks() -> None:
+    """The clock of one rank must not decide how often it polls."""
+
+    def run(group: ThreadGroup) -> None:
+        cache = cache_of(group, copy_timeout_s=60.0)
+        if group.rank:
+            cache.config = replace(cache.config, control=replace(cache.config.control, copy_timeout_s=0.05))
+        cache.cache_controller.core._context.mover.backup = lambda *pages: NeverEnds()
+        cache.insert(list(range(16)), take(cache, 16))
+        with pytest.raises(StateError, match="1 copies to the host are in flight"):
+            cache.writing_check(write_back=True)
+        assert not cache.check_hicache_events()  # they still agree
+
+    on_ranks(2, run)
+
+
+def test_storage_is_attached_on_all_ranks_or_on_none() -> None:
+    def run(group: ThreadGroup) -> None:
+        cache = cache_of(group)
+        broken = MemoryStorage()
+        if group.rank:
+            broken.register = fails  # type: ignore[method-assign]
+        with pytest.raises(StorageError, match="no such device" if group.rank else "another rank could not"):
+            cache.attach_storage_backend(broken)
+        assert not cache.enable_storage
+        cache.attach_storage_backend(MemoryStorage())
+        assert cache.enable_storage
+        with pytest.raises(StateError):
+            cache.attach_storage_backend(MemoryStorage())
+        assert cache.enable_storage
+        cache.close()
+
+    on_ranks(2, run)
+
+
+def fails(memory: Any) -> None:
+    raise StorageError("no such device")
