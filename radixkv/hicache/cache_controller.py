@@ -40,6 +40,7 @@ class LayerDoneCounter:
 
     def __init__(self, layers: LayerCounter) -> None:
         self._layers = layers
+        self._adopted = 0
 
     @property
     def num_layers(self) -> int:
@@ -56,8 +57,17 @@ class LayerDoneCounter:
         return self._layers.next_producer() + 1
 
     def set_consumer(self, index: int) -> None:
-        """Choose the batch of loads that ``wait_until`` waits for. 0 or below: none."""
-        self._layers.set_consumer(max(index, 0) - 1)
+        """Choose the batch of loads that ``wait_until`` waits for. 0 or below: none, but what a request has adopted."""
+        if self._adopted:
+            arrived = self._layers.outcome(self._adopted - 1)
+            if arrived is not None:  # if it has not, it is being loaded again, or has been dropped
+                self._adopted = 0 if arrived or not self._layers.in_flight else self._layers.latest + 1
+        self._layers.set_consumer(max(index, self._adopted, 0) - 1)
+
+    def adopt(self) -> None:
+        """A running request has gone over to pages that are being loaded for another one (it had computed the same, and
+        the cache keeps one of the two): until they are there, whatever is computed next waits for them."""
+        self._adopted = self._layers.latest + 1
 
     def wait_until(self, threshold: int) -> None:
         """Wait until layer ``threshold`` (counted from 0) is in place. On a GPU the current stream waits, not the
@@ -157,6 +167,11 @@ class HiCacheController:
         elif index >= 0:
             self._loads_in_flight = True
         return index + 1
+
+    def adopt_loading(self) -> None:
+        """See LayerDoneCounter.adopt."""
+        self.start_loads()
+        self.layer_done_counter.adopt()
 
     # ---- storage -----------------------------------------------------------------------------------------------------
     def attach_storage(self, backend: Any) -> None:

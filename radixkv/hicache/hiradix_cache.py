@@ -161,6 +161,11 @@ class HiRadixCache(RadixCache):
         tokens = tokens_of(key)  # the controller reads them several times
         return self._core.insert(tokens, pages, None, extra_key, cache_salt)
 
+    def _adopt(self, req: Any, prefix: Array, mine: PageIds, found: TreeMatch) -> int:
+        if found.loading_tokens:
+            self.cache_controller.adopt_loading()
+        return super()._adopt(req, prefix, mine, found)
+
     # ---- device and host ---------------------------------------------------------------------------------------------
     def evict(self, num_tokens: int) -> int:
         """Free device slots, whole leaves in policy order; what has a host copy stays there.
