@@ -153,6 +153,16 @@ class RankEngine(Engine):
             for req in batch:
                 self.give_up(req)
 
+    def decode(self) -> None:
+        """Who runs may have gone over to pages that another request was loading."""
+        try:
+            super().decode()
+        except LoadError:
+            self.lost += 1
+            given_up, self.running = self.running, []
+            for req in given_up:
+                self.give_up(req)
+
     def make_room(self, num_tokens: int) -> bool:
         """What counts as evictable can be evicted, whatever is in flight."""
         missing = num_tokens - self.allocator.available_size()
