@@ -61,8 +61,8 @@ class ControllerConfig:
         storage_timeout_s: seconds a storage call may take, > 0. 5.
         copy_timeout_s: seconds, > 0, that an eviction waits for its write-back, and a model for a layer of a load. 10:
             a copy takes milliseconds.
-        write_timeout_s: seconds, > 0, that a backup may be in flight, the queue included, before it is given up and its
-            node unlocked. 30: so long a queue means that the link is not what it was.
+        write_timeout_s: seconds, > 0, from the first poll that sees a backup, the mover's queue included, until it is
+            given up and its node unlocked. 30: so long a queue means that the link is not what it was.
         prefetch_deadline_s: seconds, > 0, after which wait_complete waits no more. 60: a backend that keeps its own
             deadlines has answered by then.
         prefetch_abandon_s: seconds, > 0, after which poll ends a prefetch that nobody has finished or cancelled: if it

@@ -32,7 +32,7 @@ class Where(IntEnum):
     FINISH_PREFETCH = 3
     WRITE_BACK = 4
     RESET = 5
-    CALLER = 6
+    ATTACH = 6
 
 
 class Context:

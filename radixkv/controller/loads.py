@@ -148,7 +148,8 @@ class Loads:
         context.ledger.begin_load(context.join([part.host_pages for part in parts]))
         op = LoadOp(context.next_op_id(), context.clock(), parts)
         self.queued.append(op)
-        return Load(op.op_id, pages, len(pages) * context.page_size, tail[-1].node)
+        # a copy: the caller may turn his pages into slots in place, and these are where the bytes will go
+        return Load(op.op_id, pages.copy(), len(pages) * context.page_size, tail[-1].node)
 
     def cancel(self, load: Load) -> bool:
         """See Controller.cancel_load."""
@@ -192,7 +193,7 @@ class Loads:
             self.layers.settle(batch.index)
             self._measure(batch)
             for op in batch.loads:
-                self._finish(op, batch.ticket.seconds)
+                self._finish(op, batch.ticket.seconds * op.num_pages / batch.num_pages)
             return len(batch.loads)
         error = batch.ticket.error or LoadError("the copy failed on another rank")
         again: list[LoadOp] = []

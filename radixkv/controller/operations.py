@@ -90,26 +90,35 @@ def _moves(**moves: str) -> dict[Stage, frozenset[Stage]]:
 
 # ---- device <-> host -------------------------------------------------------------------------------------------------
 class WriteOp(Operation):
-    """A node is copied to the host. Owns ``host_pages``; ``device_pages`` are the tree's, locked."""
+    """A node is copied to the host. Owns ``host_pages``; ``device_pages`` are the tree's, locked.
 
-    __slots__ = ("deadline_s", "device_pages", "host_pages", "node", "ticket")
+    Its time runs from the first poll that sees it, which begins the copies that wait: an engine that polls only when a
+    request comes may have left it waiting for as long as nobody came.
+    """
+
+    __slots__ = ("deadline_s", "device_pages", "host_pages", "node", "ticket", "timeout_s")
     FIRST = Stage.COPYING
     MOVES = _moves(COPYING="DONE FAILED CANCELLED")
 
     def __init__(
-        self, op_id: int, started_s: float, deadline_s: float, node: int, device_pages: PageIds, host_pages: PageIds,
+        self, op_id: int, started_s: float, timeout_s: float, node: int, device_pages: PageIds, host_pages: PageIds,
         ticket: Ticket,
     ) -> None:  # fmt: skip
         self.op_id, self.started_s, self.stage = op_id, started_s, Stage.COPYING
-        self.deadline_s = deadline_s
+        self.timeout_s = timeout_s
+        self.deadline_s: float | None = None
         self.node, self.device_pages, self.host_pages, self.ticket = node, device_pages, host_pages, ticket
 
     def status(self, now_s: float) -> int:
         """As copy_status; when the time is up it is cancelled, or overdue if it cannot be."""
         status = copy_status(self.ticket)
-        if status == RUNNING and now_s >= self.deadline_s:
+        if status != RUNNING:
+            return status
+        if self.deadline_s is None:
+            self.deadline_s = now_s + self.timeout_s
+        elif now_s >= self.deadline_s:
             return FAILED if self.ticket.cancel() else OVERDUE
-        return status
+        return RUNNING
 
 
 class LoadPart(NamedTuple):
@@ -184,8 +193,8 @@ class PrefetchOp(Operation):
     """Pages of a request are looked for in storage, and brought to the host. Owns ``host_pages``."""
 
     __slots__ = (
-        "cache_salt", "digests", "extra_key", "host_pages", "job", "keeps_host", "node", "num_pages", "req_id", "salt",
-        "tokens",
+        "cache_salt", "digests", "extra_key", "failed", "host_pages", "job", "keeps_host", "node", "num_pages",
+        "req_id", "salt", "tokens",
     )  # fmt: skip
     FIRST = Stage.LOOKING_UP
     MOVES = _moves(
@@ -204,6 +213,8 @@ class PrefetchOp(Operation):
         self.host_pages: PageIds = np.zeros(0, np.int32)
         self.num_pages = 0
         """Pages that are known to exist (FETCHING), that have arrived on all ranks (FETCHED)."""
+        self.failed = False
+        """Storage failed, or brought less than it had said, on some rank."""
 
     def status(self, now_s: float) -> int:
         return pages_status(self.job)

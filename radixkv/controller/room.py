@@ -22,6 +22,16 @@ class Room:
     def evict(self, num_tokens: int) -> int:
         """See Controller.evict."""
         context = self.context
+        if context.listener is None:
+            return self._make_room(num_tokens)
+        began_s = context.clock()
+        tokens = self._make_room(num_tokens)
+        if tokens:
+            context.listener.made_room(tokens, context.clock() - began_s)
+        return tokens
+
+    def _make_room(self, num_tokens: int) -> int:
+        context = self.context
         context.flush_backups()  # what they lock would stay
         freed = self._evict(num_tokens)
         if freed < num_tokens and context.ledger.has_host and context.tree.stats().evictable_tokens:

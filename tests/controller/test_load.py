@@ -65,6 +65,19 @@ def test_the_whole_tail_comes_back_in_key_order() -> None:
     assert stack.serve(tokens) == 6 * P
 
 
+def test_the_pages_of_a_load_are_the_callers_to_change() -> None:
+    stack = Stack()
+    [node] = on_host(stack, prompt(1, 3))
+    load = stack.controller.load(node)
+    assert load is not None
+    load.page_ids[:] *= P  # slots
+    stack.controller.start_loads()
+    stack.mover.run()
+    stack.controller.poll()
+    assert stack.serve(prompt(1, 3)) == 3 * P
+    stack.check()
+
+
 def test_host_pages_are_not_evicted_before_the_load_has_been_settled() -> None:
     stack = Stack()
     [node] = on_host(stack, prompt(1, 3))

@@ -115,7 +115,7 @@ def test_storage_is_attached_on_all_ranks_or_on_none() -> None:
         broken = MemoryStorage()
         if group.rank:
             broken.register = fails  # type: ignore[method-assign]
-        with pytest.raises(StorageError, match="no such device" if group.rank else "another rank could not"):
+        with pytest.raises(StorageError, match="no such device" if group.rank else "another rank cannot use"):
             cache.attach_storage_backend(broken)
         assert not cache.enable_storage
         cache.attach_storage_backend(MemoryStorage())
