@@ -18,7 +18,10 @@ from .lanes import FailedProgress, FailedTicket
 from .ledger import NO_PAGES, Ledger
 from .workers import FailedJob
 
-__all__ = ["Context", "Where"]
+__all__ = ["HEADER", "Context", "Where"]
+
+HEADER = 10
+"""Values at the front of each vector that ranks agree on: where a rank is, and the counts of its tree, both ways."""
 
 
 class Where(IntEnum):
@@ -102,19 +105,28 @@ class Context:
         return self.last_op_id
 
     def agree(self, where: Where, values: Sequence[int]) -> list[int]:
-        """The element-wise minimum over the ranks, after a check that they are at the same place.
+        """The element-wise minimum over the ranks, after a check that they are at the same place with the same tree.
 
         Raises: GroupError.
         """
         if self.group.size == 1:
             return list(values)
         here = self.last_op_id * 16 + where
-        low, high, *agreed = self.group.min([here, -here, *values])
+        tree = self.tree.stats()
+        mine = [tree.nodes, tree.evictable_tokens, tree.protected_tokens, tree.host_tokens]
+        low, high, *agreed = self.group.min([here, -here, *mine, *(-number for number in mine), *values])
+        lows, highs, agreed = agreed[: len(mine)], agreed[len(mine) : 2 * len(mine)], agreed[2 * len(mine) :]
         if low != -high:
             raise GroupError(
                 f"rank {self.group.rank} is at {where.name} after {self.last_op_id} operations, others at "
                 f"{Where(low % 16).name} after {low // 16} and {Where(-high % 16).name} after {-high // 16}: "
                 "they have made different calls"
+            )
+        if any(least != -most for least, most in zip(lows, highs, strict=True)):
+            ranges = [f"{least} .. {-most}" for least, most in zip(lows, highs, strict=True)]
+            raise GroupError(
+                f"rank {self.group.rank} is at {where.name} with another tree than others (nodes, evictable, protected "
+                f"and host tokens): {mine}, in the group {', '.join(ranges)}; an allocation may have failed on one rank"
             )
         return agreed
 

@@ -294,7 +294,11 @@ def launch(tmp_path: Path, size: int, module: str = "tests.controller.rank", **j
         )
         for rank in range(size)
     ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     failed = [errors[-3000:] for rank, (_, errors) in zip(ranks, outputs, strict=True) if rank.returncode]
     assert not failed, min(failed, key=lambda errors: "closed by peer" in errors)
     return [json.loads(out.splitlines()[-1]) if out.strip() else {} for out, _ in outputs]

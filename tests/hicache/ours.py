@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from radixkv.controller import WRITING, ControllerConfig
+from radixkv.controller.context import HEADER
 from radixkv.controller.operations import RUNNING
 from radixkv.hicache import (
     HiCacheConfig,
@@ -173,7 +174,7 @@ class OurSide(Side):
 
             @staticmethod
             def min(values: Sequence[int]) -> list[int]:
-                return [*values[:2], *(min(value, RUNNING) for value in values[2:])]  # the first two: where it is
+                return [*values[:HEADER], *(min(value, RUNNING) for value in values[HEADER:])]
 
         context = self.core._context
         context.group, own = Group(), context.group
