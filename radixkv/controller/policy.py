@@ -6,7 +6,6 @@ import contextlib
 
 from ..errors import HandleError
 from ..types import ROOT
-from .config import WRITING
 from .context import Context
 from .stores import Stores
 from .writes import Writes
@@ -52,8 +51,7 @@ class WritePolicies:
         context = self.context
         if node == ROOT or context.config.write_policy == "write_back" or not context.ledger.has_host:
             return
-        for part in context.tree.due(node, "host", self.hits_to_host, WRITING):
-            self.writes.begin(part)
+        self.writes.begin_due(node, self.hits_to_host)
         if self.stores.edge is not None:
             for part in self.stores.due(node, self.hits_to_storage):
                 self.stores.begin(part)

@@ -28,18 +28,25 @@ class Writes:
     # ---- write-through -----------------------------------------------------------------------------------------------
     def begin(self, node: int) -> int:
         """See Controller.backup."""
-        context, tree = self.context, self.context.tree
-        if node == ROOT or not context.ledger.has_host:
+        if node == ROOT or not self.context.ledger.has_host:
             return 0
-        pages = tree.begin_write(node, WRITING)
-        if pages is None:
-            return 0
+        pages = self.context.tree.begin_write(node, WRITING)
+        return 0 if pages is None else self._begin(node, pages)
+
+    def begin_due(self, node: int, min_hits: int) -> None:
+        """Begin what a path is due for."""
+        for part, pages in self.context.tree.begin_writes(node, min_hits, WRITING):
+            self._begin(part, pages)
+
+    def _begin(self, node: int, pages: PageIds) -> int:
+        """Begin the copy of a node that the tree has locked and marked for it, or undo that. Returns: tokens."""
+        context = self.context
         host_pages = None
         if len(self.operations) < context.config.max_writes:
-            host_pages = context.reserve_host(len(pages), for_copy=True)
+            host_pages = context.reserve_host(len(pages), True)
         if host_pages is None:
-            tree.mark(node, clear=WRITING)
-            tree.unlock(node)
+            context.tree.mark(node, clear=WRITING)
+            context.tree.unlock(node)
             context.counts["refused_backups"] += 1
             return 0
         ticket = context.begin_backup(pages, host_pages)

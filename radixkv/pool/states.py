@@ -40,8 +40,7 @@ class MemoryStateInt(IntEnum):
 
 
 _IDLE, _RESERVED, _PROTECTED, _SYNCED, _BACKUP = MemoryStateInt
-_ANY = sum(1 << state for state in MemoryStateInt)
-_ANY_BUT_PROTECTED = _ANY & ~(1 << _PROTECTED)
+_ANY_BUT_PROTECTED = sum(1 << state for state in MemoryStateInt) & ~(1 << _PROTECTED)
 
 
 def _bits(states: tuple[MemoryStateInt, ...]) -> int:
@@ -73,7 +72,7 @@ class HostSlots:
         """Make every page IDLE, whatever it was. No copy may be in flight."""
         with self.lock:
             self._allocator = SlotAllocator(self.num_pages)
-            self._state = np.zeros(self.num_pages, np.uint8)
+            self._state = self._allocator.states  # IDLE is 0: free
 
     def available_size(self) -> int:
         """Slots that can be allocated now."""
@@ -128,10 +127,7 @@ class HostSlots:
     def alloc_pages(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
         """As ``alloc``, in pages; PROTECTED at once if a copy is to write them. Returns: int32 ids, new."""
         with self.lock:
-            pages = self._allocator.alloc(num_pages)
-            if pages is not None:
-                page_ops.move(self._state, pages, _ANY, _PROTECTED if for_copy else _RESERVED)
-        return pages
+            return self._allocator.alloc(num_pages, _PROTECTED if for_copy else _RESERVED)
 
     def free_pages(self, pages: npt.NDArray[Any]) -> None:
         """As ``free``, in pages."""
@@ -140,7 +136,6 @@ class HostSlots:
             if at >= 0:
                 raise StateError(f"host page {pages[at]} is freed while a copy is in flight")
             self._allocator.free(pages)
-            page_ops.move(self._state, pages, _ANY, _IDLE)
 
     def move_pages(self, pages: npt.NDArray[Any], to: MemoryStateInt, verb: str, *allowed: MemoryStateInt) -> None:
         """Change the state of pages that the caller knows to be of this pool.
