@@ -149,8 +149,13 @@ class CopyLane:
                     if self._closed:
                         return
                     self._changed.wait()
-                tickets = self._next()
-            self._run(tickets)
+            self._turn()
+
+    def _turn(self) -> None:
+        """Copy what is next, if it is there still."""
+        with self._lock:
+            tickets = self._next() if self._waiting else []
+        self._run(tickets)
 
     def _next(self) -> list[Any]:
         """What is copied next, off the queue."""
@@ -182,9 +187,11 @@ class PageTicket(CopyTicket):
         self.lane, self.src_pages, self.dst_pages = lane, src_pages, dst_pages
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        if not self._done:
-            self.lane.flush()
-        return super().wait(timeout_s)
+        if self._done:
+            return True
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self.lane.awaited(self, until_s)
+        return self._done or super().wait(None if until_s is None else max(0.0, until_s - time.monotonic()))
 
 
 class PageLane(CopyLane):
@@ -231,7 +238,17 @@ class PageLane(CopyLane):
             with self._lock:
                 self._begin()
 
+    def awaited(self, ticket: PageTicket, until_s: float | None) -> None:
+        """Somebody waits for a ticket until then (of time.monotonic)."""
+        self.flush()
+
     def _begin(self) -> None:
+        self._line_up()
+        if self._waiting:
+            self._wake()
+
+    def _line_up(self) -> None:
+        """Put what was taken on into the queue."""
         tickets, self._taken_on, self._pages_taken_on = self._taken_on, [], 0
         if not tickets:
             return
@@ -244,7 +261,6 @@ class PageLane(CopyLane):
         for ticket in tickets:
             ticket.after = mark
         self._waiting.extend(tickets)
-        self._wake()
 
     def _next(self) -> list[PageTicket]:
         tickets = [self._waiting.popleft()]
