@@ -63,17 +63,16 @@ class SharedLane(PageLane):
             return
         try:
             helps = until_s is None or time.monotonic() < until_s
-            with self._lock:
-                self._line_up()
             while helps and not ticket.done():
                 with self._lock:
+                    self._line_up()
                     tickets = self._next() if self._waiting else []
                 helps = bool(tickets) and self._help(tickets, until_s)
         finally:
             self._copying.release()
-            with self._lock:
-                if self._waiting:
-                    self._wake()
+            if not ticket.done() or self._waiting:
+                with self._lock:
+                    self._begin()
 
     def _help(self, tickets: list[PageTicket], until_s: float | None) -> bool:
         """Copy tickets of the queue, here. Returns: False: the thread has to go on with them."""

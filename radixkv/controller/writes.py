@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import GroupError
+from ..tree.base import EvictResult
 from ..types import ROOT, BackupRequest, PageIds
 from .base import Outcome, Ticket
 from .config import WRITING
@@ -24,6 +25,8 @@ class Writes:
         self.backed_up: Callable[[int], None] = lambda node: None
         """Is told of each node that has got its host copy; an eviction tells at its end."""
         self._written_back: list[int] = []
+        self._freed: list[PageIds] = []
+        """Device pages that an eviction has freed so far."""
 
     # ---- write-through -----------------------------------------------------------------------------------------------
     def begin(self, node: int) -> int:
@@ -93,6 +96,8 @@ class Writes:
         try:
             return self._evict_in_rounds(num_tokens)
         finally:
+            freed, self._freed = self._freed, []
+            self.context.free_device(freed)
             nodes, self._written_back = self._written_back, []
             for node in nodes:
                 self.backed_up(node)
@@ -101,7 +106,7 @@ class Writes:
         context, freed = self.context, 0
         while freed < num_tokens:
             result = context.tree.evict(num_tokens - freed, backup=True)
-            freed += context.evicted_from_device(result.page_ids, result.host_page_ids)
+            freed += self._left_device(result)
             if not result.to_backup:
                 break
             moved = self._write_back(result.to_backup)
@@ -151,7 +156,13 @@ class Writes:
             context.counts["dropped_nodes"] += 1
             context.counts["dropped_tokens"] += result.num_tokens
             context.finished("write_back", "dropped", len(result.page_ids), 0.0, context.clock())
-        return context.evicted_from_device(result.page_ids, result.host_page_ids)
+        return self._left_device(result)
+
+    def _left_device(self, result: EvictResult) -> int:
+        """Pages of a result are no longer in the tree; those of the device are freed at the end. Returns: device
+        tokens."""
+        self._freed.append(result.page_ids)
+        return self.context.left_device(result.page_ids, result.host_page_ids)
 
     def _count_write_back(self, ticket: Ticket, num_pages: int, arrived: bool, started_s: float) -> None:
         context = self.context

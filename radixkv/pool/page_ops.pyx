@@ -187,3 +187,24 @@ def clear_pairs(cnp.ndarray table, keys):
     for i in range(n):
         if 0 <= key[i] < size:
             out[key[i]] = -1
+
+
+def move_values(cnp.ndarray table, keys, cnp.ndarray states, unsigned int allowed, unsigned int to):
+    """``move`` of the values that keys have, and then they have none. Returns: how many; -1, and nothing changes, if a state is
+    no bit of ``allowed``."""
+    cdef cnp.ndarray k = int32_ids(keys)
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(k), i, size = cnp.PyArray_SIZE(table), num_states = cnp.PyArray_SIZE(states), found = 0
+    cdef const int32_t *key = <const int32_t *>cnp.PyArray_DATA(k)
+    cdef int32_t *values = ids_of(table)
+    cdef uint8_t *state = bytes_of(states)
+    for i in range(n):
+        if 0 <= key[i] < size and values[key[i]] >= 0:
+            inside(&values[key[i]], 1, num_states)
+            if not (allowed >> state[values[key[i]]]) & 1:
+                return -1
+    for i in range(n):
+        if 0 <= key[i] < size and values[key[i]] >= 0:
+            state[values[key[i]]] = <uint8_t>to
+            values[key[i]] = -1
+            found += 1
+    return found

@@ -148,6 +148,16 @@ class HostSlots:
             if at >= 0:
                 self._refuse(pages, at, verb, allowed)
 
+    def move_values(
+        self, table: PageIds, keys: PageIds, to: MemoryStateInt, verb: str, *allowed: MemoryStateInt
+    ) -> int:
+        """move_pages of those that ``table`` has for ``keys`` (-1: none), and then it has none. Returns: how many."""
+        with self.lock:
+            moved = page_ops.move_values(table, keys, self._state, _bits(allowed), to)
+            if moved < 0:
+                self._check(page_ops.pairs_of(table, keys), verb, allowed)
+        return moved
+
     def states_of(self, pages: npt.NDArray[Any] | slice) -> npt.NDArray[np.uint8]:
         """The states of pages (slice(None): of all), a copy."""
         with self.lock:
