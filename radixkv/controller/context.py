@@ -59,8 +59,9 @@ class Context:
 
     def begin_backup(self, device_pages: PageIds, host_pages: PageIds) -> Ticket:
         """Ask for a copy to the host. A mover that refuses is a copy that failed: ranks must not part here."""
+        assert self._mover is not None, "there is no host tier"
         try:
-            return self.mover.backup(device_pages, host_pages)
+            return self._mover.backup(device_pages, host_pages)
         except Exception as error:
             return FailedTicket(error)
 

@@ -65,7 +65,8 @@ class Ledger:
     def reserve(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
         """Take host pages, for bytes that come from storage, or by a copy from the device; None if there are too
         few."""
-        return self.host.alloc_pages(num_pages, for_copy)
+        assert self._host is not None, "there is no host tier"
+        return self._host.alloc_pages(num_pages, for_copy)
 
     def end_write(self, device_pages: PageIds, pages: PageIds) -> None:
         """The copy is done: both tiers hold the bytes."""

@@ -43,10 +43,9 @@ class Writes:
 
     def _begin(self, node: int, pages: PageIds) -> int:
         """Begin the copy of a node that the tree has locked and marked for it, or undo that. Returns: tokens."""
-        context = self.context
-        host_pages = None
-        if len(self.operations) < context.config.max_writes:
-            host_pages = context.reserve_host(len(pages), True)
+        context, config = self.context, self.context.config
+        num_pages = len(pages)
+        host_pages = context.reserve_host(num_pages, True) if len(self.operations) < config.max_writes else None
         if host_pages is None:
             context.tree.mark(node, clear=WRITING)
             context.tree.unlock(node)
@@ -54,9 +53,9 @@ class Writes:
             return 0
         ticket = context.begin_backup(pages, host_pages)
         now_s = context.clock()
-        deadline_s = now_s + context.config.write_timeout_s
-        self.operations.append(WriteOp(context.next_op_id(), now_s, deadline_s, node, pages, host_pages, ticket))
-        return len(pages) * context.page_size
+        op_id = context.next_op_id()
+        self.operations.append(WriteOp(op_id, now_s, now_s + config.write_timeout_s, node, pages, host_pages, ticket))
+        return num_pages * context.page_size
 
     def settle(self, op: WriteOp, status: int) -> bool:
         """The copy has ended on all ranks, or is overdue. Returns: whether the node has its host copy now."""

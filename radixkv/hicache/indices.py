@@ -57,17 +57,14 @@ class Indices:
         Raises: InvalidArgumentError if there are too few, or they are not whole pages, each in ascending order.
         """
         on_cpu = getattr(indices, "is_cpu", None)
-        given = indices.numpy() if on_cpu else indices if on_cpu is False else np.asarray(indices)
-        have = len(given)
+        if on_cpu is not False:
+            given = indices.numpy() if on_cpu else np.asarray(indices)
+            return pages_of(given, self.page_size, -1 if num_pages is None else num_pages)
+        have = len(indices)
         wanted = have if num_pages is None else num_pages * self.page_size
         if wanted > have or wanted % self.page_size:
             raise InvalidArgumentError(f"{have} slots for {wanted} tokens in pages of {self.page_size}")
-        if not wanted:
-            return np.zeros(0, np.int32)  # of an empty list the dtype is anything
-        if on_cpu is False:
-            return self._pages_on_gpu(given[: wanted : self.page_size])
-        array = given if wanted == have else given[:wanted]
-        return pages_of(array if array.flags.c_contiguous else array.copy(), self.page_size)
+        return self._pages_on_gpu(indices[: wanted : self.page_size])
 
     def _pages_on_gpu(self, starts: Any) -> PageIds:
         """The pages that begin at these slots."""

@@ -76,20 +76,26 @@ def slots_of(const int32_t[::1] page_ids, int64_t page_size):
     return out
 
 
-def pages_of(cnp.ndarray slots, int64_t page_size):
-    """The pages that whole runs of slots are: a new int32 array [len(slots) // page_size].
+def pages_of(cnp.ndarray slots, int64_t page_size, Py_ssize_t num_pages=-1):
+    """The pages that whole runs of slots are: a new int32 array [len(slots) // page_size], or of the first num_pages.
 
-    Args: slots: int32 or int64 [n], contiguous; n is a multiple of page_size.
+    Args: slots: int32 or int64 [n]; n is a multiple of page_size, or enough for num_pages.
     Raises: InvalidArgumentError, naming the place, unless they are whole pages, each in ascending order; ArgumentTypeError.
     """
     cdef cnp.npy_intp n, pages
     cdef Py_ssize_t wrong
-    if slots.ndim != 1 or not cnp.PyArray_IS_C_CONTIGUOUS(slots) or not cnp.PyArray_ISALIGNED(slots):
-        raise ArgumentTypeError(f"slots are contiguous and one-dimensional, not {slots.ndim}-d or strided")
+    if slots.ndim != 1:
+        raise ArgumentTypeError(f"slots are one-dimensional, not {slots.ndim}-d")
     n = cnp.PyArray_DIM(slots, 0)
-    if n % page_size:
+    if num_pages < 0 and n % page_size:
         raise InvalidArgumentError(f"{n} slots are no whole pages of {page_size}")
-    pages = n // page_size
+    pages = n // page_size if num_pages < 0 else num_pages
+    if pages * page_size > n:
+        raise InvalidArgumentError(f"{n} slots for {pages * page_size} tokens in pages of {page_size}")
+    if pages == 0:
+        return cnp.PyArray_EMPTY(1, &pages, cnp.NPY_INT32, 0)   # of an empty list the dtype is anything
+    if not cnp.PyArray_IS_C_CONTIGUOUS(slots) or not cnp.PyArray_ISALIGNED(slots):
+        slots = cnp.PyArray_GETCONTIGUOUS(slots)
     out = cnp.PyArray_EMPTY(1, &pages, cnp.NPY_INT32, 0)
     if cnp.PyArray_TYPE(slots) == cnp.NPY_INT64:
         wrong = narrow(<const int64_t *>cnp.PyArray_DATA(slots), pages, page_size, <int32_t *>cnp.PyArray_DATA(out))
