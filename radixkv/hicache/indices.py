@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import InvalidArgumentError
 from ..pool.arrays import Array, Library, parse_device
 from ..types import PageIds
-from .slots import pages_of, slots_of
+from .slots import pages_at, pages_of, slots_of
 
 __all__ = ["AllocatorPages", "Indices", "NumberedPages"]
 
@@ -33,10 +33,11 @@ class Indices:
         self.device = device
         self.library: Library = library or ("torch" if importlib.util.find_spec("torch") else "numpy")
         self._on_cpu = parse_device(device) == "cpu"
+        self._int64: Any = None  # torch's
         if self.library == "torch":
             import torch
 
-            self._from_numpy = torch.from_numpy
+            self._from_numpy, self._int64 = torch.from_numpy, torch.int64
             self._offsets = torch.arange(page_size, dtype=torch.int64, device=device)
         self.none = self.of_pages(np.zeros(0, np.int32))
         """No slots. One array for all: nobody may write to it."""
@@ -58,8 +59,10 @@ class Indices:
         """
         on_cpu = getattr(indices, "is_cpu", None)
         if on_cpu is not False:
-            given = indices.numpy() if on_cpu else np.asarray(indices)
-            return pages_of(given, self.page_size, -1 if num_pages is None else num_pages)
+            wanted = -1 if num_pages is None else num_pages
+            if on_cpu and indices.dtype is self._int64 and indices.ndim == 1 and indices.is_contiguous():
+                return pages_at(indices.data_ptr(), indices.numel(), self.page_size, wanted)
+            return pages_of(indices.numpy() if on_cpu else np.asarray(indices), self.page_size, wanted)
         have = len(indices)
         wanted = have if num_pages is None else num_pages * self.page_size
         if wanted > have or wanted % self.page_size:

@@ -74,7 +74,8 @@ class Valve:
 
     def passes(self, kind: str, until_s: float | None) -> bool:
         """As a call, for those who wait until then (of time.monotonic) only. Returns: whether they have passed."""
-        if until_s is not None and not self._open[kind].wait(max(0.0, until_s - time.monotonic())):
+        opened = self._open[kind]
+        if until_s is not None and not (opened.is_set() or opened.wait(max(0.0, until_s - time.monotonic()))):
             return False
         self(kind)
         return True
