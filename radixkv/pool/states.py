@@ -240,13 +240,13 @@ class HostSlots:
     def check_integrity(self) -> None:
         """Verify that exactly the allocated pages have a state but IDLE. O(pages). Raises: IntegrityError."""
         with self.lock:
-            self._allocator.check_integrity()
             free = np.zeros(self.num_pages, np.bool_)
             free[self._allocator.free_ids()] = True
             wrong = np.flatnonzero(free != (self._state == _IDLE))
             if wrong.size:
                 page, state = wrong[0], MemoryStateInt(self._state[wrong[0]]).name
                 raise IntegrityError(f"host page {page} is {'free' if free[page] else 'allocated'} and {state}")
+            self._allocator.check_integrity()
 
     def _accessible(self, indices: Any, verb: str, *allowed: MemoryStateInt) -> npt.NDArray[np.int64]:
         """The pages of these slots, if each is in one of these states. Raises: StateError."""
