@@ -183,16 +183,12 @@ class Controller:
         The caller frees the duplicates. Args: backup: False: start nothing. Raises: as tree.insert; nothing has
         changed then.
         """
-        context = self._context
-        ledger = context.ledger
-        adopting = None
-        if ledger.backup_pages:  # some node may be host-only, and adopt pages of the caller
-            adopting = context.tree.peek(tokens, extra_key, cache_salt)
-        result = context.tree.insert(tokens, page_ids, match, extra_key, cache_salt, priority)
-        if adopting is not None and adopting.host_num_tokens:
-            first = adopting.num_tokens // context.page_size
-            host_pages = adopting.host_page_ids()
-            ledger.adopted(read_tokens(page_ids, "page_ids")[first : first + len(host_pages)], host_pages)
+        result = self._context.tree.insert(tokens, page_ids, match, extra_key, cache_salt, priority)
+        host_pages = result.adopted_host_page_ids
+        if len(host_pages):
+            first = result.prefix_tokens // self._context.page_size
+            device_pages = read_tokens(page_ids, "page_ids")[first : first + len(host_pages)]
+            self._context.ledger.adopted(device_pages, host_pages)
         if backup:
             self._policy.start_due(result.node)
         return result

@@ -24,7 +24,6 @@ from ..pool.arrays import Array
 from ..pool.foreign import view_of_engine_pool
 from ..pool.host import HostKVCache, MHATokenToKVPoolHost, MLATokenToKVPoolHost
 from ..pool.layout import Layout
-from ..tree.base import InsertResult
 from ..tree.base import MatchResult as TreeMatch
 from ..tree.core import RadixTree
 from ..types import ROOT, PageIds
@@ -159,10 +158,6 @@ class HiRadixCache(OngoingNames, RadixCache):
         return self.config.control.hits_to_storage
 
     # ---- a request ---------------------------------------------------------------------------------------------------
-    def _insert(self, key: Any, pages: PageIds, extra_key: Any, cache_salt: Any) -> InsertResult:
-        self._children = None
-        tokens = tokens_of(key)  # the controller reads them several times
-        return self._core.insert(tokens, pages, None, extra_key, cache_salt)
 
     def _adopt(self, req: Any, prefix: Array, mine: PageIds, found: TreeMatch) -> int:
         if found.loading_tokens:

@@ -44,6 +44,12 @@ class ValvedRoute:
             progress.begin(self._num_layers)
             progress.advance(self._num_layers)
 
+    def copy_until(self, src_pages: Any, dst_pages: Any, until_s: float | None = None) -> int:
+        """None before the valve opens."""
+        if not self._valve.passes(self._kind, until_s):
+            return 0
+        return self._route.copy_until(src_pages, dst_pages, until_s) if self._copies else len(src_pages)
+
 
 class ValvedStorage(Storage):
     """A backend whose calls pass a valve first."""
