@@ -860,3 +860,29 @@ def test_the_order_of_eviction_does_not_grow_with_time(storage: FileStorage) -> 
         put(storage, f"k{number}", size=1)
         storage.clear()
     assert len(storage.folder._order) < 200
+
+
+def test_a_segment_that_cannot_be_read_at_start_counts_against_the_budget(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files, for a moment: what nobody knows would stay on disk beside a whole budget of others."""
+    with FileStorage(folder, max_bytes=6 * 4096) as storage:
+        for number in range(6):
+            assert put(storage, f"old{number}") == [True]
+    with monkeypatch.context() as patch:
+        real = os.open
+
+        def fails(path: Any, *arguments: Any, **more: Any) -> int:
+            if "segments" in str(path):
+                raise OSError(errno.EMFILE, "too many open files")
+            return real(path, *arguments, **more)
+
+        patch.setattr(os, "open", fails)
+        storage = FileStorage(folder, max_bytes=6 * 4096)
+    with storage:
+        assert storage.stats()["io_errors"] == 6
+        assert storage.stats()["used_bytes"] == 6 * 4096
+        for number in range(8):
+            assert put(storage, f"new{number}") == [True]
+            assert disk_bytes(folder) <= 6 * 4096
+        assert get(storage, "new7") == [True]
