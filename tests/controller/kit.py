@@ -106,13 +106,15 @@ class ScriptedMover:
     """A Mover that copies when told: ``step()`` runs the oldest copy. ``instant``: each at once. ``begins``: a copy
     begins at once, so that it cannot be cancelled, and ends with its step. ``fail``: what a copy of a kind raises."""
 
-    def __init__(self, device: DeviceMemory, host: HostKVCache) -> None:
-        transfer = CpuTransfer(GEOMETRY, 1)
+    def __init__(self, device: Any, host: HostKVCache) -> None:
+        """Args: device: a DeviceMemory, or anything with ``view`` and ``free_ids``."""
+        transfer = CpuTransfer(host.geometry, 1)
         self._device, self._host = device, host
         self._to_host = transfer.route(device.view(), host.view())
         self._to_device = transfer.route(host.view(), device.view())
         self.waiting: list[tuple[str, ScriptedTicket]] = []
         self.instant = self.begins = False
+        self.ticket: Callable[..., ScriptedTicket] = ScriptedTicket
         self.fail: Callable[[str], BaseException | None] = lambda kind: None
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> CopyTicket:
@@ -124,7 +126,7 @@ class ScriptedMover:
             states = set(self._host.states_of(host_pages).tolist())
             assert states == {MemoryStateInt.PROTECTED}, f"a copy writes host pages in states {states}"
 
-        return self._put("backup", ScriptedTicket(copy), check)
+        return self._put("backup", self.ticket(copy), check)
 
     def flush(self) -> None:
         """Copies begin when the test says."""
@@ -138,10 +140,10 @@ class ScriptedMover:
             free = set(device_pages.tolist()) & set(self._device.free_ids().tolist())
             assert not free, f"a copy writes device pages {free}, which are free"
 
-        return self._put("load", ScriptedTicket(copy, progress.fail), check)
+        return self._put("load", self.ticket(copy, progress.fail), check)
 
     def new_progress(self) -> Progress:
-        return Progress(GEOMETRY.num_layers)
+        return Progress(self._host.geometry.num_layers)
 
     def _raise(self, kind: str) -> None:
         error = self.fail(kind)
