@@ -155,7 +155,7 @@ class FileStorage(Storage):
         except StorageError:
             raise
         except OSError as error:
-            return error
+            return error.with_traceback(None)  # its frames hold views, and the caller's hold it: a cycle
         return None
 
     def _publish(self, done: Sequence[tuple[Draft, _Batch]], failed: Sequence[Draft], deadline: Deadline) -> set[str]:
@@ -314,7 +314,10 @@ class FileStorage(Storage):
             if not helper.cancel():
                 helper.result()
         if errors:
-            raise errors[0]
+            try:
+                raise errors[0]
+            finally:
+                errors.clear()  # else the error and this frame hold each other, and views of the caller's memory
         return [results[index] for index in range(len(tasks))]
 
     def _count(self, error: OSError) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
+import mmap
 import os
 import signal
 import struct
@@ -886,3 +888,24 @@ def test_a_segment_that_cannot_be_read_at_start_counts_against_the_budget(
             assert put(storage, f"new{number}") == [True]
             assert disk_bytes(folder) <= 6 * 4096
         assert get(storage, "new7") == [True]
+
+
+@pytest.mark.parametrize(("kind", "what"), [(OSError, errno.ENOSPC), (StorageTimeoutError, "late")])
+def test_a_put_that_fails_lets_go_of_the_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], what: Any
+) -> None:
+    """Without waiting for the garbage collector: a host pool whose bytes somebody still sees cannot be closed."""
+
+    def fails(*_: Any) -> None:
+        raise kind(what, "on purpose")
+
+    memory = mmap.mmap(-1, 4096)
+    gc.disable()
+    try:
+        with FileStorage(folder) as storage:
+            monkeypatch.setattr(os, "pwritev", fails)
+            with contextlib.suppress(StorageTimeoutError):
+                assert storage.put_many(["a"], [[memoryview(memory)[:100]]]).tolist() == [False]
+            memory.close()  # BufferError: exported pointers exist
+    finally:
+        gc.enable()
