@@ -155,7 +155,7 @@ class FileStorage(Storage):
         except StorageError:
             raise
         except OSError as error:
-            return error.with_traceback(None)  # its frames hold views, and the caller's hold it: a cycle
+            return OSError(*error.args)  # the frames of the one raised hold views, and the caller's hold it: a cycle
         return None
 
     def _publish(self, done: Sequence[tuple[Draft, _Batch]], failed: Sequence[Draft], deadline: Deadline) -> set[str]:

@@ -18,7 +18,7 @@ from radixkv import RadixTree
 from radixkv.controller import Controller, ControllerConfig, CpuMover, Polled
 from radixkv.controller.base import Digests
 from radixkv.controller.lanes import CopyTicket
-from radixkv.controller.workers import Job, work_on
+from radixkv.controller.workers import Job, let_go, work_on
 from radixkv.errors import GroupError
 from radixkv.pool.arena import ArenaConfig
 from radixkv.pool.host import HostKVCache, HostPoolConfig
@@ -232,6 +232,7 @@ class ScriptedEdge:
             del self.waiting[at]
             job.end()
         except Exception as error:
+            let_go(error)
             del self.waiting[at]
             job.end(error)
         job.cancelled = cancelled

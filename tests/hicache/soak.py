@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import json
 import sys
@@ -189,11 +190,11 @@ class CacheSoak(Lives, Driver):
             "settle_timeout_s": 30.0 if threads else 0.0, "copy_timeout_s": 30.0, "write_timeout_s": 0.5,
             "prefetch_deadline_s": 2.0, "prefetch_abandon_s": 5.0, "recheck_stored_s": 1.0,
         }  # fmt: skip
-        self.start()
 
     # ---- processes ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
         """A process starts: everything but the folder is new."""
+        gc.collect()
         self.model = str(self.random.choice(MODELS))
         self.requests: list[Req] = []
         self.locked: list[Any] = []
@@ -779,12 +780,16 @@ class CacheSoak(Lives, Driver):
 def soak_cache(seed: int, steps: int, root: Path, **more: Any) -> Counter[str]:
     """One run. Args: more: of CacheSoak. Returns: what was found, served and what went wrong."""
     disk = Disk(root, seed)
-    with disk.installed():
-        soak = CacheSoak.__new__(CacheSoak)
-        soak.threads = more.get("threads", False)
-        with soak.scripted():
-            soak.__init__(seed, disk, **more)  # type: ignore[misc]
-            soak.run(steps)
+    gc.collect()
+    gc.disable()  # to close may not depend on it, nor whether a seed fails
+    try:
+        with disk.installed():
+            soak = CacheSoak(seed, disk, **more)
+            with soak.scripted():
+                soak.start()
+                soak.run(steps)
+    finally:
+        gc.enable()
     total = Counter(disk.faults)
     total.update(soak.found)
     total.update(soak.done)
