@@ -101,8 +101,11 @@ class Disk:
 
     def used_bytes(self) -> int:
         """On disk, in whole blocks; what processes that died were writing among them."""
-        files = [*self.segments(), *(self.root / "tmp").iterdir()]
-        return sum(-(-path.stat().st_size // BLOCK_BYTES) * BLOCK_BYTES for path in files)
+        used = 0
+        for path in [*self.segments(), *(self.root / "tmp").iterdir()]:
+            with contextlib.suppress(FileNotFoundError):  # threads are at work
+                used += -(-path.stat().st_size // BLOCK_BYTES) * BLOCK_BYTES
+        return used
 
     def damage(self) -> None:
         """One segment: a bit flips, its end is lost or never was written, it holds another one's bytes, or is gone."""
