@@ -65,9 +65,14 @@ fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then li
 sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 	$(PYTEST) tests/abi/test_sanitizers.py
 
-soak: $(BUILT) ## hours of churn: the whole stack with every byte checked (SOAK_STEPS=N), HiRadixCache beside the original (SOAK_SEEDS=N), the tree under a bounded memory (SOAK_OPS=N)
+soak: $(BUILT) ## hours of churn: the whole stack, below and through HiRadixCache, with every byte checked (SOAK_STEPS=N each), HiRadixCache beside the original (SOAK_SEEDS=N), the tree under a bounded memory (SOAK_OPS=N)
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000}
+	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000} --files
+	$(PY) -m tests.hicache.soak --steps $${SOAK_STEPS:-10000000}
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads
+	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads --files
+	$(PY) -m tests.hicache.soak --steps $${SOAK_STEPS:-1000000} --threads
+	! nvidia-smi -L >/dev/null 2>&1 || for path in kernel direct; do $(PY) -m tests.hicache.soak --steps $${SOAK_STEPS:-1000000} --cuda $$path || exit 1; done
 	$(PY) -m tests.hicache.compare --seeds 0:$${SOAK_SEEDS:-500}
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 

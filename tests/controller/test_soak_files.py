@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from radixkv.controller import operations
+from radixkv.errors import PageOwnershipError
 from radixkv.pool.slots import SlotAllocator
 from radixkv.storage import sealed
 from radixkv.storage.folder import Folder
 from radixkv.storage.journal import Journal
 from radixkv.storage.namespace import PageNamespace
 
+from .soak import main
 from .soak_files import ThreadedFileSoak, soak_beside_the_killed, soak_on_files
 
 STEPS = 2500
@@ -121,3 +123,17 @@ def test_a_defect_is_found(defect: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     pytest.fail("nobody noticed")
 
 
+
+
+def test_what_fails_says_how_to_repeat_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["soak", "--files", "--seed", "7", "--steps", "600", "--steps-each", "300"]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    assert "600 steps, seeds 7 .. 8" in capsys.readouterr().out
+    freed_twice(monkeypatch)
+    with pytest.raises(PageOwnershipError):
+        main()
+    again = "again: python -m tests.controller.soak --seed 7 --steps 300 --steps-each 300 --tree core --files"
+    assert again in capsys.readouterr().err
