@@ -241,7 +241,10 @@ class Folder:
             used_ns = os.fstat(fd).st_mtime_ns
         except TornSegmentError:
             self.count("torn")
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                self._add_unreadable(path)
         except OSError:
             self._add_unreadable(path)
         else:

@@ -914,3 +914,24 @@ def test_a_put_that_fails_lets_go_of_the_memory(
             memory.close()  # BufferError: exported pointers exist
     finally:
         gc.enable()
+
+
+def test_a_torn_segment_that_cannot_be_removed_keeps_nobody_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileStorage(folder) as storage:
+        put(storage, "torn")
+    (torn,) = (folder / "segments").glob("??/*")
+    os.truncate(torn, 100)
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path == torn:
+            raise PermissionError(errno.EACCES, "another user's", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with FileStorage(folder, max_bytes=2 * 4096) as storage:
+        assert {name: storage.stats()[name] for name in ("torn", "io_errors", "used_bytes")} == {
+            "torn": 1, "io_errors": 1, "used_bytes": 4096,
+        }  # fmt: skip
+        assert put(storage, "a") == [True]
+        assert get(storage, "a") == [True]
