@@ -79,8 +79,13 @@ class Disk:
         unlink = Path.unlink
 
         def unlink_if_alive(path: Path, missing_ok: bool = False) -> None:
-            if self.running is not None and self.running.dead and path.is_relative_to(self.root):
-                raise Crash
+            process = self.running
+            if process is not None and path.is_relative_to(self.root):
+                if process.dead:
+                    raise Crash
+                if process.chance and process.random.random() < process.chance:
+                    self.faults["unlink EACCES"] += 1
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             unlink(path, missing_ok)
 
         self._replace(Path, "unlink", unlink_if_alive)
@@ -108,7 +113,8 @@ class Disk:
         return used
 
     def damage(self) -> None:
-        """One segment: a bit flips, its end is lost or never was written, it holds another one's bytes, or is gone."""
+        """One segment, and nobody is told: a bit flips, its end is lost or never was written, it holds another one's
+        bytes, or is gone."""
         paths = self.segments()
         if not paths:
             return
@@ -116,7 +122,7 @@ class Disk:
         kind = str(self.random.choice(["flip", "flip", "flip", "cut", "hole", "swap", "delete"]))
         self.faults[kind] += 1
         if kind == "delete":
-            path.unlink()
+            os.unlink(path)
             return
         before, data = path.stat(), bytearray(path.read_bytes())
         at = int(self.random.integers(len(data))) if data else 0

@@ -76,6 +76,30 @@ class Lives:
         self.found.update({name: value for name, value in vars_of(pages.counters).items() if value})
 
 
+class Promised:
+    """A storage whose calls raise StorageErrors, and nothing else: ``broken`` has what else they raised."""
+
+    def __init__(self, inner: Storage) -> None:
+        self._inner = inner
+        self.broken: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not name.endswith("_many"):
+            return value
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            try:
+                return value(*arguments, **more)
+            except StorageError:
+                raise
+            except Exception as error:
+                self.broken.append(f"{name}: {error!r}")
+                raise
+
+        return call
+
+
 def vars_of(counters: Any) -> dict[str, int]:
     return {name: getattr(counters, name) for name in counters.__slots__}
 
@@ -103,7 +127,9 @@ class FileSoak(Lives, Soak):
             }  # fmt: skip
             self.host_pages = int(self.random.integers(8, 40))
         self.model = str(self.random.choice(MODELS))
-        self.storage = Unreliable(self.new_process(self.seed), np.random.default_rng([self.seed, self.lives]))
+        self.storage = Unreliable(
+            Promised(self.new_process(self.seed)), np.random.default_rng([self.seed, self.lives])  # type: ignore[arg-type]
+        )
         super().start()
 
     def act(self, action: Any) -> None:
@@ -150,6 +176,7 @@ class FileSoak(Lives, Soak):
 
     def check(self) -> None:
         super().check()
+        assert not self.storage.inner.broken, self.storage.inner.broken
         if self.alone and self.files["max_bytes"] is not None and not self.process.chance:
             used = self.disk.used_bytes()
             assert used <= self.files["max_bytes"], f"{used} bytes on disk, with a budget of {self.files['max_bytes']}"
