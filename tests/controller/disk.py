@@ -65,6 +65,9 @@ class Disk:
         self.root, self.random = root, np.random.default_rng([seed, 77])
         self.running: Process | None = None
         self.faults: Counter[str] = Counter()
+        self.kept: set[Path] = set()
+        """Files whose removal was refused: what a failed write leaves then is outside of every budget until the next
+        process starts."""
         self._replaced: list[tuple[Any, str, Any]] = []
 
     @contextlib.contextmanager
@@ -85,6 +88,7 @@ class Disk:
                     raise Crash
                 if process.chance and process.random.random() < process.chance:
                     self.faults["unlink EACCES"] += 1
+                    self.kept.add(path)
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             unlink(path, missing_ok)
 
@@ -105,9 +109,9 @@ class Disk:
         return sorted((self.root / "segments").glob("??/*"))
 
     def used_bytes(self) -> int:
-        """On disk, in whole blocks; what processes that died were writing among them."""
+        """On disk, in whole blocks; what processes that died were writing among them. Without ``kept``."""
         used = 0
-        for path in [*self.segments(), *(self.root / "tmp").iterdir()]:
+        for path in {*self.segments(), *(self.root / "tmp").iterdir()} - self.kept:
             with contextlib.suppress(FileNotFoundError):  # threads are at work
                 used += -(-path.stat().st_size // BLOCK_BYTES) * BLOCK_BYTES
         return used
