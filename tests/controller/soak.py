@@ -564,7 +564,7 @@ def run_one(options: Any, gpu: Any, seed: int, steps: int) -> int:
         return soak.served_pages
     from .soak_files import ThreadedFileSoak, soak_on_files
 
-    with tempfile.TemporaryDirectory(prefix="radixkv-soak-") as folder:
+    with tempfile.TemporaryDirectory(prefix="radixkv-soak-", ignore_cleanup_errors=True) as folder:
         if not threads:
             return soak_on_files(seed, steps, Path(folder), options.tree)["served"]
         soak = ThreadedFileSoak(seed, Path(folder), gpu)

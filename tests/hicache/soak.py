@@ -539,7 +539,7 @@ def main() -> None:
     while left > 0:
         steps = min(left, options.steps_each)
         try:
-            with tempfile.TemporaryDirectory(prefix="radixkv-soak-") as folder:
+            with tempfile.TemporaryDirectory(prefix="radixkv-soak-", ignore_cleanup_errors=True) as folder:
                 served += soak_cache(seed, steps, Path(folder), **more)["served"]
         except BaseException:
             again = f"python -m tests.hicache.soak --seed {seed} --steps {steps} --steps-each {steps}"
