@@ -119,6 +119,10 @@ class Disk:
     def damage(self) -> None:
         """One segment, and nobody is told: a bit flips, its end is lost or never was written, it holds another one's
         bytes, or is gone."""
+        with contextlib.suppress(FileNotFoundError):  # a thread has just removed it
+            self._damage()
+
+    def _damage(self) -> None:
         paths = self.segments()
         if not paths:
             return
