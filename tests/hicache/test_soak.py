@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from radixkv.controller import operations
+from radixkv.controller import hashes, operations
+from radixkv.controller.base import Digests
+from radixkv.controller.hashes import PathHashes
 from radixkv.hicache import RadixCache
 from radixkv.hicache.cache_controller import LayerDoneCounter
 from radixkv.hicache.indices import AllocatorPages
 from radixkv.storage import sealed
 from radixkv.storage.namespace import PageNamespace
+from radixkv.tree.page_hash import sha256_chain
 
 from .soak import CacheSoak, soak_cache
 
@@ -57,12 +60,21 @@ def test_it_has_everything(tmp_path: Path) -> None:
 # ---- the run can fail ------------------------------------------------------------------------------------------------
 def not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes from storage is served as it is."""
-    monkeypatch.setattr(sealed, "verify", lambda headers, keys, payloads, num_bytes, sizes: {})
+    monkeypatch.setattr(sealed.Check, "verdicts", lambda self, sizes: {})
 
 
 def tenants_share_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both guards are gone: the salt in the key, and the namespace at the head of the chain."""
     digest = PageNamespace.digest
     monkeypatch.setattr(PageNamespace, "digest", lambda self, salt=b"": digest(self))
+
+    def own(self: PathHashes, node: int) -> Digests:
+        tree = self._tree
+        chain: Digests = sha256_chain(self.path_tokens(node), tree.page_size, None)
+        return chain[-(len(tree.node_info(node).tokens) // tree.page_size) :]
+
+    monkeypatch.setattr(PathHashes, "own", own)
+    monkeypatch.setattr(hashes, "namespace_digest", lambda namespace: None)
 
 
 def slots_leak(monkeypatch: pytest.MonkeyPatch) -> None:
