@@ -66,7 +66,7 @@ class ControllerConfig:
         copy_timeout_s: seconds, > 0, that an eviction waits for its write-back, or for backups that lock what it
             needs, and a model for a layer of a load. 10: a copy takes milliseconds.
         evict_awaits_backups: an eviction that falls short while backups lock nodes waits for these and settles them.
-            On: a scheduler whose batch is full evicts, but does not poll. Off, as engines know it: they stay until poll.
+            On: a scheduler whose batch is full evicts, but does not poll. Off: they wait for poll.
         write_timeout_s: seconds, > 0, from the first poll that sees a backup, the mover's queue included, until it is
             given up and its node unlocked. 30: so long a queue means that the link is not what it was.
         prefetch_deadline_s: seconds, > 0, after which wait_complete waits no more. 60: a backend that keeps its own
@@ -143,12 +143,9 @@ class ControllerConfig:
     def _default_threshold(self) -> int:
         return 1 if self.write_policy == "write_through" else 3
 
-    def fingerprint(self) -> int:
-        """An int32 that is the same in every process for equal settings: ranks compare it."""
-        import zlib
-
-        text = repr([(field.name, _plain(getattr(self, field.name))) for field in fields(self)])
-        return zlib.crc32(text.encode()) & 0x7FFFFFFF
+    def settings(self) -> dict[str, Any]:
+        """By name, such that equal ones have the same repr: ranks compare them."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
 def _plain(value: Any) -> Any:

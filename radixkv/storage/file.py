@@ -183,7 +183,7 @@ class FileStorage(Storage):
         except StorageError:
             raise
         except OSError as error:
-            return error
+            return OSError(*error.args)  # the frames of the one raised hold views, and the caller's hold it: a cycle
         return None
 
     def _publish(self, done: Sequence[tuple[Draft, _Batch]], failed: Sequence[Draft], deadline: Deadline) -> set[str]:
@@ -353,7 +353,10 @@ class FileStorage(Storage):
             if not helper.cancel():
                 helper.result()
         if errors:
-            raise errors[0]
+            try:
+                raise errors[0]
+            finally:
+                errors.clear()  # else the error and this frame hold each other, and views of the caller's memory
         return [results[index] for index in range(len(tasks))]
 
     def _count(self, error: OSError) -> None:
