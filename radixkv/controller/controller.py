@@ -305,6 +305,10 @@ class Controller:
         """
         return self._prefetches.finish(req_id)
 
+    def stop_prefetch(self, req_id: str) -> None:
+        """Read no further; what has arrived stays, and the next finish_prefetch settles it, whatever the policy."""
+        self._prefetches.stop(req_id)
+
     def cancel_prefetch(self, req_id: str) -> None:
         """Give a prefetch up; nothing of it enters the tree. Its pages return once no worker writes them."""
         self._prefetches.cancel(req_id)

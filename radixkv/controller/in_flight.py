@@ -29,7 +29,8 @@ class PrefetchInFlight(NamedTuple):
     """A prefetch that nobody has settled.
 
     tokens: int32, those that were asked for, whole pages. digests, host_page_ids: of the pages that storage has and
-    that there was room for; none before the look-up has answered. started_s: of the controller's clock.
+    that there was room for; none before the look-up has answered. started_s: of the controller's clock. stopped: see
+    Controller.stop_prefetch.
     """
 
     op_id: int
@@ -38,6 +39,7 @@ class PrefetchInFlight(NamedTuple):
     digests: Digests
     host_page_ids: PageIds
     started_s: float
+    stopped: bool
 
 
 class InFlight(NamedTuple):
@@ -66,5 +68,6 @@ def collect(writes: Writes, loads: Loads, stores: Stores, prefetches: Prefetches
 def look_at(op: PrefetchOp) -> PrefetchInFlight:
     """One prefetch now."""
     return PrefetchInFlight(
-        op.op_id, op.node, op.tokens, op.digests[: op.num_pages], op.host_pages[: op.num_pages], op.started_s
+        op.op_id, op.node, op.tokens, op.digests[: op.num_pages], op.host_pages[: op.num_pages], op.started_s,
+        op.stopped,
     )

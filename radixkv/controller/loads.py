@@ -85,15 +85,18 @@ class Loads:
         tail = [self._host_node(part) for part in nodes]
         above = tail[0].parent
         delta = tree.lock(above)
+        loaded: Load | None = None
         try:
             tail = self._worth_it(tail, None if quota_tokens is None else quota_tokens + delta)
             for part in tail:
                 tree.protect_host(part.node)
-            loaded = self._take(tail) if tail else None
-            if loaded is None:
-                context.counts["refused_loads"] += 1
-                for part in tail:
-                    tree.release_host(part.node)
+            try:
+                loaded = self._take(tail) if tail else None
+            finally:  # also if an eviction raises that a rank is gone
+                if loaded is None:
+                    context.counts["refused_loads"] += 1
+                    for part in tail:
+                        tree.release_host(part.node)
         finally:
             tree.unlock(above)
         return loaded

@@ -196,7 +196,7 @@ class PrefetchOp(Operation):
 
     __slots__ = (
         "cache_salt", "counted_tokens", "digests", "extra_key", "failed", "host_pages", "job", "keeps_host", "late_s",
-        "node", "num_pages", "reach", "req_id", "salt", "tokens",
+        "node", "num_pages", "reach", "req_id", "salt", "stopped", "tokens",
     )  # fmt: skip
     FIRST = Stage.LOOKING_UP
     MOVES = _moves(
@@ -222,6 +222,8 @@ class PrefetchOp(Operation):
         """When its fetch began, if that had to wait for room."""
         self.num_pages = 0
         """Pages that are known to exist (FETCHING), that have arrived on all ranks (FETCHED)."""
+        self.stopped = False
+        """Nobody wants more than has come: what is missing is no failure."""
         self.failed = False
         """Storage failed, or brought less than it had said, on some rank."""
 
@@ -236,7 +238,7 @@ class PrefetchOp(Operation):
             return pages_status(self.job)
         ended, found = self.job.done(), self.job.found  # in this order: it is final then
         if found is None:
-            return FAILED_LOOK_UP if ended else RUNNING
+            return FAILED_LOOK_UP + (self.job.error is None) if ended else RUNNING  # without: it was cancelled
         return FAILED_LOOK_UP + 2 * found + (found > 0 or self.job.error is None)
 
 

@@ -132,6 +132,8 @@ class Prefetches:
 
     def _judge(self, op: PrefetchOp, complete: bool) -> None:
         """Storage has brought all that it said it had, or failed."""
+        if op.stopped:
+            return
         op.failed = not complete
         self.backoff.result(complete)
         self.context.counts["prefetch_failures"] += not complete
@@ -201,7 +203,7 @@ class Prefetches:
     def may_end(self, op: PrefetchOp) -> bool:
         """Whether the policy would end it, as far as this rank sees."""
         reading = op.stage is Stage.FETCHING or op.is_ahead
-        if op.stage is Stage.FETCHED or (reading and op.job.done()):
+        if op.stage is Stage.FETCHED or op.stopped or (reading and op.job.done()):
             return True
         config = self.context.config
         if config.prefetch_policy != "wait_complete" and self._is_late(op):
@@ -268,6 +270,13 @@ class Prefetches:
                 self._settle_pages(op, op.num_pages, True)
             else:
                 self._give_up(op)
+
+    def stop(self, req_id: str) -> None:
+        """See Controller.stop_prefetch."""
+        op = self.operations.get(req_id)
+        if op is not None:
+            op.stopped = True
+            op.job.cancel()
 
     def cancel(self, req_id: str) -> None:
         """See Controller.cancel_prefetch."""

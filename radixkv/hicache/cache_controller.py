@@ -149,12 +149,16 @@ class PrefetchOperation:
 
     def is_done(self) -> bool:
         """Whether all that will come is here (or it was revoked, cancelled or settled)."""
-        return self._now is None or self._controller.prefetch_progress(self.request_id).state == "fetched"
+        now = self._now
+        if now is None or now.stopped:
+            return True
+        return self._controller.prefetch_progress(self.request_id).state == "fetched"
 
     def mark_done(self) -> None:
-        """Give it up; nothing of it enters the tree."""
+        """Read no further: the next check_prefetch_progress ends it, and what has come enters the tree. (To give it up:
+        HiRadixCache.cancel_prefetch.)"""
         if self._now is not None:
-            self._controller.cancel_prefetch(self.request_id)
+            self._controller.stop_prefetch(self.request_id)
 
 
 class HiCacheController:

@@ -35,7 +35,7 @@ class HiCacheConfig:
             ranks share pages (give it to share with others, and where heads are replicated over ranks).
         storage_options: keyword arguments of the storage backend.
         eviction_policy: one of radixkv.POLICIES.
-        enable_kv_cache_events, max_kv_cache_events: see RadixCache. Events name the tier ("GPU", "CPU").
+        enable_kv_cache_events, max_kv_cache_events: see RadixCache. Events name the tier ("GPU", "CPU_TIER1").
         page_hashes: keep the SHA-256 of each page in the tree; None: if there is a storage backend from the start.
             Without, a storage that is attached later costs a hash of the whole path for each store.
         group_timeout_s: how long ranks wait for one another.

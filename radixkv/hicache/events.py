@@ -49,7 +49,7 @@ else:
         """Base of the events; on the wire an array whose first item is the class's name."""
 
     class BlockStored(KVCacheEvent):  # type: ignore[no-redef]
-        """Pages entered a tier. medium: "GPU" or "CPU"."""
+        """Pages entered a tier. medium: "GPU" or "CPU_TIER1"."""
 
         block_hashes: list[int]
         parent_block_hash: int | None
@@ -68,7 +68,7 @@ else:
         """Everything is gone."""
 
 
-_MEDIA = {"device": "GPU", "host": "CPU", None: None}
+_MEDIA = {"device": "GPU", "host": "CPU_TIER1", None: None}
 
 
 def to_engine_event(event: Event) -> Any:

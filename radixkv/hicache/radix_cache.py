@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidArgumentError
+from ..events import snapshot
 from ..pool.arrays import Array, Library
 from ..tree.base import BaseRadixTree, InsertResult
 from ..tree.base import MatchResult as TreeMatch
@@ -61,6 +62,7 @@ class RadixCache(BasePrefixCache):
             raise InvalidArgumentError(f"pages of {tree.page_size} tokens in the cache, of {theirs} in the allocator")
         self.req_to_token_pool, self.token_to_kv_pool_allocator = req_to_token_pool, allocator
         self.page_size, self.disable, self.enable_kv_cache_events = tree.page_size, disable, events
+        self._dropped_events = 0
         self.device = "cpu" if allocator is None else allocator.device
         self.tree = tree
         self._ops: Any = tree  # what matches, inserts and locks: the tree, or a controller
@@ -260,8 +262,20 @@ class RadixCache(BasePrefixCache):
         print(f"#tokens: {self.total_size()}")
 
     def take_events(self) -> list[Any]:
-        """The events since the last call, oldest first; [] without enable_kv_cache_events. One event a page."""
-        return [to_engine_event(event) for event in self.tree.take_events()] if self.enable_kv_cache_events else []
+        """The events since the last call, oldest first; [] without enable_kv_cache_events. One event a page.
+
+        If the queue (max_kv_cache_events) has dropped some since then, those that are left are of no use:
+        AllBlocksCleared comes in their place, and then all that the cache holds now. ``tree.stats().dropped_events``
+        counts them.
+        """
+        if not self.enable_kv_cache_events:
+            return []
+        events = self.tree.take_events()
+        dropped = self.tree.stats().dropped_events
+        if dropped != self._dropped_events:
+            self._dropped_events = dropped
+            events = snapshot(self.tree)
+        return [to_engine_event(event) for event in events]
 
     # ---- for views ---------------------------------------------------------------------------------------------------
     def view(self, handle: int) -> TreeNode:

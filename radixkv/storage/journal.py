@@ -207,7 +207,9 @@ class Journal:
         new = self.root / f"journal.{self.owner}"
         fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, b"".join([b"N %d\n" % (self._number + 1), *(line.encode() for line in lines)]))
+            data = b"".join([b"N %d\n" % (self._number + 1), *(line.encode() for line in lines)])
+            if os.write(fd, data) < len(data):
+                raise OSError(errno.ENOSPC, "the new journal took only a part")
         finally:
             os.close(fd)
         if self._log_fd >= 0:

@@ -344,3 +344,20 @@ def test_what_ends_before_its_look_up_is_no_success() -> None:
     stack.edge.run()
     assert stack.controller.finish_prefetch("miss")
     assert outcomes == [("partial", 0), ("partial", 2 * P), ("done", 6 * P), ("revoked", 0)]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+def test_what_is_stopped_keeps_what_has_come(calls: int) -> None:
+    stack = stored(prompt(1, 6), prefetch_policy="wait_complete")
+    assert stack.controller.prefetch("req", prompt(1, 6), ROOT)
+    for _ in range(calls):
+        stack.edge.step()
+    assert not stack.controller.can_terminate("req")
+    stack.controller.stop_prefetch("req")
+    stack.controller.stop_prefetch("unknown")
+    assert stack.controller.can_terminate("req")
+    assert stack.controller.finish_prefetch("req")
+    stack.settle()
+    assert stack.controller.match(prompt(1, 6)).host_num_tokens == max(0, calls - 1) * 2 * P
+    assert stack.controller.stats().prefetch_failures == 0
+    stack.check()

@@ -350,11 +350,15 @@ def test_storage_is_attached_on_all_ranks_or_none(where: str) -> None:
 
 
 def test_a_rank_that_never_comes_to_attach_is_an_error() -> None:
+    made = threading.Event()
+
     def run(group: ThreadGroup) -> None:
         stack = Stack(group=group)
         if group.rank:
+            assert made.wait(30)
             group.leave()
             return
+        made.set()
         with pytest.raises(GroupError):
             stack.controller.attach_storage(page_store(stack.host))
         assert stack.controller.storage is None

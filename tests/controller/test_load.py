@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from radixkv.controller import LayerCounter, Load
-from radixkv.errors import InvalidArgumentError, LoadError, LockError, TransferError
+from radixkv.errors import GroupError, InvalidArgumentError, LoadError, LockError, TransferError
 from radixkv.pool.states import MemoryStateInt
 from radixkv.transfer.cpu import Progress
 
@@ -447,3 +447,22 @@ def test_failures_are_remembered_but_not_for_ever() -> None:
         counter.wait(0, 0.0, index)
     assert counter.wait(0, 0.0, 0)
     assert GEOMETRY.num_layers == 2
+
+
+def test_a_load_whose_eviction_raises_protects_nothing() -> None:
+    """A rank has gone while an eviction waits for the others."""
+    stack = Stack()
+    stack.compute(prompt(1, 3))
+    stack.settle()
+    stack.controller.evict(3 * P)
+    node = stack.controller.match(prompt(1, 3)).host_node
+
+    def gone(num_pages: int) -> None:
+        raise GroupError("rank 1 is gone")
+
+    stack.controller._room.alloc_for_load = gone  # type: ignore[method-assign,assignment]
+    with pytest.raises(GroupError):
+        stack.controller.load(node)
+    assert stack.tree.node_info(node).host_ref == 0
+    stack.check()
+    assert stack.controller.evict_host(3 * P) == 3 * P

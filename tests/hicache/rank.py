@@ -93,7 +93,7 @@ class StarvedEdge:
         self._edge, self._random, self.chance = edge, random, 0.0
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("look_up", "fetch", "store") and self._random.random() < self.chance:
+        if name in ("look_up", "fetch", "bring", "store") and self._random.random() < self.chance:
             raise MemoryError(f"no memory for {name}")
         return getattr(self._edge, name)
 

@@ -87,7 +87,7 @@ def test_the_tier_is_named() -> None:
         cache.evict_host(4)
         events = cache.take_events()
     assert [(type(event), event.medium) for event in events if not isinstance(event, AllBlocksCleared)] == [
-        (BlockStored, "GPU"), (BlockStored, "CPU"), (BlockRemoved, "GPU"), (BlockRemoved, "CPU"),
+        (BlockStored, "GPU"), (BlockStored, "CPU_TIER1"), (BlockRemoved, "GPU"), (BlockRemoved, "CPU_TIER1"),
     ]  # fmt: skip
 
 
@@ -100,11 +100,22 @@ def test_the_wire_format() -> None:
     assert wire[2] == ["AllBlocksCleared"]
 
 
-def test_a_full_queue_drops_and_counts() -> None:
+def test_a_full_queue_is_told_and_made_good() -> None:
     cache = radix_cache(page_size=4, enable_kv_cache_events=True, max_kv_cache_events=2)
     cache.insert([1] * 16, take(cache, 16))
-    assert len(cache.take_events()) == 2
+    events = cache.take_events()
+    assert [type(event) for event in events] == [AllBlocksCleared] + 4 * [BlockStored]
+    assert [event.parent_block_hash for event in events[2:]] == [event.block_hashes[0] for event in events[1:-1]]
     assert cache.tree.stats().dropped_events >= 2
+    cache.insert([2] * 4, take(cache, 4))
+    assert [type(event) for event in cache.take_events()] == [BlockStored], "what was lost is told once"
+
+
+def test_both_publishers_name_tiers_alike() -> None:
+    from radixkv.events import DIALECTS
+    from radixkv.hicache.events import _MEDIA
+
+    assert {medium: name for medium, name in _MEDIA.items() if medium} == dict(DIALECTS["sglang"].media)
 
 
 def test_events_without_msgspec(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,7 @@ def test_a_handle_of_an_old_prefetch_does_not_touch_the_next_of_its_request() ->
             first = side.cache.prefetch_from_storage("r", side.cache.root_node, KEY)
             first.mark_done()
             assert first.is_done()
+            assert side.cache.check_prefetch_progress("r")
             second = side.cache.prefetch_from_storage("r", side.cache.root_node, KEY)
             first.mark_done()
             assert first.id != second.id

@@ -24,6 +24,7 @@ import pytest
 
 from radixkv.errors import InvalidArgumentError, StorageError, StorageTimeoutError
 from radixkv.storage import journal as journal_module
+from radixkv.storage.base import Deadline
 from radixkv.storage.file import FileStorage
 
 from .kit import PAGE_BYTES, HostPages, digests, ids, page_store
@@ -936,3 +937,19 @@ def test_a_torn_segment_that_cannot_be_removed_keeps_nobody_out(folder: Path, mo
         }  # fmt: skip
         assert put(storage, "a") == [True]
         assert get(storage, "a") == [True]
+
+
+def test_a_full_disk_does_not_cut_the_journal_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a new journal would be taken for the whole: what it does not name is forgotten."""
+    log, line = journal_module.Journal(tmp_path), journal_module.Line
+    with log.exclusive(Deadline(30.0, "test")):
+        log.join()
+        before = (tmp_path / "journal").read_bytes()
+        write = os.write
+        monkeypatch.setattr(journal_module.os, "write", lambda fd, data: write(fd, data[: len(data) // 2]))
+        with pytest.raises(OSError, match="only a part"):
+            log.replace([line("R", "a" * 32, 100, "b" * 16), line("R", "c" * 32, 100, "d" * 16)])
+        monkeypatch.undo()
+        assert (tmp_path / "journal").read_bytes() == before
+        log.replace([])
+    log.leave()
