@@ -125,13 +125,13 @@ class Prefetches:
             return self._looked_up(op, pages, success)
         op.to(Stage.FETCHED)
         self._count(op, pages)
-        self._judge(op, success and pages == op.num_pages)
+        self._judge(op, success)
         rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
         self.context.ledger.free_host(rest)
         return True
 
     def _judge(self, op: PrefetchOp, complete: bool) -> None:
-        """Storage has brought all that it said it had, or failed."""
+        """Storage has brought all that it said it had and has not lost since, or failed."""
         if op.stopped:
             return
         op.failed = not complete
@@ -246,7 +246,7 @@ class Prefetches:
             if not agreed[0]:
                 return False
             pages, ended = agreed[1] // 2, bool(agreed[2])
-            failed = not agreed[1] % 2 or (ended and pages < op.num_pages)
+            failed = not agreed[1] % 2
             if failed or ended:
                 self._judge(op, not failed)
             op.job.cancel()

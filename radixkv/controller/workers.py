@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
-from ..errors import StateError
+from ..errors import StateError, StorageError
 from ..types import PageIds
 from .base import BoolArray, Digests
 from .config import ControllerConfig
@@ -66,6 +66,7 @@ class Job:
         self.kind, self.digests, self.host_pages, self.salt = kind, digests, host_pages, salt
         self.least: int | None = None
         self.found: int | None = None
+        self.lost_before: int | None = None
         self.look_first = look_first
         self.pages = 0
         self.seconds = 0.0
@@ -286,6 +287,8 @@ def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
         job.pages = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
         job.look_first = False
         return job.host_pages is not None and job.pages < len(job.host_pages)
+    if job.kind == "fetch" and job.lost_before is None:
+        job.lost_before = store.lost()
     if job.least is not None and job.found is None:
         job.found = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
         return job.reach > 0
@@ -295,4 +298,6 @@ def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
     flags = call(job.digests[part], job.host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s)
     done = len(flags) if flags.all() else int(np.argmin(flags))
     job.pages += done
+    if done < len(flags) and job.kind == "fetch" and store.lost() == job.lost_before:
+        job.error = StorageError(f"{job.pages} of {end} pages came, and storage has not lost any")
     return done == len(flags) and job.pages < end

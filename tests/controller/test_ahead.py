@@ -361,3 +361,21 @@ def test_what_is_stopped_keeps_what_has_come(calls: int) -> None:
     assert stack.controller.match(prompt(1, 6)).host_num_tokens == max(0, calls - 1) * 2 * P
     assert stack.controller.stats().prefetch_failures == 0
     stack.check()
+
+
+def test_what_storage_has_evicted_meanwhile_is_no_failure() -> None:
+    """A disk whose budget is full loses pages all the time: three such fetches are no reason to leave it alone."""
+    stack = stored([prompt(seed, 4) for seed in range(4)], backoff_failures=1, prefetch_policy="wait_complete")
+    for seed in range(4):
+        assert stack.controller.prefetch("req", prompt(seed, 4), ROOT)
+        stack.edge.step()
+        stack.controller.poll()
+        names = stack.edge.pages.keys(sha256_chain(prompt(seed, 4), P))
+        stack.edge.pages.storage.delete_many(names[2:])
+        stack.edge.run()
+        if seed % 2:
+            stack.controller.poll()
+        assert stack.controller.finish_prefetch("req")
+        assert stack.controller.match(prompt(seed, 4)).host_num_tokens == 2 * P
+    assert (stack.controller.stats().prefetch_failures, stack.controller.stats().backing_off) == (0, False)
+    stack.check()

@@ -305,6 +305,9 @@ def test_a_ticket_that_was_cancelled_never_runs() -> None:
 
 def test_storage_jobs_end_however_the_backend_fails() -> None:
     class Broken:
+        def lost(self) -> int:
+            return 0
+
         def set_pages(self, *_: Any, **__: Any) -> Any:
             raise StorageError("no connection")
 

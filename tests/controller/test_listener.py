@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from radixkv.controller import Attribution, Finished
 from radixkv.errors import TransferError
 
@@ -113,6 +115,11 @@ class Broken:
     cancel = done
 
 
+def nothing(digests: Any, *_: Any, **__: Any) -> Any:
+    """A storage that fails."""
+    return np.zeros(len(digests), np.bool_)
+
+
 def ended_prefetch(clock: Clock, ear: Ear, policy: str, until: str, **more: Any) -> list[Any]:
     """What is heard of a prefetch of four pages, of which two have come when it is asked for."""
     stack = Stack(storage=True, listener=ear, store_after_backup=True, prefetch_policy=policy, clock=clock, **more)
@@ -129,7 +136,7 @@ def ended_prefetch(clock: Clock, ear: Ear, policy: str, until: str, **more: Any)
         stack.edge.step()
         stack.controller.poll()
     if until == "lost":
-        stack.edge.pages.storage.clear()
+        stack.edge.pages.get_pages = nothing
         stack.edge.run()
         stack.controller.poll()
     clock.now_s += 1000.0
@@ -176,7 +183,7 @@ def test_a_fetch_that_brings_less_than_was_found_has_failed() -> None:
     stack.controller.prefetch("r", prompt(1, 4), ROOT)
     stack.edge.step()
     stack.controller.poll()
-    stack.edge.pages.storage.clear()
+    stack.edge.pages.get_pages = nothing
     stack.settle()
     assert stack.controller.finish_prefetch("r")
     assert stack.controller.stats().prefetch_failures == 1
