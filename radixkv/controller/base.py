@@ -298,8 +298,8 @@ class ControllerStats(NamedTuple):
     want of room or capacity, or while storage is left alone; refused_loads: tails left on the host, for that or because
     they are too short, beyond the quota, or too dear. broken_loads: with nodes that failed load_attempts times, and
     leave the host. stored_doubts: times that storage had lost values, so that marks were doubted. prefetch_failures:
-    look-ups and fetches that failed, or brought less than was found; prefetch_abandoned: ended by poll, as nobody else
-    did; prefetch_late_tokens: fetched, but in the tree by then. The plain *_tokens and requests add up what
+    look-ups and fetches that failed, or brought less than was found and not lost; prefetch_abandoned: ended by poll, as
+    nobody else did; prefetch_late_tokens: fetched, but in the tree by then. The plain *_tokens and requests add up what
     ``attribute`` was told. stuck_pages: kept by operations that were given up but still run. prefetch_capacity_tokens:
     as many in flight refuse another prefetch.
     """
