@@ -56,6 +56,9 @@ class Storage(ABC):
     name: str
     """Of the kind of backend, as the registry knows it: "file", "redis", ..."""
 
+    chained: bool = False
+    """Whether ``put_chain`` does more than put_many."""
+
     @abstractmethod
     def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
         """Write values: bool [len(keys)], whether each is stored now (also if it was there already).
@@ -63,6 +66,16 @@ class Storage(ABC):
         All or nothing for each key: no reader ever sees half a value, unless the machine fails (see each backend's
         durability), which is what the envelope is for. Args: parts: a gather list for each key.
         """
+
+    def put_chain(self, keys: Sequence[str], parts: Sequence[Parts], *, after: str | None = None,
+                  timeout_s: float | None = None) -> BoolArray:  # fmt: skip
+        """put_many of values of which each is of no use without the one before it, the first without ``after`` (None:
+        it begins a chain): the pages of a prompt. What a store does about that is its own affair; this one, nothing.
+
+        A store that is ``chained`` keeps every chain whole from its beginning on: it makes room at the ends of chains,
+        and does not take a value if the one before it is not there.
+        """
+        return self.put_many(keys, parts, timeout_s=timeout_s)
 
     @abstractmethod
     def get_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> IntArray:
@@ -76,6 +89,11 @@ class Storage(ABC):
     @abstractmethod
     def exists_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
         """Look up keys: bool [len(keys)]. A later get may miss all the same (eviction, another process)."""
+
+    def touch_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
+        """Look up keys, and count what is there as used now, where the store makes room by use. By default only the
+        former."""
+        return self.exists_many(keys, timeout_s=timeout_s)
 
     @abstractmethod
     def delete_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:

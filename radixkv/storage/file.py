@@ -3,14 +3,16 @@
 A batch becomes one or more *segments* (segment.py), files of up to ``segment_bytes`` with an index in front, because
 creating a file costs as much as writing 64 KiB to 1 MiB: with one file a value, batches of 64 KiB ran at 3 to 9 % of
 sequential I/O (bench/bench_storage.py). A segment is written to a temporary file and renamed into its place, so it is
-whole or not there. Values are evicted with their segment, least recently used first (folder.py).
+whole or not there. Values are evicted with their segment, least recently used first, but never before what was put
+after them in a chain (folder.py).
 
 Durability: see FileConfig.fsync. Whatever a crash of the machine leaves half written is found by the sums of the index
 and of the envelope, and is a miss.
 
 stats: segments, values, used_bytes (on disk), reserved_bytes (being written); and counters: evicted_segments,
 evicted_values, orphans (left by processes that died), torn (segments and entries), refused (no room within max_bytes),
-no_room (the disk is full), io_errors (EIO, permissions, ...), short (values shorter than their index says).
+gaps (values of a chain not taken, as the one before is not there), no_room (the disk is full), io_errors (EIO,
+permissions, ...), short (values shorter than their index says).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import numpy as np
 
 from ..errors import InvalidArgumentError, StorageError
 from .base import MISS, BoolArray, Deadline, IntArray, Parts, Storage, byte_views, check_keys, check_pairs
-from .folder import Draft, Folder, Segment
+from .folder import AFTER, Draft, Folder, Segment, Want
 from .segment import Entry, encode_index
 from .threads import DaemonPool
 
@@ -67,7 +69,7 @@ class FileStorage(Storage):
     Raises: StorageError if the folder cannot be used.
     """
 
-    name = "file"
+    name, chained = "file", True
 
     def __init__(self, path: str | os.PathLike[str], *, max_bytes: int | None = None, fsync: bool = False,
                  segment_bytes: int = 8 << 20, num_threads: int = 4) -> None:  # fmt: skip
@@ -91,28 +93,42 @@ class FileStorage(Storage):
     # ---- put ---------------------------------------------------------------------------------------------------------
     def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
         check_pairs(keys, parts)
-        deadline = self._begin(timeout_s, "put_many")
+        return self._put_new(keys, parts, None, self._begin(timeout_s, "put_many"))
+
+    def put_chain(self, keys: Sequence[str], parts: Sequence[Parts], *, after: str | None = None,
+                  timeout_s: float | None = None) -> BoolArray:  # fmt: skip
+        check_pairs(keys, parts)
+        check_keys([] if after is None else [after])
+        before: dict[str, str] = {}
+        for key, previous in zip(keys, ["" if after is None else after, *keys], strict=False):
+            before.setdefault(key, previous)
+        return self._put_new(keys, parts, before, self._begin(timeout_s, "put_chain"))
+
+    def _put_new(self, keys: Sequence[str], parts: Sequence[Parts], before: Mapping[str, str] | None,
+                 deadline: Deadline) -> BoolArray:  # fmt: skip
+        """Put what is not there. Args: before: of a chain, the key before each."""
         flags = np.array([place is not None for place in self.folder.find(keys, touch=True)], np.bool_)
         views = {key: byte_views(parts[index]) for index, key in enumerate(keys) if not flags[index]}  # each key once
         if views:
-            stored = self._put(views, deadline)
+            stored = self._put(views, before, deadline)
             flags |= np.fromiter((key in stored for key in keys), np.bool_, len(keys))
         return flags
 
-    def _put(self, values: Mapping[str, list[memoryview]], deadline: Deadline) -> set[str]:
+    def _put(self, values: Mapping[str, list[memoryview]], before: Mapping[str, str] | None,
+             deadline: Deadline) -> set[str]:  # fmt: skip
         """Write values as segments; returns the keys that are stored."""
-        batches = [_Batch(keys, values) for keys in self._split(values)]
+        batches = [_Batch(keys, values, before[keys[0]] if before else "") for keys in self._split(values, before)]
         try:
-            drafts = self.folder.reserve([batch.file_bytes for batch in batches], deadline)
+            drafts = self.folder.reserve([Want(b.file_bytes, b.after, b.entries.keys()) for b in batches], deadline)
         except StorageError:
             raise
         except OSError as error:
             self._count(error)
             return set()
-        self.folder.count("refused", sum(len(b.entries) for b, d in zip(batches, drafts, strict=True) if d is None))
         pairs = [(draft, batch) for draft, batch in zip(drafts, batches, strict=True) if draft is not None]
         try:
             failures = self._run([partial(self._write, draft, batch, deadline) for draft, batch in pairs])
+            self._place(pairs, failures)
         except BaseException:
             self._abandon([draft for draft, _ in pairs])
             raise
@@ -122,12 +138,13 @@ class FileStorage(Storage):
             self._count(failure)
         return self._publish(done, failed, deadline)
 
-    def _split(self, values: Mapping[str, list[memoryview]]) -> Iterable[list[str]]:
+    def _split(self, values: Mapping[str, list[memoryview]], before: Mapping[str, str] | None) -> Iterable[list[str]]:
+        """Keys by segment: as many as fit, and of a chain, a run of it."""
         batch: list[str] = []
         size = 0
         for key, views in values.items():
             more = sum(map(len, views))
-            if batch and size + more > self.segment_bytes:
+            if batch and (size + more > self.segment_bytes or (before is not None and before[key] != batch[-1])):
                 yield batch
                 batch, size = [], 0
             batch.append(key)
@@ -135,7 +152,7 @@ class FileStorage(Storage):
         yield batch
 
     def _write(self, draft: Draft, batch: _Batch, deadline: Deadline) -> OSError | None:
-        """Write a segment and rename it into its place. Returns what went wrong. Raises: StorageTimeoutError."""
+        """Write a segment, not yet in its place. Returns what went wrong. Raises: StorageTimeoutError."""
         try:
             fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -145,6 +162,24 @@ class FileStorage(Storage):
                     os.fsync(fd)
             finally:
                 os.close(fd)
+        except StorageError:
+            raise
+        except OSError as error:
+            return error
+        return None
+
+    def _place(self, pairs: Sequence[tuple[Draft, _Batch]], failures: list[OSError | None]) -> None:
+        """Rename segments into their places, in their order: whenever the process dies, chains are whole."""
+        missing: set[str] = set()
+        for index, (draft, batch) in enumerate(pairs):
+            reachable = draft.after not in missing  # if not, publish will refuse it
+            if failures[index] is None and reachable:
+                failures[index] = self._rename(draft)
+            if failures[index] is not None or not reachable:
+                missing.update(batch.entries)
+
+    def _rename(self, draft: Draft) -> OSError | None:
+        try:
             try:
                 os.rename(draft.temporary, draft.final)
             except FileNotFoundError:
@@ -152,8 +187,6 @@ class FileStorage(Storage):
                 os.rename(draft.temporary, draft.final)
                 if self.fsync:
                     _fsync_folder(draft.final.parent.parent)
-        except StorageError:
-            raise
         except OSError as error:
             return error
         return None
@@ -163,7 +196,8 @@ class FileStorage(Storage):
             if self.fsync and done:
                 _fsync_folder(done[0][0].final.parent)
             _remove(failed)
-            self.folder.publish([(draft, batch.entries) for draft, batch in done], failed, deadline)
+            lost = self.folder.publish([(draft, batch.entries) for draft, batch in done], failed, deadline)
+            _remove(lost)
         except StorageError:
             self._abandon([draft for draft, _ in done])
             raise
@@ -171,7 +205,7 @@ class FileStorage(Storage):
             self._abandon([draft for draft, _ in done])
             self._count(error)
             return set()
-        return {key for _, batch in done for key in batch.entries}
+        return {key for draft, batch in done if draft not in lost for key in batch.entries}
 
     def _abandon(self, drafts: Sequence[Draft]) -> None:
         _remove(drafts)
@@ -255,6 +289,11 @@ class FileStorage(Storage):
         self._begin(timeout_s, "exists_many")
         return np.array([place is not None for place in self.folder.find(keys)], np.bool_)
 
+    def touch_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
+        check_keys(keys)
+        self._begin(timeout_s, "touch_many")
+        return np.array(self.folder.touch(keys), np.bool_)
+
     def delete_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:
         check_keys(keys)
         self._guard(self.folder.delete, keys, self._begin(timeout_s, "delete_many"))
@@ -322,10 +361,12 @@ class FileStorage(Storage):
 
 
 class _Batch:
-    """What goes into one segment: entries, and all of its bytes as views."""
+    """What goes into one segment: entries, and all of its bytes as views. after: the key that it comes after, or ""."""
 
-    def __init__(self, keys: list[str], values: Mapping[str, list[memoryview]]) -> None:
-        index, entries, self.file_bytes = encode_index(keys, [sum(map(len, values[key])) for key in keys])
+    def __init__(self, keys: list[str], values: Mapping[str, list[memoryview]], after: str) -> None:
+        self.after = after
+        names = [keys[0] + AFTER + after, *keys[1:]] if after else keys
+        index, entries, self.file_bytes = encode_index(names, [sum(map(len, values[key])) for key in keys])
         self.entries = dict(zip(keys, entries, strict=True))
         self.views = [memoryview(index), *(view for key in keys for view in values[key])]
 

@@ -8,6 +8,13 @@
 Life of a segment: ``reserve`` (room is found under the lock, others are removed for it) -> written to tmp -> renamed
 into its place -> ``publish`` (others are told) -> ... -> removed: least recently used first, when room is needed. The
 time of last use is the file's mtime, set every few seconds at most, so that it outlives processes and is common to all.
+
+A segment may come *after* a key: without that value its own are of no use (the pages of a prompt after those before
+them). The name of its first entry says so: ``KEY<AFTER``. Room is made leaf first, as in the tree: a segment stays as
+long as one that is there, or being written, comes after one of its keys. So what is left is closed under "before".
+
+    [system prompt]--[chat 1]--[chat 1, turn 2]        leaves: turn 2 and chat 2; of those the least recently used goes
+                  +--[chat 2]
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,14 +35,19 @@ from .base import Deadline
 from .journal import Journal, Line
 from .segment import Entry, TornSegmentError, kill_entry, read_index
 
-__all__ = ["Draft", "Folder", "Place", "Segment"]
+__all__ = ["AFTER", "Draft", "Folder", "Place", "Segment", "Want"]
 
 FORMAT = "radixkv file storage 1\n"
 BLOCK_BYTES = 4096
 TOUCH_NS = 5_000_000_000
 """Recency on disk is at most this old. Within a process it is exact."""
 
-COUNTERS = ("evicted_segments", "evicted_values", "orphans", "torn", "short", "refused", "no_room", "io_errors")
+SETTLE_S = 10.0
+"""Between two looks for processes that have died with reservations."""
+AFTER = "<"
+"""Between a segment's first key and the one it comes after; no character of keys."""
+
+COUNTERS = ("evicted_segments", "evicted_values", "orphans", "torn", "short", "refused", "gaps", "no_room", "io_errors")
 """What they count is in file.py."""
 
 _NAME = re.compile(r"[0-9a-f]{16}")
@@ -43,12 +55,15 @@ _NAME = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """A published segment, as this process knows it. num_bytes: on disk, whole blocks."""
+    """A published segment, as this process knows it. num_bytes: on disk, whole blocks. after: the key that its values
+    come after, "" if none. followers: segments, and reservations, that come after one of its keys."""
 
     name: str
     num_bytes: int
     used_ns: int
     disk_ns: int
+    after: str = ""
+    followers: int = 0
     keys: list[str] = field(default_factory=list)
 
 
@@ -59,11 +74,20 @@ class Place(NamedTuple):
     entry: Entry
 
 
+class Want(NamedTuple):
+    """A segment that room is asked for: bytes of its file, the key that it comes after ("": none), its own keys."""
+
+    file_bytes: int
+    after: str
+    keys: Collection[str]
+
+
 class Draft(NamedTuple):
     """A segment for which room was reserved. num_bytes: whole blocks."""
 
     name: str
     num_bytes: int
+    after: str
     temporary: Path
     final: Path
 
@@ -85,11 +109,13 @@ class Folder:
         self._lock = threading.RLock()
         self._segments: dict[str, Segment] = {}
         self._places: dict[str, Place] = {}
+        self._copies: dict[str, list[Place]] = {}  # of values that two processes have written, beside the one above
+        self._followers: dict[str, int] = {}  # by the key that segments and reservations come after
         self._reserved: dict[str, Line] = {}
         self._void: list[Line] = []
         self._unread: dict[str, Line] = {}
         self._order: list[tuple[int, str]] = []
-        self._bytes, self._closed = 0, False
+        self._bytes, self._closed, self._settle_at_s = 0, False, 0.0
         self.lost = 0
         """Values that have left the view, whoever removed them."""
         self._make()
@@ -190,6 +216,14 @@ class Folder:
                         place.segment.used_ns = now
             return found
 
+    def touch(self, keys: Iterable[str]) -> list[bool]:
+        """Which values are there. They count as used now, for other processes too."""
+        found = self.find(keys, touch=True)
+        for segment in {place.segment for place in found if place is not None}:
+            if segment.used_ns - segment.disk_ns > TOUCH_NS:
+                self._write_use(segment, self.path(segment.name))
+        return [place is not None for place in found]
+
     def _follow(self) -> None:
         try:
             lines = self.journal.news()
@@ -211,7 +245,8 @@ class Folder:
     def _look_again(self) -> None:
         """News were missed: what is in the folder counts. Values that others deleted may be found once more."""
         self.journal.missed = False
-        self._reserved.clear()  # the newest file of the journal begins with those that still count
+        for name in list(self._reserved):  # the newest file of the journal begins with those that still count
+            self._release(name)
         there = {path.name for path in self._paths()}
         for name in self._segments.keys() - there:
             self._drop(name)
@@ -219,9 +254,20 @@ class Folder:
 
     def _note_reservation(self, line: Line) -> None:
         if line.kind == "R" and _NAME.fullmatch(line.name):
-            self._reserved[line.name] = line
+            self._hold(line)
         elif line.kind in "PX":
-            self._reserved.pop(line.name, None)
+            self._release(line.name)
+
+    def _hold(self, line: Line) -> None:
+        self._release(line.name)
+        self._reserved[line.name] = line
+        if line.after:
+            self._follows(line.after)
+
+    def _release(self, name: str) -> None:
+        line = self._reserved.pop(name, None)
+        if line is not None and line.after:
+            self._follows_no_more(line.after)
 
     def _read_new(self) -> None:
         while self._unread:
@@ -246,7 +292,10 @@ class Folder:
             self.count("io_errors")
         else:
             self.count("torn", damaged)
-            self._add(Segment(name, whole_blocks(file_bytes), used_ns, used_ns), entries)
+            after = next(iter(entries), "").partition(AFTER)[2]
+            if after:
+                entries = {key.partition(AFTER)[0]: entry for key, entry in entries.items()}
+            self._add(Segment(name, whole_blocks(file_bytes), used_ns, used_ns, after), entries)
         finally:
             os.close(fd)
 
@@ -258,11 +307,46 @@ class Folder:
             self._segments[segment.name] = segment
             self._bytes += segment.num_bytes
             segment.keys = list(entries)
-            self._places.update((key, Place(segment, entry)) for key, entry in entries.items())
-            heapq.heappush(self._order, (segment.used_ns, segment.name))
-            if len(self._order) > 2 * len(self._segments) + 100:  # of segments that have left
-                self._order = [(segment.used_ns, name) for name, segment in self._segments.items()]
-                heapq.heapify(self._order)
+            for key, entry in entries.items():
+                if (other := self._places.get(key)) is not None:
+                    self._copies.setdefault(key, []).append(other)
+                self._places[key] = Place(segment, entry)
+                segment.followers += self._followers.get(key, 0)
+            if segment.after:
+                self._follows(segment.after)
+            if not segment.followers:
+                self._push(segment)
+
+    def _push(self, segment: Segment) -> None:
+        """It is a leaf now. In the order may also be others, and segments that have left: each is looked at when its
+        turn comes."""
+        heapq.heappush(self._order, (segment.used_ns, segment.name))
+        if len(self._order) > 2 * len(self._segments) + 100:
+            self._order = [(s.used_ns, name) for name, s in self._segments.items() if not s.followers]
+            heapq.heapify(self._order)
+
+    def _copies_of(self, key: str) -> list[Place]:
+        place = self._places.get(key)
+        return [] if place is None else [place, *self._copies.get(key, ())]
+
+    def _follows(self, key: str) -> None:
+        """One segment or reservation more comes after a key."""
+        self._followers[key] = self._followers.get(key, 0) + 1
+        for place in self._copies_of(key):
+            place.segment.followers += 1
+
+    def _follows_no_more(self, key: str, used_ns: int = 0) -> None:
+        left = self._followers[key] - 1
+        if left:
+            self._followers[key] = left
+        else:
+            del self._followers[key]
+        for place in self._copies_of(key):
+            segment = place.segment
+            segment.followers -= 1
+            segment.used_ns = max(segment.used_ns, used_ns)  # who used the one after it went through it
+            if not segment.followers:
+                self._push(segment)
 
     def _drop(self, name: str) -> int:
         """Out of the view. Returns: its values."""
@@ -271,15 +355,35 @@ class Folder:
             return 0
         self._bytes -= segment.num_bytes
         for key in segment.keys:
-            if (place := self._places.get(key)) is not None and place.segment is segment:
+            if (place := self._places.get(key)) is None:
+                continue
+            if key in self._copies:
+                self._drop_copy(key, segment)
+            elif place.segment is segment:
                 del self._places[key]
                 self.lost += 1
+        if segment.after:
+            self._follows_no_more(segment.after, segment.used_ns)
         return len(segment.keys)
 
+    def _drop_copy(self, key: str, segment: Segment) -> None:
+        left = [place for place in self._copies_of(key) if place.segment is not segment]
+        self._places[key] = left[0]
+        if len(left) == 1:
+            del self._copies[key]
+        else:
+            self._copies[key] = left[1:]
+
     def _forget_key(self, key: str) -> None:
-        place = self._places.pop(key, None)
-        if place is not None:
+        places = self._copies_of(key)
+        self._copies.pop(key, None)
+        for place in places:
             place.segment.keys.remove(key)
+            place.segment.followers -= self._followers.get(key, 0)
+            if not place.segment.followers:
+                self._push(place.segment)
+        if places:
+            del self._places[key]
             self.lost += 1
 
     def forget(self, segment: Segment) -> None:
@@ -291,52 +395,95 @@ class Folder:
     def touched(self, segment: Segment, fd: int) -> None:
         """Write the time of last use to disk, if what is there is old. Args: fd: of the segment."""
         if segment.used_ns - segment.disk_ns > TOUCH_NS:
-            segment.disk_ns = segment.used_ns
-            with contextlib.suppress(OSError):
-                os.utime(fd, ns=(segment.used_ns, segment.used_ns))
+            self._write_use(segment, fd)
+
+    @staticmethod
+    def _write_use(segment: Segment, file: int | Path) -> None:
+        segment.disk_ns = segment.used_ns
+        with contextlib.suppress(OSError):
+            os.utime(file, ns=(segment.used_ns, segment.used_ns))
 
     # ---- writing -----------------------------------------------------------------------------------------------------
-    def reserve(self, sizes: Sequence[int], deadline: Deadline) -> list[Draft | None]:
-        """Room for segments of these bytes, others removed if need be; None for those that there is no room for.
+    def reserve(self, wants: Sequence[Want], deadline: Deadline) -> list[Draft | None]:
+        """Room for segments, others removed if need be; None for those that there is no room for (counted as refused),
+        or whose key before is neither there nor in a segment before them (counted as gaps).
 
         All of a call lie in one shard, so that one fsync of the folder does for all. Raises: StorageError, OSError.
         """
         shard, drafts = os.urandom(1).hex(), list[Draft | None]()
         with self._exclusive(deadline):
-            lines = []
-            for size in sizes:
-                num_bytes = whole_blocks(size)
-                if not self._make_room(num_bytes):
+            lines: list[Line] = []
+            promised: set[str] = set()
+            for want in wants:
+                line = self._reserve(want, shard, promised)
+                if line is None:
                     drafts.append(None)
                     continue
-                name = shard + os.urandom(7).hex()
-                line = Line("R", name, num_bytes, self.journal.owner)
-                self._reserved[name] = line
                 lines.append(line)
-                temporary = self.root / "tmp" / f"{self.journal.owner}-{name}"
-                drafts.append(Draft(name, num_bytes, temporary, self.path(name)))
+                promised.update(want.keys)
+                temporary = self.root / "tmp" / f"{self.journal.owner}-{line.name}"
+                drafts.append(Draft(line.name, line.num_bytes, want.after, temporary, self.path(line.name)))
             try:
                 self.journal.append(lines)
             except OSError:
                 for line in lines:
-                    del self._reserved[line.name]
+                    self._release(line.name)
                 raise
         return drafts
 
+    def _reserve(self, want: Want, shard: str, promised: set[str]) -> Line | None:
+        """The reservation is held before room is made: what it comes after does not go for it."""
+        if want.after and want.after not in self._places and want.after not in promised:
+            self.counters["gaps"] += len(want.keys)
+            return None
+        line = Line("R", shard + os.urandom(7).hex(), whole_blocks(want.file_bytes), self.journal.owner, want.after)
+        self._hold(line._replace(num_bytes=0))
+        if self._make_room(line.num_bytes):
+            self._hold(line)
+            return line
+        self._release(line.name)
+        self.counters["refused"] += len(want.keys)
+        return None
+
     def publish(self, written: Sequence[tuple[Draft, Mapping[str, Entry]]], given_up: Sequence[Draft],
-                deadline: Deadline) -> None:  # fmt: skip
+                deadline: Deadline) -> list[Draft]:  # fmt: skip
         """Tell everyone of segments that are in their place, and return the room of those that failed.
 
+        Returns: those that could not be published: this process was taken for dead and their room is gone, or the value
+            before theirs is. They are given up; the caller removes the files.
         Raises: StorageError, OSError; none is published then, and the caller removes the files and gives all up.
         """
         now = time.time_ns()
         with self._lock:
             self._void += [Line("X", draft.name) for draft in given_up]
         with self._exclusive(deadline):
-            self.journal.append([Line("P", draft.name, draft.num_bytes) for draft, _ in written])
+            there, failed = list[tuple[Draft, Mapping[str, Entry]]](), list[Draft]()
+            keys: set[str] = set()
             for draft, entries in written:
-                del self._reserved[draft.name]
-                self._add(Segment(draft.name, draft.num_bytes, now, now), entries)
+                if self._may_publish(draft, keys, len(entries)):
+                    there.append((draft, entries))
+                    keys.update(entries)
+                else:
+                    failed.append(draft)
+            self.journal.append([Line("P", draft.name, draft.num_bytes) for draft, _ in there])
+            for draft, entries in there:
+                self._add(Segment(draft.name, draft.num_bytes, now, now, draft.after), entries)
+                self._release(draft.name)
+            self._void += [Line("X", draft.name) for draft in failed]
+        return failed
+
+    def _may_publish(self, draft: Draft, keys: set[str], num_values: int) -> bool:
+        if draft.after and draft.after not in self._places and draft.after not in keys:
+            self.counters["gaps"] += num_values
+            return False
+        if draft.name in self._reserved or draft.name in self._segments:  # or others have published it for the dead
+            return True
+        self._hold(Line("R", draft.name, 0, self.journal.owner, draft.after))
+        if draft.final.exists() and self._make_room(draft.num_bytes):
+            self._hold(Line("R", draft.name, draft.num_bytes, self.journal.owner, draft.after))
+            return True
+        self.counters["refused"] += num_values
+        return False
 
     def give_up(self, drafts: Sequence[Draft], deadline: Deadline) -> None:
         """Return the room of segments that failed; told when the lock can be had next."""
@@ -347,15 +494,14 @@ class Folder:
         """Remove values; a segment without any goes with its last one. Raises: StorageError."""
         with self._exclusive(deadline):
             for key in keys:
-                place = self._places.get(key)
-                if place is None:
-                    continue
-                if len(place.segment.keys) == 1:
-                    self._remove(place.segment)
-                    continue
-                self._kill(place)
-                self._forget_key(key)
-                self._tell(Line("K", key))
+                for place in self._copies_of(key):
+                    if len(place.segment.keys) == 1:
+                        self._remove(place.segment)
+                    else:
+                        self._kill(place)
+                if key in self._places:
+                    self._forget_key(key)
+                    self._tell(Line("K", key))
 
     def _kill(self, place: Place) -> None:
         try:
@@ -386,37 +532,45 @@ class Folder:
                     self.journal.replace(list(self._reserved.values()))
             if self._void and self._tell(*self._void):
                 for line in self._void:
-                    self._reserved.pop(line.name, None)
+                    self._release(line.name)
                 self._void.clear()
+            if time.monotonic() >= self._settle_at_s:
+                self._settle_dead()
             yield
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Remove the least recently used until num_bytes fit. False: they cannot."""
+        """Remove leaves, the least recently used first, until num_bytes fit. False: they cannot."""
         if self.max_bytes is None:
             return True
         if num_bytes > self.max_bytes:
             return False
         if self._over(num_bytes):
             self._settle_dead()
+        kept: list[Segment] = []
         while self._over(num_bytes):
             segment = self._oldest()
-            if segment is None:
-                return False
+            if segment is None or segment in kept:
+                break
             values = len(segment.keys)
             if self._remove(segment):
                 self.counters["evicted_segments"] += 1
                 self.counters["evicted_values"] += values
-        return True
+            else:
+                kept.append(segment)
+        for segment in kept:
+            self._push(segment)
+        return not self._over(num_bytes)
 
     def _over(self, num_bytes: int) -> bool:
         reserved = sum(line.num_bytes for line in self._reserved.values())
         return self.max_bytes is not None and self._bytes + reserved + num_bytes > self.max_bytes
 
     def _oldest(self) -> Segment | None:
+        """The leaf that was used least recently; it leaves the order."""
         while self._order:
             used_ns, name = heapq.heappop(self._order)
             segment = self._segments.get(name)
-            if segment is None:
+            if segment is None or segment.followers:
                 continue
             try:
                 segment.used_ns = max(segment.used_ns, os.stat(self.path(name)).st_mtime_ns)  # others use it, too
@@ -426,7 +580,16 @@ class Folder:
             if segment.used_ns == used_ns:
                 return segment
             heapq.heappush(self._order, (segment.used_ns, name))
-        return None
+        return self._oldest_of_a_ring()
+
+    def _oldest_of_a_ring(self) -> Segment | None:
+        """No leaf is left: all that is there comes before what is being written, or someone has put values that come
+        after each other."""
+        if any(line.after for line in self._reserved.values()):
+            return None
+        if any(not segment.followers for segment in self._segments.values()):  # a leaf that cannot be removed
+            return None
+        return min(self._segments.values(), key=lambda segment: segment.used_ns, default=None)
 
     def _remove(self, segment: Segment) -> bool:
         try:
@@ -451,13 +614,14 @@ class Folder:
 
     def _settle_dead(self) -> None:
         """End the reservations of processes that died."""
+        self._settle_at_s = time.monotonic() + SETTLE_S
         for name, line in list(self._reserved.items()):
             if self.journal.alive(line.owner):
                 continue
-            del self._reserved[name]
             (self.root / "tmp" / f"{line.owner}-{name}").unlink(missing_ok=True)
             if name not in self._segments:
                 self._read(name)  # it died between the rename and telling
+            self._release(name)
             published = self._segments.get(name)
             self._tell(Line("X", name) if published is None else Line("P", name, published.num_bytes))
             self.counters["orphans"] += 1
