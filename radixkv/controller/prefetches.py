@@ -1,7 +1,8 @@
 """L3: storage to host, ahead of a request.
 
     prefetch()          look-up begins; no page is taken yet
-    poll(): looked up   too few on all ranks together: revoked. Else host pages are taken, and the fetch begins
+    poll(): looked up   too few on all ranks together: revoked (failed, if storage did not answer on one of them). Else
+                        host pages are taken, and the fetch begins
     poll(): fetched     agreed how many pages have arrived everywhere; they wait for finish_prefetch
     finish_prefetch()   by its policy, or because all is there: what has arrived enters the tree
     poll(): abandoned   nobody has finished or cancelled it for long: the same if all is there, else it is cancelled
@@ -102,8 +103,8 @@ class Prefetches:
         return True
 
     # ---- workers have ended ------------------------------------------------------------------------------------------
-    def settle(self, op: PrefetchOp, status: int) -> bool:
-        """The workers of all ranks have ended a look-up, or a fetch. Returns: False if it was revoked."""
+    def settle(self, op: PrefetchOp, status: int) -> None:
+        """The workers of all ranks have ended a look-up, or a fetch."""
         pages, success = read_pages_status(status)
         if op.stage is Stage.LOOKING_UP:
             return self._looked_up(op, pages, success)
@@ -111,14 +112,13 @@ class Prefetches:
         self._judge(success and pages == op.num_pages)
         rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
         self.context.ledger.free_host(rest)
-        return True
 
     def _judge(self, complete: bool) -> None:
         """Storage has brought all that it said it had, or failed."""
         self.backoff.result(complete)
         self.context.counts["prefetch_failures"] += not complete
 
-    def _looked_up(self, op: PrefetchOp, pages: int, success: bool) -> bool:
+    def _looked_up(self, op: PrefetchOp, pages: int, success: bool) -> None:
         context, config = self.context, self.context.config
         page_size = context.page_size
         room: PageIds | None = None
@@ -132,14 +132,13 @@ class Prefetches:
                 worth = pages * page_size >= max(config.prefetch_threshold, 1)
                 room = context.ledger.reserve(pages) if worth else None
         if room is None:
-            op.to(Stage.REVOKED)
-            self._remove(op, "revoked", 0)
-            context.counts["prefetch_revoked"] += 1
-            return False
+            op.to(Stage.REVOKED if success else Stage.FAILED)
+            self._remove(op, "revoked" if success else "failed", 0)
+            context.counts["prefetch_revoked"] += success
+            return
         op.to(Stage.FETCHING)
         op.host_pages, op.num_pages = room, pages
         op.job = self.edge.fetch(op.digests[:pages], room, op.salt)
-        return True
 
     # ---- ended by the caller -----------------------------------------------------------------------------------------
     def may_end(self, op: PrefetchOp) -> bool:

@@ -2,7 +2,8 @@
 
     look-ups -> one thread     fetches -> one thread     stores -> one thread
     A worker makes one call to storage for the job at the front, and puts it at the end of its queue if there is more to
-    do: a long job does not keep short ones waiting, and what is cancelled leaves the queue at once.
+    do: a long job does not keep short ones waiting, and what is cancelled leaves the queue at once. Stores are done one
+    after the other: the pages of a node follow those of the node above.
 
 Queues are bounded by the controller (max_prefetches, max_stores). A call to storage has a deadline.
 """
@@ -19,7 +20,8 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
-from ..errors import StateError
+from ..errors import StateError, StorageError
+from ..storage.sealed import Prefix
 from ..types import PageIds
 from .base import BoolArray, Digests
 from .config import ControllerConfig
@@ -35,14 +37,17 @@ class PageStoreLike(Protocol):
     """What is needed of a PageStore."""
 
     def set_pages(
-        self, digests: Any, host_pages: Any, *, salt: bytes = b"", timeout_s: float | None = None
-    ) -> BoolArray: ...
+        self, digests: Any, host_pages: Any, *, salt: bytes = b"", timeout_s: float | None = None,
+        after: bytes | None = None,
+    ) -> BoolArray: ...  # fmt: skip
 
     def get_pages(
         self, digests: Any, host_pages: Any, *, salt: bytes = b"", timeout_s: float | None = None
     ) -> BoolArray: ...
 
-    def count_prefix(self, digests: Any, *, salt: bytes = b"", timeout_s: float | None = None) -> int: ...
+    def find_prefix(
+        self, digests: Any, *, salt: bytes = b"", timeout_s: float | None = None, touch: bool = False
+    ) -> Prefix: ...
 
     def lost(self) -> int: ...
 
@@ -60,10 +65,11 @@ class Job:
     """One task of a worker. A StorageJob. Written by one worker, read by any thread."""
 
     def __init__(
-        self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes, look_first: bool = False
-    ) -> None:
+        self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes, look_first: bool = False,
+        after: bytes = b"",
+    ) -> None:  # fmt: skip
         self.kind, self.digests, self.host_pages, self.salt = kind, digests, host_pages, salt
-        self.look_first = look_first
+        self.look_first, self.after = look_first, after
         self.pages = 0
         self.seconds = 0.0
         self.error: BaseException | None = None
@@ -139,7 +145,7 @@ class _Worker:
             with self._changed:
                 self._running = None
                 if more and not job.cancelled:
-                    self._waiting.append((job, work))
+                    (self._waiting.appendleft if job.kind == "store" else self._waiting.append)((job, work))
                     continue
             job.end(error)
 
@@ -194,9 +200,12 @@ class StorageWorkers:
         """Read pages until one is missing."""
         return self._put(Job("fetch", digests, host_pages, salt))
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
-        """Write pages until one fails; again: those from the first that is missing."""
-        return self._put(Job("store", digests, host_pages, salt, again))
+    def store(
+        self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False, after: bytes = b""
+    ) -> Job:  # fmt: skip
+        """Write pages until one fails, none if the page before them is not there; again: those from the first that is
+        missing."""
+        return self._put(Job("store", digests, host_pages, salt, again, after))
 
     def lost(self) -> int:
         """See Storage.lost."""
@@ -230,13 +239,38 @@ def work_on(job: Job, store: PageStoreLike, config: ControllerConfig) -> Iterato
 
 def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
     """Returns: whether there is more to do."""
-    if job.host_pages is None or job.look_first:
-        job.pages = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
-        job.look_first = False
-        return job.host_pages is not None and job.pages < len(job.host_pages)
-    call = store.get_pages if job.kind == "fetch" else store.set_pages
+    if job.host_pages is None:
+        found, answered = store.find_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
+        job.pages = found
+        if not answered:
+            job.error = StorageError("storage did not answer a look-up")
+        return False
+    if job.kind == "store" and not job.pages and (job.look_first or job.after) and not _look(job, store, config):
+        return False
     part = slice(job.pages, job.pages + config.storage_batch_pages)
-    flags = call(job.digests[part], job.host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s)
+    digests, pages, limit_s = job.digests[part], job.host_pages[part], config.storage_timeout_s
+    if job.kind == "fetch":
+        flags = store.get_pages(digests, pages, salt=job.salt, timeout_s=limit_s)
+    else:
+        after = job.digests[job.pages - 1].tobytes() if job.pages else job.after
+        flags = store.set_pages(digests, pages, salt=job.salt, timeout_s=limit_s, after=after)
     done = len(flags) if flags.all() else int(np.argmin(flags))
     job.pages += done
+    if done < len(flags) and job.kind == "store":
+        job.error = StorageError(f"{job.pages} of {len(job.host_pages)} pages were stored")
     return done == len(flags) and job.pages < len(job.host_pages)
+
+
+def _look(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
+    """Look for the page before those of a store, and for what is there already. Returns: whether to go on: the former
+    is there, and more is to be written. What is found counts as used: it is hit, though never read from storage."""
+    assert job.host_pages is not None
+    wanted = job.digests if job.look_first else job.digests[:0]
+    if job.after:
+        wanted = np.concatenate([np.frombuffer(job.after, np.uint8)[None], wanted])
+    found, answered = store.find_prefix(wanted, salt=job.salt, timeout_s=config.storage_timeout_s, touch=True)
+    job.look_first = False
+    job.pages = max(0, found - bool(job.after))
+    if not answered:
+        job.error = StorageError("storage did not answer a look-up")
+    return answered and found >= bool(job.after) and job.pages < len(job.host_pages)

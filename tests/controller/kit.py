@@ -178,8 +178,10 @@ class ScriptedEdge:
     def fetch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> Job:
         return self._put(Job("fetch", digests, host_pages, salt))
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
-        return self._put(Job("store", digests, host_pages, salt, again))
+    def store(
+        self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False, after: bytes = b""
+    ) -> Job:  # fmt: skip
+        return self._put(Job("store", digests, host_pages, salt, again, after))
 
     def lost(self) -> int:
         return self.pages.lost()

@@ -14,6 +14,7 @@ from radixkv.controller.workers import StorageWorkers
 from radixkv.errors import GroupError, LoadError, StateError, StorageError
 from radixkv.storage import MemoryStorage, Storage
 from radixkv.storage.file import FileStorage
+from radixkv.storage.sealed import Prefix
 
 from .kit import GEOMETRY, ROOT, P, ScriptedEdge, Stack, ThreadGroup, content_of, page_store, prompt
 
@@ -311,8 +312,8 @@ def test_storage_jobs_end_however_the_backend_fails() -> None:
         def get_pages(self, *_: Any, **__: Any) -> Any:
             raise ZeroDivisionError("a defect of the backend")
 
-        def count_prefix(self, *_: Any, **__: Any) -> int:
-            return 2
+        def find_prefix(self, *_: Any, **__: Any) -> Prefix:
+            return Prefix(2, True)
 
     workers = StorageWorkers(Broken(), Stack().config)
     digests, pages = np.zeros((4, 32), np.uint8), np.arange(4, dtype=np.int32)
