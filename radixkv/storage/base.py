@@ -113,8 +113,8 @@ class Storage(ABC):
 
     def lost(self) -> int:
         """How many values have gone since this store was made, for want of room or whatever reason, as far as it knows:
-        only whether it has changed matters. Answers at once: what must be asked for is asked in the background. 0 from a
-        backend whose server does not tell what it evicts."""
+        only whether it has changed matters. Answers at once: what must be asked for is asked in the background. 0 from
+        a backend whose server does not tell what it evicts."""
         return 0
 
     def register(self, memory: Buffer) -> None:  # noqa: B027  most backends have no use for it

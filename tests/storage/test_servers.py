@@ -322,7 +322,7 @@ def test_a_plugin_that_nixl_does_not_have(tmp_path: Path) -> None:
 
 
 
-# ---- what a Redis server evicts ----------------------------------------------------------------------------------------
+# ---- what a Redis server evicts --------------------------------------------------------------------------------------
 @pytest.fixture
 def small_redis(tmp_path: Path) -> Iterator[Server]:
     """Room for about two hundred values of 10,000 bytes."""
