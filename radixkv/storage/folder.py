@@ -307,11 +307,11 @@ class Folder:
             self._segments[segment.name] = segment
             self._bytes += segment.num_bytes
             segment.keys = list(entries)
-            for key, entry in entries.items():
-                if (other := self._places.get(key)) is not None:
-                    self._copies.setdefault(key, []).append(other)
-                self._places[key] = Place(segment, entry)
-                segment.followers += self._followers.get(key, 0)
+            for key in entries.keys() & self._places.keys():
+                self._copies.setdefault(key, []).append(self._places[key])
+            self._places.update((key, Place(segment, entry)) for key, entry in entries.items())
+            for key in entries.keys() & self._followers.keys():
+                segment.followers += self._followers[key]
             if segment.after:
                 self._follows(segment.after)
             if not segment.followers:
@@ -355,11 +355,9 @@ class Folder:
             return 0
         self._bytes -= segment.num_bytes
         for key in segment.keys:
-            if (place := self._places.get(key)) is None:
-                continue
-            if key in self._copies:
+            if self._copies and key in self._copies:
                 self._drop_copy(key, segment)
-            elif place.segment is segment:
+            elif (place := self._places.get(key)) is not None and place.segment is segment:
                 del self._places[key]
                 self.lost += 1
         if segment.after:
