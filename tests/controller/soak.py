@@ -55,6 +55,19 @@ class Unreliable(Storage):
             flags[self.random.integers(len(flags))] = False
         return flags
 
+    def put_chain(self, keys: Any, parts: Any, *, after: Any = None, timeout_s: float | None = None) -> Any:
+        if self._fails():
+            raise StorageError("no connection")
+        flags = self.inner.put_chain(keys, parts, after=after, timeout_s=timeout_s)
+        if self._fails():
+            flags[self.random.integers(len(flags))] = False
+        return flags
+
+    def touch_many(self, keys: Any, *, timeout_s: float | None = None) -> Any:
+        if self._fails():
+            raise StorageError("no connection")
+        return self.inner.touch_many(keys, timeout_s=timeout_s)
+
     def get_many(self, keys: Any, parts: Any, *, timeout_s: float | None = None) -> Any:
         if self._fails():
             raise RuntimeError("a defect of the backend")

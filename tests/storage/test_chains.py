@@ -115,6 +115,14 @@ def test_what_is_being_written_keeps_what_comes_before_it(folder: Path) -> None:
         assert disk_bytes(folder) <= 3 * SEGMENT
 
 
+def test_a_follower_does_not_take_the_room_of_what_it_follows(storage: FileStorage) -> None:
+    put_chain(storage, ["oldest"])
+    for key in "abc":
+        put(storage, key)
+    assert put_chain(storage, ["follower"], after="oldest") == [True]
+    assert present(storage, "oldest", "a", "b", "c") == [True, False, True, True]
+
+
 def test_a_chain_longer_than_the_budget_keeps_its_beginning(storage: FileStorage, folder: Path) -> None:
     keys = [f"k{page}" for page in range(20)]
     assert put_chain(storage, keys) == [True] * 8 + [False] * 12
