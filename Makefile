@@ -65,17 +65,17 @@ fuzz: $(BUILT) ## both fuzzers: 1,000,000 operations against the oracle, then li
 sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 	$(PYTEST) tests/abi/test_sanitizers.py
 
-soak: $(BUILT) ## hours of churn: the whole stack with every byte checked (SOAK_STEPS=N), HiRadixCache beside the original (SOAK_SEEDS=N), the tree under a bounded memory (SOAK_OPS=N)
+soak: $(BUILT) ## hours of churn: the whole stack, HiRadixCache beside the original, the tree (SOAK_STEPS, SOAK_SEEDS, SOAK_OPS)
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000}
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads
 	$(PY) -m tests.hicache.compare --seeds 0:$${SOAK_SEEDS:-500}
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 
-bench: $(BUILT) ## every benchmark beside its peers: table and JSON
-	$(PY) -m bench --install
+bench: $(BUILT) ## every benchmark beside its peers: tables, JSON, and the aims that were missed (BENCH_ARGS=--check: an error)
+	$(PY) -m bench --install $(BENCH_ARGS)
 
 bench-quick: $(BUILT) ## the benchmarks, smaller
-	$(PY) -m bench --install --quick
+	$(PY) -m bench --install --quick $(BENCH_ARGS)
 
 callgrind: $(BUILT) ## instruction counts of the C core against the recorded ones
 	$(PY) -m bench.callgrind --check

@@ -207,13 +207,14 @@ def shortfall(row: dict[str, Any]) -> report.Check:
 
 
 def main() -> None:
-    """Command line. A missed target is reported, not an error."""
+    """Command line. See report.conclude for the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small pools, 3 rounds: shows that everything runs")
     parser.add_argument("--rounds", type=int, help="alternating rounds (15; 3 with --quick)")
     parser.add_argument("--threads", help="comma-separated (1 and all cores of this process)")
     parser.add_argument("--only", default="", help="cases whose run or name contains this, or: calls")
     parser.add_argument("--json", type=Path, default=report.DEFAULT_FOLDER / "copy.json", help="where the result goes")
+    report.add_check_option(parser)
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 15)
     cores = len(os.sched_getaffinity(0))
@@ -247,6 +248,7 @@ def main() -> None:
         [(c["what"], *(report.number(c[f"{name}_us"]) for name in ("copy", "plan", "route", "followed_route")))
          for c in calls],
     )  # fmt: skip
+    report.conclude(checks, options.check)
 
 
 if __name__ == "__main__":

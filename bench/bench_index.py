@@ -157,11 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="100,000 entries, one round")
     parser.add_argument("--rounds", type=int, help="alternating rounds (3; 1 with --quick)")
     parser.add_argument("--json", type=Path, default=report.DEFAULT_FOLDER / "index.json", help="where the result goes")
+    report.add_check_option(parser)
     options = parser.parse_args(arguments)
     result = run(options.rounds or (1 if options.quick else 3), options.quick)
     report.write_json(result, options.json)
     print_result(result)
-    report.print_checks(checks(result))
+    report.conclude(checks(result), options.check)
     return result
 
 

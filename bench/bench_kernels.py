@@ -5,7 +5,7 @@
 One line a kernel family, direction, layout, page size, row, page order and quota of blocks: GB/s of the kernel, of the
 copy engine, and of the path that the chooser picks (it is tuned first, in this run), each with its ratio to the
 contiguous copy. Then the aims (AIMS), each with its verdict, and what others have published (PUBLISHED). Device to
-device counts a byte once, here and for cudaMemcpyAsync. Without a GPU it says what is missing, and exits with 0. Pools
+device counts a byte once, here and for cudaMemcpyAsync. Without a GPU it says what is missing. Pools
 hold random bytes and are larger than the L2 cache; a page of each copy is compared afterwards. Times are of the GPU:
 the stream is busy with something else while Python puts a copy on it, and how long that takes is call_ms in the JSON.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -325,7 +326,7 @@ def _time(gpu: Gpu, case: Case, plan: CopyPlan, at: tuple[list[int], list[int]],
 
 
 def verdicts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The aims: for each shape that one speaks of, the ratio, the aim, and pass or SHORT (or absent: not measured)."""
+    """The aims: for each shape that one speaks of, the ratio, the aim, and met, MISSED or not measured."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     shape_keys = ("direction", "layout", "page_size", "row_bytes", "order", "kind", "tokens", "layers")
     for line in lines:
@@ -342,7 +343,7 @@ def verdicts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if shape in found and (value or 0) <= (found[shape]["ratio"] or 0):
             continue
         aim = AIMS[line["direction"]]
-        verdict = "absent" if value is None else "pass" if value >= aim else "SHORT"
+        verdict = "not measured" if value is None else "met" if value >= aim else "MISSED"
         found[shape] = dict(zip(shape_keys, shape, strict=True)) | {"ratio": value, "aim": aim, "verdict": verdict}
         found[shape] |= {"by": how} | ({} if device else {"kernel_ratio": line["ratio"]})
     return list(found.values())
@@ -353,12 +354,20 @@ def print_verdicts(found: list[dict[str, Any]]) -> None:
         what = f"{one['direction']} {one['kind']} {one['layout']} page {one['page_size']} row {one['row_bytes']}"
         ratio = "-" if one["ratio"] is None else f"{one['ratio']:.3f}"
         own = f", the kernel's own {one['kernel_ratio']:.3f}" if "kernel_ratio" in one else ""
-        print(f"{one['verdict']:7}{ratio:>6} of {one['aim']:.2f}  {what} {one['order']} ({one['by']}{own})")
-    short = sum(one["verdict"] == "SHORT" for one in found)
-    print(f"{len(found)} shapes with an aim, {short} SHORT")
+        print(f"{one['verdict']:13}{ratio:>6} of {one['aim']:.2f}  {what} {one['order']} ({one['by']}{own})")
     print("Published by others, on their machines:")
     for what, gb_per_s, source in PUBLISHED:
         print(f"{gb_per_s:9.1f} GB/s  {what}\n{'':17}{source}")
+
+
+def conclude(found: list[dict[str, Any]], must_meet: bool) -> None:
+    """As report.conclude; here more is better."""
+    keys = ("direction", "kind", "layout", "page_size", "row_bytes", "order")
+    report.summarize([
+        (" ".join(f"{one[key]}" for key in keys), one["verdict"],
+         "no figure" if one["ratio"] is None else f"{one['ratio']:.3f}, aim >= {one['aim']:.2f}")
+        for one in found
+    ], must_meet)  # fmt: skip
 
 
 def _check_first_page(gpu: Gpu, case: Case, plan: CopyPlan) -> None:
@@ -401,17 +410,19 @@ def run(gpu: Gpu, todo: Iterator[Case], pool_bytes: int, repeats: int) -> list[d
 
 
 def main() -> None:
+    """Command line. See report.conclude for the exit status; without a GPU, --check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one line a family and direction")
     default = report.DEFAULT_FOLDER / "kernels.json"
     parser.add_argument("--json", type=Path, default=default, help="where the result goes")
     parser.add_argument("--pool-mib", type=int, default=512, help="size of each pool; above twice the L2 cache")
+    report.add_check_option(parser)
     options = parser.parse_args()
     try:
         gpu = CudaGpu()
     except DeviceUnavailableError as error:
         print(f"skipped: {error}")
-        return
+        sys.exit("--check: nothing was measured" if options.check else 0)
     result = report.header(quick=options.quick)
     result |= {"gpu": gpu.name, "driver": gpu.driver, "sms": gpu.sms, "seed": SEED}
     result["lines"] = run(gpu, cases(options.quick, gpu.sms), options.pool_mib << 20, repeats=9)
@@ -420,6 +431,7 @@ def main() -> None:
     print_verdicts(result["verdicts"])
     report.write_json(result, options.json)
     print(options.json)
+    conclude(result["verdicts"], options.check)
 
 
 if __name__ == "__main__":

@@ -111,11 +111,12 @@ def checks(rows: list[dict[str, Any]]) -> list[report.Check]:
 
 
 def main() -> None:
-    """Command line. A missed target is reported, not an error."""
+    """Command line. See report.conclude for the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a short prompt, 3 rounds: shows that everything runs")
     parser.add_argument("--rounds", type=int, help="alternating rounds (31; 3 with --quick)")
     parser.add_argument("--json", type=Path, default=report.DEFAULT_FOLDER / "page_hash.json", help="where it goes")
+    report.add_check_option(parser)
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 31)
     num_tokens = PROMPT_TOKENS // (16 if options.quick else 1)
@@ -132,6 +133,7 @@ def main() -> None:
           report.number(row["ns_a_page"]), report.number(row["ratio"]),
           report.number(TARGET if row["page_size"] == TARGET_PAGE_SIZE else None)) for row in rows],
     )  # fmt: skip
+    report.conclude(found, options.check)
 
 
 if __name__ == "__main__":

@@ -207,13 +207,14 @@ def show(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> No
 
 
 def main() -> None:
-    """Command line. A missed target is reported, not an error."""
+    """Command line. See report.conclude for the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 rounds: shows that everything runs")
     parser.add_argument("--rounds", type=int, help="alternating rounds (9; 2 with --quick)")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (a temporary folder)")
     parser.add_argument("--backends", default="", help="others to measure: memory,nixl,redis,mooncake,s3")
     parser.add_argument("--json", type=Path, default=report.DEFAULT_FOLDER / "storage.json", help="where it goes")
+    report.add_check_option(parser)
     options = parser.parse_args()
     rounds = options.rounds or (2 if options.quick else 9)
     folder = Path(tempfile.mkdtemp(prefix="radixkv-bench-", dir=options.folder))
@@ -230,7 +231,7 @@ def main() -> None:
     report.write_json(report.header(seed=SEED, rounds=rounds, rows=rows, backends=others,
                                     checks=report.checks_as_dicts(checks)), options.json)  # fmt: skip
     show(rows, others)
-    report.print_checks(checks)
+    report.conclude(checks, options.check)
 
 
 if __name__ == "__main__":

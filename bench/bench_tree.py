@@ -443,12 +443,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--peers", default=",".join(peers.TREE_PEERS), help="comma-separated names")
     parser.add_argument("--only", default="replay,calls,evict", help="comma-separated parts")
     parser.add_argument("--json", type=Path, default=report.DEFAULT_FOLDER / "tree.json", help="where the result goes")
+    report.add_check_option(parser)
     options = parser.parse_args(arguments)
     rounds = options.rounds or (1 if options.quick else 3)
     result = run(options.peers.split(","), rounds, options.quick, options.only.split(","))
     report.write_json(result, options.json)
     print_result(result)
-    report.print_checks(checks(result))
+    report.conclude(checks(result), options.check)
     return result
 
 

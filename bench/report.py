@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,8 @@ DEFAULT_FOLDER = ROOT / "build" / "bench"
 
 
 class Check(NamedTuple):
-    """A figure beside its target. ``value`` None: it could not be measured, ``note`` says why."""
+    """A figure beside its aim, an upper limit; None: it has none. ``value`` None: it could not be measured, ``note``
+    says why."""
 
     what: str
     value: float | None
@@ -26,12 +29,12 @@ class Check(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """pass, SHORT (the target is missed), reported (there is no target) or absent."""
+        """met, MISSED, not measured, or no aim."""
         if self.value is None:
-            return "absent"
+            return "not measured"
         if self.limit is None:
-            return "reported"
-        return "pass" if self.value <= self.limit else "SHORT"
+            return "no aim"
+        return "met" if self.value <= self.limit else "MISSED"
 
 
 def _first_line(command: Sequence[str]) -> str | None:
@@ -132,9 +135,44 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 
 
 def print_checks(checks: Iterable[Check]) -> None:
-    """Print figures against targets."""
+    """Print a line for each figure: measured, aim, verdict."""
     table(
-        "Targets",
-        ("figure", "value", "target", "unit", "verdict", "note"),
-        [(c.what, number(c.value, 3), "<= " + number(c.limit, 3), c.unit, c.verdict, c.note) for c in checks],
-    )
+        "Aims",
+        ("figure", "measured", "aim", "unit", "verdict", "note"),
+        [(c.what, number(c.value, 3), "" if c.limit is None else "<= " + number(c.limit, 3), c.unit, c.verdict, c.note)
+         for c in checks],
+    )  # fmt: skip
+
+
+def add_check_option(parser: argparse.ArgumentParser) -> None:
+    """The option that ``conclude`` goes by."""
+    parser.add_argument("--check", action="store_true", help="exit with 1 unless every aim was measured and met")
+
+
+def conclude(checks: Sequence[Check], must_meet: bool) -> None:
+    """End a benchmark: a line for each figure, then one for each aim that was missed or not measured, and how many were
+    met. The result must have been written by now.
+
+    Raises: SystemExit with a text (status 1) if ``must_meet``, and an aim was missed or not measured.
+    """
+    print_checks(checks)
+    summarize([(c.what, c.verdict, _figures(c)) for c in checks], must_meet)
+
+
+def summarize(verdicts: Sequence[tuple[str, str, str]], must_meet: bool) -> None:
+    """What ``conclude`` ends with, of (aim, verdict, figures)."""
+    aims = [one for one in verdicts if one[1] != "no aim"]
+    wrong = [one for one in aims if one[1] != "met"]
+    for what, verdict, figures in wrong:
+        print(f"{verdict.upper()}: {what}: {figures}")
+    met = len(aims) - len(wrong)
+    missed = sum(verdict == "MISSED" for _, verdict, _ in wrong)
+    print(f"{met} of {len(aims)} aims met, {missed} MISSED, {len(wrong) - missed} not measured" if aims else "no aims")
+    if must_meet and wrong:
+        sys.exit(f"--check: {len(wrong)} of {len(aims)} aims are not met")
+
+
+def _figures(check: Check) -> str:
+    if check.value is None:
+        return check.note or "no figure"
+    return f"{number(check.value, 3)}, aim <= {number(check.limit, 3)} {check.unit}"

@@ -1,6 +1,7 @@
 """Everything that ``make bench`` shows: tree, index, copies, page hashes, controller, storage, callgrind; tables, JSON.
 
-``python -m bench [--quick] [--rounds N] [--json FILE] [--only PART,...] [--install]``, the parts being those of PARTS.
+``python -m bench [--check] [--quick] [--rounds N] [--json FILE] [--only PART,...] [--install]``, the parts being those
+of PARTS. Each part prints its aims, and the end says which of all were missed; only with ``--check`` is that an error.
 Run it with the interpreter that ``bench/peers/install.py`` made (``--install`` makes it, then runs there); with any
 other, what is missing is reported as absent. ``--quick`` takes about a minute and shows that everything runs, not how
 fast it is.
@@ -47,13 +48,14 @@ def reexecute_with_peers() -> None:
 
 
 def main() -> None:
-    """Command line. Exit status 1 if a part could not run; a missed target is reported, not an error."""
+    """Command line. Exit status 1 if a part could not run; with --check also unless every aim was met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small and once, about a minute")
     parser.add_argument("--rounds", type=int, help="alternating rounds (3; 1 with --quick)")
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
     parser.add_argument("--json", type=Path, default=report.DEFAULT_FOLDER / "bench.json", help="where the result goes")
     parser.add_argument("--install", action="store_true", help="make the environment with the peers and run in it")
+    report.add_check_option(parser)
     options = parser.parse_args()
     if options.install:
         reexecute_with_peers()
@@ -69,11 +71,9 @@ def main() -> None:
     result["checks"] = found
     report.write_json(result, options.json)
     checks = [report.Check(*(check[field] for field in report.Check._fields)) for check in found]
-    report.print_checks(checks)
-    verdicts = [check.verdict for check in checks]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("pass", "SHORT", "reported", "absent"))
-    print(f"{counts}; {options.json}")
+    print(f"\n{options.json}: everything above, and what all parts say of their aims:")
     failed = [f"{part}: {result[part]['failed']}" for part in parts if "failed" in result[part]]
+    report.conclude(checks, options.check and not failed)
     if failed:
         sys.exit("could not run: " + "; ".join(failed))
 

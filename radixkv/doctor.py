@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,7 @@ from .pool.memory import DEFAULT_HEADROOM_BYTES, host_memory, read_text, usable_
 from .pool.pinning import cuda_registrar
 from .transfer.choose import ENVIRONMENT, Chooser, PathName
 from .transfer.cuda import FATBIN
+from .tree.page_hash import sha256_provider
 
 __all__ = ["Choice", "Diagnosis", "Finding", "Machine", "decide", "diagnose", "tables", "text"]
 
@@ -134,6 +136,10 @@ class Machine:
         """What chooses between kernels and copy engine on the first GPU. Raises: ImportError, RuntimeError."""
         return Chooser(importlib.import_module(".transfer.gpu", __package__).device_key(0), override="kernel")
 
+    def sha256_provider(self) -> str:
+        """What hashes pages: libcrypto's words for itself, or "hashlib"."""
+        return sha256_provider()
+
     def cpus(self) -> int:
         """CPUs that this process may use."""
         return usable_cpus()
@@ -209,22 +215,67 @@ _STORAGE = {
     "file": "xxhash", "redis": "redis", "s3": "obstore", "mooncake": "mooncake.store", "nixl": "nixl_cu13._api",
 }  # fmt: skip
 """Storage backend -> the module that it needs besides the checksum."""
+_CHECKSUM = "xxhash"
 
 
-def _storage(machine: Machine) -> Finding:
-    """Which backends have their packages. Whether a server answers is not asked."""
-    lacking: dict[str, str] = {}
-    for name, module in _STORAGE.items():
-        for needed in ("xxhash", module):
-            try:
-                machine.load(needed)
-            except ImportError as error:
-                lacking.setdefault(name, f"{error}; pip install 'radixkv[{'storage' if needed == 'xxhash' else name}]'")
-    found = [name for name in _STORAGE if name not in lacking]
-    shown = [", ".join(found) or "none", *(f"no {name}: {why}" for name, why in lacking.items())]
-    if not found:
-        shown = [lacking["file"]]  # what all of them lack
-    return Finding("storage", "ok" if found else "missing", "; ".join(shown), {"backends": found, "lacking": lacking})
+def _page_hashes(machine: Machine) -> Finding:
+    provider = machine.sha256_provider()
+    data = {"provider": provider, "native": provider != "hashlib"}
+    if not data["native"]:
+        value = "SHA-256 by hashlib, a page at a time under the GIL: no libcrypto of OpenSSL 1.1 or 3 is found"
+        return Finding("page hashes", "missing", value, data, brief="no libcrypto")
+    return Finding("page hashes", "ok", f"SHA-256 by libcrypto: {provider}, native", data)
+
+
+def _checksums(machine: Machine) -> Finding:
+    """Of what is stored. The package is compiled, or it does not load."""
+    lacking = _lacking(machine, _CHECKSUM, "storage")
+    if lacking:
+        return Finding("checksums", "missing", lacking, {"native": False}, brief="no xxhash")
+    xxhash = machine.load(_CHECKSUM)
+    version = f"xxhash {_version(xxhash, 'VERSION')} over libxxhash {_version(xxhash, 'XXHASH_VERSION')}, native"
+    return Finding("checksums", "ok", version, {"native": True})
+
+
+def _backend(machine: Machine, name: str) -> Finding:
+    """Whether a storage backend has its packages. Whether a server answers is not asked."""
+    lacking = _lacking(machine, _CHECKSUM, "storage") or _lacking(machine, _STORAGE[name], name)
+    if lacking:
+        return Finding(_storage_name(name), "missing", lacking, {"installed": False})
+    return Finding(_storage_name(name), "ok", _package(machine, name), {"installed": True})
+
+
+def _package(machine: Machine, backend: str) -> str:
+    """What moves a backend's bytes."""
+    package, module = _STORAGE[backend].partition(".")[0], machine.load(_STORAGE[backend])
+    if package == _CHECKSUM:
+        return "built in"
+    shown = f"{package} {_version(module, '__version__')}".strip()
+    return f"{shown}, {_parser(machine)}" if backend == "redis" else f"{shown}, native"
+
+
+def _storage_name(backend: str) -> str:
+    return f"storage: {backend}"
+
+
+def _lacking(machine: Machine, module: str, extra: str) -> str:
+    """What is wrong with a module, and what installs it; "" if it loads."""
+    try:
+        machine.load(module)
+    except (ImportError, OSError) as error:
+        return f"{error}; pip install 'radixkv[{extra}]'"
+    return ""
+
+
+def _parser(machine: Machine) -> str:
+    try:
+        return f"replies parsed by hiredis {_version(machine.load('hiredis'), '__version__')}, native"
+    except ImportError:
+        return "replies parsed in Python, slowly: pip install 'radixkv[redis]' for hiredis"
+
+
+def _version(module: Any, name: str) -> str:
+    return str(getattr(module, name, ""))
 
 
 def _nvrtc(machine: Machine) -> Finding:
@@ -403,7 +454,8 @@ PROBES: dict[str, Probe] = {
     "cpu": _cpu, "host memory": _memory, "huge pages": _huge_pages, "numa": _numa, "gpu": _gpu, "driver": _driver,
     "torch": _torch, "cupy": _cupy, "nvrtc": _nvrtc, "nvcc": _nvcc, "kernels": _kernels, "C launcher": _c_launcher,
     "transfer path": _override, "tuning": _tuning, "page-locking": _pinned,
-    "storage": _storage,
+    "page hashes": _page_hashes, "checksums": _checksums,
+    **{_storage_name(name): partial(_backend, name=name) for name in _STORAGE},
 }  # fmt: skip
 MEASUREMENTS: dict[str, Probe] = {"host bandwidth": _host_bandwidth, "link bandwidth": _link_bandwidth}
 
@@ -431,7 +483,15 @@ def decide(findings: Iterable[Finding]) -> list[Choice]:
             if name in found and found[name].status != "ok"
         )
 
-    return [_copies(data, why), _device_pools(data, why), *_host_pools(data, why)]
+    return [_copies(data, why), _device_pools(data, why), *_host_pools(data, why), _backends(data)]
+
+
+def _backends(data: Any) -> Choice:
+    installed = [name for name in _STORAGE if data(_storage_name(name), "installed", False)]
+    lacking = [name for name in _STORAGE if name not in installed]
+    reasons = ["their packages load; no server was asked"] * bool(installed)
+    reasons += [f"not {', '.join(lacking)}"] * bool(lacking)
+    return Choice("storage", ", ".join([*installed, "memory"]), "; ".join(reasons))
 
 
 def _copies(data: Any, why: Any) -> Choice:

@@ -6,6 +6,7 @@ __all__ = [
     "AllocationError",
     "ArgumentTypeError",
     "DeviceUnavailableError",
+    "EndpointError",
     "GroupError",
     "HandleError",
     "HostMemoryError",
@@ -103,6 +104,10 @@ class StorageError(RadixKVError, OSError):
 
 class StorageTimeoutError(StorageError, TimeoutError):
     """A storage backend did not answer within the deadline of the call."""
+
+
+class EndpointError(RadixKVError, OSError):
+    """An address of a socket cannot be had: in use, not of this machine, not allowed, or not an address at all."""
 
 
 class IntegrityError(RadixKVError, AssertionError):

@@ -10,7 +10,8 @@ SGLang and vLLM publish.
 
 A block is a page, its hash the tree's page key (64 bits of a chain over the whole prefix). Pages that follow each other
 share an event. What could not be sent leaves a hole in the sequence numbers, never a silent loss: a subscriber that
-sees one asks for a replay, and starts from nothing if the hole is not in it.
+sees one asks for a replay, and starts from nothing if the hole is not in it. A replay has no way to refuse: one of
+batches that are kept no longer begins with the first that is, whose number says so.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .errors import InvalidArgumentError, StateError
+from .errors import EndpointError, InvalidArgumentError, StateError
 from .extras import require
 from .tree.base import BaseRadixTree
 from .types import Event, Medium, PageIds
@@ -150,8 +151,9 @@ class EventConfig:
 
 class PublisherStats(NamedTuple):
     """Counters: batches and events sent, batches dropped because the queue was full, snapshots sent because the tree
-    had dropped events, replays asked for and, of these, cut short (a client that does not read). What waits, and what
-    is kept."""
+    had dropped events, replays asked for and, of these, cut short (a client that does not read), requests of another
+    form. slow_subscribers: times that one had high_water_mark batches before it and began to lose some; counted anew
+    once it has caught up. What waits, and what is kept."""
 
     batches: int
     events: int
@@ -159,6 +161,8 @@ class PublisherStats(NamedTuple):
     snapshots: int
     replays: int
     short_replays: int
+    bad_requests: int
+    slow_subscribers: int
     queued_batches: int
     kept_batches: int
     kept_bytes: int
@@ -172,7 +176,8 @@ class EventPublisher:
         context: a zmq.Context to share (inproc endpoints need one); None: one of its own.
         clock: the time of a batch, seconds since 1970.
     Attributes: ``endpoint`` and ``replay_endpoint``: as bound, with the port that a ``*`` became.
-    Raises: MissingExtraError without pyzmq and msgspec; zmq.ZMQError if an endpoint cannot be had.
+    Raises: MissingExtraError without pyzmq and msgspec; EndpointError (an OSError) if an endpoint cannot be had;
+        nothing stays open then.
     """
 
     def __init__(
@@ -192,7 +197,7 @@ class EventPublisher:
         self._queue: deque[tuple[int, float, Sequence[Event]]] = deque()
         self._kept: deque[tuple[int, bytes]] = deque()
         self._kept_bytes = self._next = self._dropped = self._snapshots = self._tree_dropped = 0
-        self._sent = self._sent_events = self._replays = self._short_replays = 0
+        self._sent = self._sent_events = self._replays = self._short_replays = self._bad_requests = self._slow = 0
         self._closing: float | None = None
         self._error: BaseException | None = None
         self._own_context = context is None
@@ -210,9 +215,10 @@ class EventPublisher:
         with contextlib.ExitStack() as undo:
             self._pub = undo.enter_context(self._context.socket(zmq.PUB))
             self._pub.setsockopt(zmq.SNDHWM, config.high_water_mark)
+            self._pub.setsockopt(zmq.XPUB_NODROP, 1)  # see _send
             endpoint = offset_endpoint(config.endpoint, rank)
             binds = "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://"))
-            (self._pub.bind if binds else self._pub.connect)(endpoint)
+            self._open(self._pub.bind if binds else self._pub.connect, "endpoint", endpoint)
             self.endpoint: str = self._pub.getsockopt_string(zmq.LAST_ENDPOINT)
             self.replay_endpoint: str | None = None
             self._replay: Any = None
@@ -220,7 +226,7 @@ class EventPublisher:
                 self._replay = undo.enter_context(self._context.socket(zmq.ROUTER))
                 self._replay.setsockopt(zmq.SNDHWM, config.replay_batches + 1)  # a whole replay fits
                 self._replay.setsockopt(zmq.ROUTER_MANDATORY, 1)  # and one that does not is an error, no silence
-                self._replay.bind(offset_endpoint(config.replay_endpoint, rank))
+                self._open(self._replay.bind, "replay_endpoint", offset_endpoint(config.replay_endpoint, rank))
                 self.replay_endpoint = self._replay.getsockopt_string(zmq.LAST_ENDPOINT)
             name = f"inproc://radixkv-events-{id(self)}"
             self._woken = undo.enter_context(self._context.socket(zmq.PAIR))
@@ -228,6 +234,18 @@ class EventPublisher:
             self._wake = undo.enter_context(self._context.socket(zmq.PAIR))
             self._wake.connect(name)
             undo.pop_all()
+
+    def _open(self, how: Callable[[str], object], name: str, endpoint: str) -> None:
+        """Bind or connect. Raises: EndpointError."""
+        zmq, rank = self._zmq, self.config.data_parallel_rank
+        what = f"cannot {how.__name__} the event publisher's {name} {endpoint!r} (rank {rank})"
+        port = endpoint.rpartition(":")[2]
+        if endpoint.startswith("tcp://") and port.isdecimal() and int(port) > 65_535:  # libzmq takes it modulo 65,536
+            raise EndpointError(zmq.EINVAL, f"{what}: there is no port {port}")
+        try:
+            how(endpoint)
+        except zmq.ZMQError as error:
+            raise EndpointError(error.errno, f"{what}: {zmq.strerror(error.errno)}") from error
 
     # ---- the owner's side --------------------------------------------------------------------------------------------
     def publish(self, events: Sequence[Event]) -> int | None:
@@ -254,7 +272,17 @@ class EventPublisher:
 
         If the tree has dropped events since the last call, what it queued is of no use: a snapshot is published in its
         place.
+        Raises: InvalidArgumentError for a tree that records no events, or has pages of another size; as publish.
         """
+        if not tree.events:
+            raise InvalidArgumentError(
+                "the tree records no events, and subscribers would see an empty cache: make it with events=True, "
+                "a cache with enable_kv_cache_events=True"
+            )
+        if tree.page_size != self.page_size:
+            raise InvalidArgumentError(
+                f"pages of {tree.page_size} tokens in the tree, of {self.page_size} in the publisher"
+            )
         dropped = tree.stats().dropped_events
         if dropped != self._tree_dropped:
             tree.take_events()
@@ -273,7 +301,7 @@ class EventPublisher:
         """Counters; any thread."""
         return PublisherStats(
             self._sent, self._sent_events, self._dropped, self._snapshots, self._replays, self._short_replays,
-            len(self._queue), len(self._kept), self._kept_bytes,
+            self._bad_requests, self._slow, len(self._queue), len(self._kept), self._kept_bytes,
         )  # fmt: skip
 
     def close(self, timeout_s: float = 1.0) -> bool:
@@ -328,11 +356,26 @@ class EventPublisher:
             number, now, events = self._queue[0]
             wire = wire_events(events, self.page_size, self._dialect)
             payload = self._encode([now, wire, self.config.data_parallel_rank])
-            self._pub.send_multipart([self._topic, number.to_bytes(8, "big"), payload])  # never waits: PUB drops
+            self._send([self._topic, number.to_bytes(8, "big"), payload])
             self._keep(number, payload)
             self._sent += 1
             self._sent_events += len(events)
             self._queue.popleft()
+
+    def _send(self, frames: list[bytes]) -> None:
+        """Send to all subscribers; never waits. One whose queue is full loses it.
+
+        PUB drops without a word. With XPUB_NODROP it refuses at the first full queue; then it is told to drop after
+        all, and leaves that subscriber out until its queue is half empty.
+        """
+        zmq = self._zmq
+        try:
+            self._pub.send_multipart(frames, zmq.DONTWAIT)
+        except zmq.Again:
+            self._slow += 1
+            self._pub.setsockopt(zmq.XPUB_NODROP, 0)
+            self._pub.send_multipart(frames, zmq.DONTWAIT)
+            self._pub.setsockopt(zmq.XPUB_NODROP, 1)
 
     def _keep(self, number: int, payload: bytes) -> None:
         if self._replay is None:
@@ -343,9 +386,10 @@ class EventPublisher:
             self._kept_bytes -= len(self._kept.popleft()[1])
 
     def _answer(self) -> None:
-        """Serve one replay request. One of another form is ignored."""
+        """Serve one replay request. One of another form is not answered, as by the peers, but counted."""
         frames = self._replay.recv_multipart()
         if len(frames) != 3 or frames[1] != b"" or len(frames[2]) != 8:
+            self._bad_requests += 1
             return
         first = int.from_bytes(frames[2], "big")
         self._send_queued()  # what was published before the request belongs to the answer

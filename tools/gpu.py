@@ -101,7 +101,7 @@ def commands(step: str, quick: bool, folder: Path) -> list[tuple[list[str], dict
         demo = [*python, "-m", "radixkv", "demo", "--device", "cuda"]
         return [([*demo, "--dir", str(folder / "demo"), "--json", result], {})]
     if step == "overlap":
-        bench = [*python, "-m", "bench.bench_overlap", "--device", "cuda", "--json", result]
+        bench = [*python, "-m", "bench.bench_overlap", "--device", "cuda", "--check", "--json", result]
         return [([*bench, *["--quick"] * quick], {})]
     if step == "tests":
         return [

@@ -19,6 +19,7 @@ from .base import (
 )
 from .config import STORED, STORING, WRITING, ControllerConfig
 from .controller import Controller
+from .in_flight import InFlight, LoadInFlight, PrefetchInFlight
 from .layers import LayerCounter
 from .mover_cpu import CpuMover
 from .mover_cuda import CudaMover
@@ -36,13 +37,16 @@ __all__ = [
     "DevicePages",
     "Finished",
     "Group",
+    "InFlight",
     "LayerCounter",
     "LayerProgress",
     "Listener",
     "Load",
+    "LoadInFlight",
     "LocalGroup",
     "Mover",
     "Polled",
+    "PrefetchInFlight",
     "PrefetchStatus",
     "Ticket",
     "TorchGroup",

@@ -22,7 +22,10 @@ Digests: TypeAlias = npt.NDArray[np.uint8]
 """uint8 [pages, 32]: the page hashes of consecutive pages, each chained to all before it."""
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Kind: TypeAlias = Literal["backup", "write_back", "load", "store", "prefetch"]
-Outcome: TypeAlias = Literal["done", "partial", "failed", "cancelled", "revoked", "dropped"]
+Outcome: TypeAlias = Literal["done", "partial", "failed", "cancelled", "revoked", "dropped", "timeout"]
+"""partial: of a store, some pages; of a prefetch, what had come when best_effort ended it. timeout: of a prefetch, its
+deadline ended it before all had come. failed: nothing, or, of a prefetch, less than storage had said. revoked: of a
+prefetch, storage had too little. dropped: of a write_back, no room on the host."""
 
 
 # ---- asked of others -------------------------------------------------------------------------------------------------
@@ -208,6 +211,10 @@ class Listener(Protocol):
         """Tokens have left a tier."""
         ...
 
+    def made_room(self, num_tokens: int, seconds: float) -> None:
+        """One eviction for device tokens has freed so many, write-backs that it waited for included."""
+        ...
+
     def attributed(self, attribution: Attribution) -> None:
         """A request's tokens have been accounted for."""
         ...
@@ -215,8 +222,8 @@ class Listener(Protocol):
 
 # ---- handed out ------------------------------------------------------------------------------------------------------
 class Finished(NamedTuple):
-    """How one operation ended. num_tokens, num_bytes: what arrived. seconds: of copying, or in storage calls, on this
-    rank. latency_s: from its start until it was settled."""
+    """How one operation ended. num_tokens, num_bytes: what arrived. seconds: of copying (of a batch of loads, its share
+    by tokens), or in storage calls, on this rank. latency_s: from its start until it was settled."""
 
     kind: Kind
     outcome: Outcome
@@ -279,11 +286,12 @@ class ControllerStats(NamedTuple):
 
     dropped_*: evicted under write_back with no room on the host, or because the copy failed. refused_*: not begun for
     want of room or capacity, or while storage is left alone; refused_loads: tails left on the host, for that or because
-    they are too short, beyond the quota, or too dear. stored_doubts: times that storage had lost values, so that marks
-    were doubted. store_gaps: stores put off, as storage did not have what comes before. prefetch_failures: look-ups and
-    fetches that failed, or brought less than was found; prefetch_abandoned: ended by poll, as nobody else did;
-    prefetch_late_tokens: fetched, but in the tree by then. The plain *_tokens add up what ``attribute`` was told.
-    stuck_pages: kept by operations that were given up but still run.
+    they are too short, beyond the quota, or too dear. broken_loads: with nodes that failed load_attempts times, and
+    leave the host. stored_doubts: times that storage had lost values, so that marks were doubted. store_gaps: stores
+    put off, as storage did not have what comes before. prefetch_failures: look-ups and fetches that failed, or brought
+    less than was found; prefetch_abandoned: ended by poll, as nobody else did; prefetch_late_tokens: fetched, but in
+    the tree by then. The plain *_tokens and requests add up what ``attribute`` was told. stuck_pages: kept by
+    operations that were given up but still run. prefetch_capacity_tokens: as many in flight refuse another prefetch.
     """
 
     backups: int = 0
@@ -297,6 +305,7 @@ class ControllerStats(NamedTuple):
     loads: int = 0
     load_tokens: int = 0
     load_failures: int = 0
+    broken_loads: int = 0
     load_batches: int = 0
     refused_loads: int = 0
     stores: int = 0
@@ -321,11 +330,13 @@ class ControllerStats(NamedTuple):
     host_tokens: int = 0
     storage_tokens: int = 0
     computed_tokens: int = 0
+    requests: int = 0
     writes_in_flight: int = 0
     queued_loads: int = 0
     loads_in_flight: int = 0
     stores_in_flight: int = 0
     prefetches_in_flight: int = 0
     prefetch_tokens_in_flight: int = 0
+    prefetch_capacity_tokens: int = 0
     stuck_pages: int = 0
     backing_off: bool = False

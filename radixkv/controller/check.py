@@ -108,6 +108,7 @@ def _check_nodes(
 ) -> None:
     """Host references, marks and loading nodes are those of the operations in flight."""
     all_loads = [*loads.queued, *(op for batch in loads.batches for op in batch.loads)]
+    all_loads += [broken.op for broken in loads.broken]
     refs = Counter(part.node for op in all_loads for part in op.parts)
     refs.update(op.node for op in stores.operations)
     refs.update(op.node for op in prefetches.operations.values() if op.keeps_host)

@@ -39,6 +39,8 @@ class ControllerConfig:
         load_policy: what a load does with a host-only tail that exceeds its quota. all: nothing; longest_prefix: as
             many pages as fit; cost: as longest_prefix, and only if loading is cheaper than to compute again.
         load_back_threshold: tokens, >= 0; shorter tails are computed again. 10, as engines know it.
+        load_attempts: copies of a load, >= 1, that may fail in a row, before its nodes leave the host and are computed
+            again. 3: once may be an accident, and each one fails the requests that wait for it.
         compute_ns_per_token: for "cost": ns to compute a token again. 50 us: 20,000 prefill tokens a second.
         load_base_ns, load_ns_per_token: for "cost": what a load costs, until loads have been measured. 100 us and 2 us.
         prefetch_policy: when finish_prefetch ends one that has not all of its pages. best_effort: at once;
@@ -59,8 +61,8 @@ class ControllerConfig:
         storage_timeout_s: seconds a storage call may take, > 0. 5.
         copy_timeout_s: seconds, > 0, that an eviction waits for its write-back, and a model for a layer of a load. 10:
             a copy takes milliseconds.
-        write_timeout_s: seconds, > 0, that a backup may be in flight, the queue included, before it is given up and its
-            node unlocked. 30: so long a queue means that the link is not what it was.
+        write_timeout_s: seconds, > 0, from the first poll that sees a backup, the mover's queue included, until it is
+            given up and its node unlocked. 30: so long a queue means that the link is not what it was.
         prefetch_deadline_s: seconds, > 0, after which wait_complete waits no more. 60: a backend that keeps its own
             deadlines has answered by then.
         prefetch_abandon_s: seconds, > 0, after which poll ends a prefetch that nobody has finished or cancelled: if it
@@ -84,6 +86,7 @@ class ControllerConfig:
     store_after_backup: bool = False
     load_policy: LoadPolicy = "all"
     load_back_threshold: int = 10
+    load_attempts: int = 3
     compute_ns_per_token: int = 50_000
     load_base_ns: int = 100_000
     load_ns_per_token: int = 2_000
@@ -154,7 +157,8 @@ _ANY = float("inf")
 _TINY = 1e-6
 _RANGES: dict[str, tuple[float, float]] = {
     "write_through_threshold": (1, _ANY), "write_through_threshold_storage": (1, _ANY), "busy_fraction": (0, 1),
-    "low_host_fraction": (0, 1), "load_back_threshold": (0, _ANY), "compute_ns_per_token": (0, _ANY),
+    "low_host_fraction": (0, 1), "load_back_threshold": (0, _ANY), "load_attempts": (1, _ANY),
+    "compute_ns_per_token": (0, _ANY),
     "load_base_ns": (0, _ANY), "load_ns_per_token": (0, _ANY), "prefetch_threshold": (0, _ANY),
     "prefetch_timeout_base_s": (0, _ANY), "prefetch_timeout_per_ki_s": (0, _ANY),
     "prefetch_capacity_fraction": (0, _ANY), "prefetch_capacity_floor": (0, 1), "max_prefetches": (1, _ANY),

@@ -12,10 +12,11 @@ import numpy as np
 from ..errors import GroupError
 from ..tree.base import BaseRadixTree
 from ..types import PageIds
-from .base import Finished, Group, Kind, LayerProgress, Listener, Mover, Outcome, Ticket
+from .base import Finished, Group, Kind, LayerProgress, Listener, Mover, Outcome, StorageJob, Ticket
 from .config import ControllerConfig
-from .lanes import FailedTicket
+from .lanes import FailedProgress, FailedTicket
 from .ledger import NO_PAGES, Ledger
+from .workers import FailedJob
 
 __all__ = ["Context", "Where"]
 
@@ -28,6 +29,7 @@ class Where(IntEnum):
     FINISH_PREFETCH = 3
     WRITE_BACK = 4
     RESET = 5
+    ATTACH = 6
 
 
 class Context:
@@ -69,13 +71,30 @@ class Context:
         if self._mover is not None:
             self._mover.flush()
 
+    def new_progress(self) -> LayerProgress:
+        """For one begin_load."""
+        try:
+            return self.mover.new_progress()
+        except Exception as error:
+            return FailedProgress(error)
+
     def begin_load(self, host_pages: PageIds, device_pages: PageIds, progress: LayerProgress) -> Ticket:
         """Ask for a copy to the device, likewise."""
+        if isinstance(progress, FailedProgress):
+            return FailedTicket(progress.error)
         try:
             return self.mover.load(host_pages, device_pages, progress)
         except Exception as error:
             progress.fail(error)
             return FailedTicket(error)
+
+    @staticmethod
+    def begin_job(begin: Callable[[], StorageJob]) -> StorageJob:
+        """Ask for a storage job, likewise."""
+        try:
+            return begin()
+        except Exception as error:
+            return FailedJob(error)
 
     def next_op_id(self) -> int:
         """The same on all ranks, as all begin the same operations."""
@@ -131,7 +150,7 @@ class Context:
         """Take host pages, after one eviction if there are too few."""
         reserve = self.ledger.host.alloc_pages
         pages = reserve(num_pages, for_copy)
-        if pages is None:
+        if pages is None and not self.ledger.is_holding:
             self.evict_host(num_pages * self.page_size)
             pages = reserve(num_pages, for_copy)
         return pages

@@ -36,7 +36,9 @@ from .check import check_integrity
 from .config import ControllerConfig
 from .context import Context, Where
 from .drains import Drains
+from .giveway import GiveWay
 from .hashes import PathHashes
+from .in_flight import InFlight, PrefetchInFlight, collect, look_at
 from .layers import LayerCounter
 from .ledger import Ledger
 from .loads import Loads
@@ -57,7 +59,7 @@ class Controller:
     In a group every rank makes the same calls in the same order with the same arguments; then every rank has the same
     tree. Which collectives run follows from what has been agreed before, never from a rank's own state: one in each
     poll, one in finish_prefetch while the prefetch is in flight, one a round of an eviction that writes back, one in
-    reset and the constructor.
+    reset, all_can and the constructor.
 
     Args:
         tree: empty; nobody else changes it from now on.
@@ -113,6 +115,7 @@ class Controller:
         self._loads = Loads(context, self._drains, self._room, self.layer_counter)
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
+        self._room.give_way = GiveWay(context, self._stores, self._prefetches, self._drains).evict
         self._policy = WritePolicies(context, self._writes, self._stores)
         self._writes.backed_up = self._policy.backed_up
         self._stores.back_up = self._writes.begin
@@ -149,6 +152,11 @@ class Controller:
     def storage(self) -> Any | None:
         """What attach_storage was given."""
         return self._storage
+
+    @property
+    def draining_device_pages(self) -> int:
+        """Device pages of before a reset that a copy may still write; poll frees them when it has ended."""
+        return self._drains.num_device_pages
 
     # ---- a request, step by step -------------------------------------------------------------------------------------
     def match(self, tokens: Tokens, extra_key: NamespacePart = None, cache_salt: NamespacePart = None) -> MatchResult:
@@ -307,13 +315,26 @@ class Controller:
 
         Args: match: made before load; loaded_tokens: of the Load, 0 without one.
         """
+        return self.account(req_id, num_tokens, match.num_tokens, loaded_tokens)
+
+    def account(self, req_id: str, num_tokens: int, device_tokens: int, loaded_tokens: int) -> Attribution:
+        """attribute, for who has no match at hand: so many tokens were on the device, so many were loaded."""
         from_storage = min(self._prefetches.brought.pop(req_id, 0), loaded_tokens)
-        computed = num_tokens - match.num_tokens - loaded_tokens
-        split = Attribution(match.num_tokens, loaded_tokens - from_storage, from_storage, computed)
-        self._context.counts.update(split._asdict())
+        from_host, computed = loaded_tokens - from_storage, num_tokens - device_tokens - loaded_tokens
+        split = Attribution(device_tokens, from_host, from_storage, computed)
+        counts = self._context.counts
+        counts["device_tokens"] += device_tokens
+        counts["host_tokens"] += from_host
+        counts["storage_tokens"] += from_storage
+        counts["computed_tokens"] += computed
+        counts["requests"] += 1
         if self._context.listener is not None:
             self._context.listener.attributed(split)
         return split
+
+    def forget_request(self, req_id: str) -> None:
+        """A request has ended: what a prefetch brought for it is nobody's any more."""
+        self._prefetches.brought.pop(req_id, None)
 
     # ---- settling ----------------------------------------------------------------------------------------------------
     def poll(self) -> Polled:
@@ -333,6 +354,11 @@ class Controller:
         self._storage, self._prefetches.edge = storage, edge
         self._stores.use(edge)
         self._prefetches.backoff.reset()
+
+    def all_can(self, can: bool) -> bool:
+        """Whether all ranks can do what is about to be done alike (attach a storage that each makes for itself).
+        Collective. Raises: GroupError."""
+        return bool(self._context.agree(Where.ATTACH, [int(can)])[0])
 
     def detach_storage(self) -> Any | None:
         """Cancel what uses storage, end its workers, and forget what was stored. Returns: the PageStore, or None."""
@@ -374,6 +400,20 @@ class Controller:
         return not self._hanging
 
     # ---- inspection --------------------------------------------------------------------------------------------------
+    def in_flight(self) -> InFlight:
+        """The operations that have begun and are not settled, one by one. ``stats`` has how many, and is cheaper."""
+        return collect(self._writes, self._loads, self._stores, self._prefetches)
+
+    def prefetch_in_flight(self, req_id: str) -> PrefetchInFlight | None:
+        """One of them; None if there is none. O(1)."""
+        op = self._prefetches.operations.get(req_id)
+        return None if op is None else look_at(op)
+
+    @property
+    def prefetch_capacity_tokens(self) -> int:
+        """How much prefetches in flight may have asked for together before another one is refused."""
+        return self._prefetches.capacity_tokens
+
     def stats(self) -> ControllerStats:
         """Counters, and what is in flight."""
         counts = {name: value for name, value in self._context.counts.items() if name in ControllerStats._fields}
@@ -381,10 +421,11 @@ class Controller:
             **counts,
             writes_in_flight=len(self._writes.operations),
             queued_loads=len(self._loads.queued),
-            loads_in_flight=len(self._loads.queued) + sum(len(batch.loads) for batch in self._loads.batches),
+            loads_in_flight=self._loads.num_in_flight,
             stores_in_flight=len(self._stores.operations),
             prefetches_in_flight=len(self._prefetches.operations),
             prefetch_tokens_in_flight=self._prefetches.tokens_in_flight,
+            prefetch_capacity_tokens=self._prefetches.capacity_tokens if self._stores.edge is not None else 0,
             stuck_pages=self._drains.num_pages,
             backing_off=self._stores.backoff.active or self._prefetches.backoff.active,
         )

@@ -70,6 +70,11 @@ class Drains:
         ledger.free_host(op.host_pages)
 
     @property
+    def num_device_pages(self) -> int:
+        """Device pages that a copy may still write."""
+        return sum(len(op.device_pages) for op in self.operations)
+
+    @property
     def num_pages(self) -> int:
         """Pages that are stuck."""
         return sum(len(op.device_pages) + len(op.host_pages) for op in self.operations if op.node == ROOT)

@@ -6,14 +6,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tree.base import BaseRadixTree
-from ..tree.page_hash import DIGEST_BYTES, sha256_chain
+from ..tree.page_hash import DIGEST_BYTES, namespace_digest, sha256_chain
 from ..types import ROOT
 from .base import Digests
 
 __all__ = ["PathHashes"]
 
+
 class PathHashes:
-    """SHA-256 chains along the paths of a tree.
+    """SHA-256 chains along the paths of a tree; another than the default namespace begins with a digest of its name.
 
     A tree made with ``sha256_page_hash()`` keeps them itself; of another one (its default chain is 64 bits, and no key
     for storage) the path is hashed anew each time. Costs O(path) then.
@@ -27,8 +28,8 @@ class PathHashes:
         digests = self._tree.page_digests(node)
         if digests.shape[1] == DIGEST_BYTES:
             return digests
-        pages = len(digests)
-        chain: Digests = sha256_chain(self.path_tokens(node), self._tree.page_size)[-pages:]
+        start = namespace_digest(self._tree.node_info(node).namespace)
+        chain: Digests = sha256_chain(self.path_tokens(node), self._tree.page_size, start)[-len(digests) :]
         return chain
 
     def before(self, node: int) -> bytes:
@@ -36,9 +37,10 @@ class PathHashes:
         parent = self._tree.node_info(node).parent
         return b"" if parent == ROOT else self.own(parent)[-1].tobytes()
 
-    def following(self, node: int, tokens: npt.NDArray[np.int32]) -> Digests:
-        """Digests of whole pages of tokens that follow a node's path (ROOT: nothing comes before)."""
-        previous = None if node == ROOT else self.own(node)[-1].tobytes()
+    def following(self, node: int, tokens: npt.NDArray[np.int32], namespace: bytes) -> Digests:
+        """Digests of whole pages of tokens that follow a node's path. Args: namespace: that of the node, or, for ROOT,
+        of the tokens."""
+        previous = namespace_digest(namespace) if node == ROOT else self.own(node)[-1].tobytes()
         return sha256_chain(tokens, self._tree.page_size, previous)
 
     def path_tokens(self, node: int) -> npt.NDArray[np.int32]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..errors import StateError
+from ..errors import StateError, TransferError
 from ..types import PageIds
 
-__all__ = ["CopyLane", "CopyTicket", "FailedTicket", "PageLane", "PageTicket"]
+__all__ = ["CopyLane", "CopyTicket", "FailedProgress", "FailedTicket", "PageLane", "PageTicket", "start_thread"]
 
 _CHANGES = threading.Lock()
 """About every ticket's change of state: held for a few assignments, and cheaper than a lock and an event a ticket."""
@@ -27,7 +28,7 @@ class CopyTicket:
 
     Args:
         copy: does it, and returns when its bytes are in place.
-        failed: is told why it did not happen.
+        failed: is told why it did not happen; what it raises is added to that (a TransferError then).
     """
 
     # of the class until they change: a ticket is made for every backup
@@ -80,9 +81,12 @@ class CopyTicket:
 
     def end(self, error: BaseException | None) -> None:
         """It has begun and is over."""
-        self.error = error
         if error is not None and self._failed is not None:
-            self._failed(error)
+            told = _error_of(partial(self._failed, error))
+            if told is not None:  # whoever waits for the ticket must hear of it all the same
+                untold, error = error, TransferError(f"the copy failed ({error!r}), and telling so did, too: {told!r}")
+                error.__cause__ = untold
+        self.error = error
         with _CHANGES:
             self._done = True
             waited_for = self._waited_for
@@ -90,12 +94,22 @@ class CopyTicket:
             waited_for.set()
 
 
-def _error_of(copy: Callable[[], None]) -> BaseException | None:
+def _error_of(copy: Callable[[], object]) -> BaseException | None:
     try:
         copy()
-    except Exception as raised:  # whatever it is, the copy has not happened
+    except BaseException as raised:  # whatever it is, the copy has not happened, and the thread goes on
         return raised
     return None
+
+
+def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
+    """A daemon thread that has started. Raises: StateError if the system has none left."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except (RuntimeError, MemoryError) as error:
+        raise StateError(f"thread {name} cannot be started: {error}") from error
+    return thread
 
 
 class FailedTicket:
@@ -116,6 +130,19 @@ class FailedTicket:
         return False
 
 
+class FailedProgress:
+    """Of a load that could not even be asked for; see LayerProgress."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def wait(self, layer: int, timeout_s: float | None = None) -> bool:
+        raise TransferError(f"layer {layer} will not come: {self.error}") from self.error
+
+    def fail(self, error: BaseException) -> None:
+        """It has failed already."""
+
+
 class CopyLane:
     """One thread that runs tickets in order; started with the first. Args: name: of the thread."""
 
@@ -130,17 +157,22 @@ class CopyLane:
     def put(self, ticket: CopyTicket) -> None:
         """Run it after all others; fail it if the lane is closed."""
         with self._lock:
-            if not self._closed:
-                self._waiting.append(ticket)
-                self._wake()
-                return
-        ticket.fail(StateError("the mover is closed"))
+            error = self._add([ticket])
+        if error is not None:
+            ticket.fail(error)
 
-    def _wake(self) -> None:
+    def _add(self, tickets: Sequence[Any]) -> StateError | None:
+        """Queue tickets, under the lock. Returns: why not, if nothing was queued. The next ones may fare better."""
+        if self._closed:
+            return StateError("the mover is closed")
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._thread.start()
+            try:
+                self._thread = start_thread(self._work, self._name)
+            except StateError as error:
+                return error
+        self._waiting.extend(tickets)
         self._changed.notify()
+        return None
 
     def _work(self) -> None:
         while True:
@@ -150,7 +182,12 @@ class CopyLane:
                         return
                     self._changed.wait()
                 tickets = self._next()
-            self._run(tickets)
+            error = _error_of(partial(self._run, tickets))
+            if error is not None:
+                for ticket in tickets:
+                    ticket.begin_once()
+                    if not ticket.done():
+                        ticket.end(error)
 
     def _next(self) -> list[Any]:
         """What is copied next, off the queue."""
@@ -237,14 +274,16 @@ class PageLane(CopyLane):
             return
         try:
             mark = self._mark()
-        except Exception as error:
+        except Exception as raised:
             for ticket in tickets:
-                ticket.fail(error)
+                ticket.fail(raised)
             return
         for ticket in tickets:
             ticket.after = mark
-        self._waiting.extend(tickets)
-        self._wake()
+        error = self._add(tickets)
+        if error is not None:
+            for ticket in tickets:
+                ticket.fail(error)
 
     def _next(self) -> list[PageTicket]:
         tickets = [self._waiting.popleft()]

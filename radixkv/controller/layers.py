@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..errors import InvalidArgumentError, LoadError, TransferError
 from .base import LayerProgress
+from .lanes import FailedProgress
 
 __all__ = ["LayerCounter"]
 
@@ -114,6 +115,12 @@ class LayerCounter:
             self._batches[self._latest] = _Batch(progress, oldest)
             return self._latest
 
+    def fail(self, index: int, error: BaseException) -> None:
+        """A batch has failed (on some rank), but what it should have filled still matches: so do all who begin until it
+        is settled."""
+        with self._lock:
+            self._batches[index].progress = FailedProgress(error)
+
     def settle(self, index: int, error: BaseException | None = None) -> None:
         """A batch has been settled (on all ranks, of which one may have failed): later ones do not depend on it."""
         with self._lock:
@@ -123,7 +130,8 @@ class LayerCounter:
         batch = self._batches.pop(index)
         error = batch.progress.error or error
         for number in range(batch.oldest, index):  # earlier ones end earlier: what fails of them has failed by now
-            error = error or self._failed.get(number)
+            above = self._batches.get(number)
+            error = error or (self._failed.get(number) if above is None else above.progress.error)
         if error is not None:
             self._failed[index] = error
             while len(self._failed) > KEPT_FAILURES:

@@ -9,7 +9,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+import numpy.typing as npt
 
 from ..pool.page_ops import clear_pairs, pairs_of, set_pairs
 from ..pool.states import HostSlots, MemoryStateInt
@@ -36,6 +40,8 @@ class Ledger:
         self._host_of: PageIds = np.full(device.capacity if host is not None else 0, -1, np.int32)
         self.backup_pages = 0
         """Host pages whose device copy is gone."""
+        self._held: npt.NDArray[np.bool_] | None = None
+        self._left: list[PageIds] = []
 
     # ---- device ------------------------------------------------------------------------------------------------------
     def alloc_device(self, num_pages: int) -> PageIds | None:
@@ -105,6 +111,11 @@ class Ledger:
 
     def free_host(self, pages: PageIds) -> None:
         """Host pages that nobody reads or writes; their device copies, if any, have been freed before."""
+        if self._held is not None:
+            held = self._held[pages]
+            if held.any():
+                self._left.append(pages[held])
+                pages = pages[~held]
         if not len(pages):
             return
         host = self.host
@@ -115,6 +126,21 @@ class Ledger:
             if len(protected):  # of a copy that failed, or was given up and has ended
                 host.move_pages(protected, _RESERVED, "abort a copy", _PROTECTED)
             host.free_pages(pages)
+
+    @contextmanager
+    def holding(self, pages: PageIds) -> Iterator[list[PageIds]]:
+        """Until the end ``free_host`` keeps these back. Yields: what it has kept, the caller's to free."""
+        self._held, self._left = np.zeros(self.host.num_pages, np.bool_), []
+        self._held[pages] = True
+        try:
+            yield self._left
+        finally:
+            self._held = None
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether pages are held: not all that leaves the tree is free then."""
+        return self._held is not None
 
     def forget_pairs(self) -> None:
         """The tree was dropped."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import NamedTuple
 
-from ..errors import LoadError, LockError
+from ..errors import HandleError, LoadError, LockError
 from ..types import ROOT, PageIds
 from .base import Load
 from .context import Context
@@ -17,6 +18,8 @@ __all__ = ["Loads"]
 
 SMOOTHING = 0.25
 """Weight of a new measurement of a load's speed."""
+KEPT_FAILURES = 4096
+"""Nodes of which it is remembered that their loads failed."""
 
 
 class _HostNode(NamedTuple):
@@ -27,6 +30,14 @@ class _HostNode(NamedTuple):
     host_pages: PageIds
 
 
+class _Broken(NamedTuple):
+    """A load that is copied no more, and waits for those who use its nodes. batch, error: its last one's."""
+
+    op: LoadOp
+    batch: int
+    error: BaseException
+
+
 class Loads:
     """Queued loads, and the batches in flight in the order in which they began."""
 
@@ -34,10 +45,28 @@ class Loads:
         self.context, self.drains, self.room, self.layers = context, drains, room, layers
         self.queued: list[LoadOp] = []
         self.batches: list[LoadBatch] = []
+        self.broken: list[_Broken] = []
+        self._failures: dict[int, int] = {}
+        """Copies in a row that failed, by node."""
+        self._bad: list[int] = []
+        """Nodes that have failed too often, and are to leave the host."""
         self.ns_per_token = context.config.load_ns_per_token
         """What loads cost, on the slowest rank; agreed in poll."""
         self.measured_ns_per_token = self.ns_per_token
         """What they cost here."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Loads that are queued, being copied, or broken."""
+        return len(self.queued) + sum(len(batch.loads) for batch in self.batches) + len(self.broken)
+
+    def forget(self) -> None:
+        """The tree is dropped."""
+        self.queued.clear()
+        self.batches.clear()
+        self.broken.clear()
+        self._failures.clear()
+        self._bad.clear()
 
     # ---- begin -------------------------------------------------------------------------------------------------------
     def begin(self, node: int, quota_tokens: int | None) -> Load | None:
@@ -49,6 +78,8 @@ class Loads:
         """
         context, tree = self.context, self.context.tree
         nodes = tree.host_path(node) if node != ROOT and context.ledger.has_host else []
+        if self._failures:
+            nodes = list(takewhile(lambda part: not self._is_bad(part), nodes))
         if not nodes:
             return None
         tail = [self._host_node(part) for part in nodes]
@@ -117,7 +148,8 @@ class Loads:
         context.ledger.begin_load(context.join([part.host_pages for part in parts]))
         op = LoadOp(context.next_op_id(), context.clock(), parts)
         self.queued.append(op)
-        return Load(op.op_id, pages, len(pages) * context.page_size, tail[-1].node)
+        # a copy: the caller may turn his pages into slots in place, and these are where the bytes will go
+        return Load(op.op_id, pages.copy(), len(pages) * context.page_size, tail[-1].node)
 
     def cancel(self, load: Load) -> bool:
         """See Controller.cancel_load."""
@@ -146,7 +178,7 @@ class Loads:
         parts = [part for op in loads for part in op.parts]
         host_pages = context.join([part.host_pages for part in parts])
         device_pages = context.join([part.device_pages for part in parts])
-        progress = context.mover.new_progress()
+        progress = context.new_progress()
         index = self.layers.begin(progress)
         ticket = context.begin_load(host_pages, device_pages, progress)
         self.batches.append(LoadBatch(index, loads, ticket, len(host_pages)))
@@ -161,20 +193,28 @@ class Loads:
             self.layers.settle(batch.index)
             self._measure(batch)
             for op in batch.loads:
-                self._finish(op, batch.ticket.seconds)
+                self._finish(op, batch.ticket.seconds * op.num_pages / batch.num_pages)
             return len(batch.loads)
         error = batch.ticket.error or LoadError("the copy failed on another rank")
-        self.layers.settle(batch.index, error)
         again: list[LoadOp] = []
+        broken: list[_Broken] = []
         for op in reversed(batch.loads):  # a later one may be below an earlier one
+            self._count_failure(op)
             left = self._undo(op)
             self.context.counts["load_failures"] += 1
             self.context.finished("load", "failed", 0, batch.ticket.seconds, op.started_s)
-            if left:
-                op.parts = left
-                again.insert(0, op)
-            else:
+            if not left:
                 op.to(Stage.FAILED)
+            elif any(self._is_bad(part.node) for part in left):
+                op.to(Stage.BROKEN)
+                broken.insert(0, _Broken(op, batch.index, error))
+            else:
+                again.insert(0, op)
+        if broken:
+            self.broken += broken
+            self.layers.fail(batch.index, error)
+        else:
+            self.layers.settle(batch.index, error)
         if again:
             self._copy(again)
         return len(batch.loads) - len(again)
@@ -184,6 +224,7 @@ class Loads:
         op.to(Stage.DONE)
         for part in op.parts:
             context.tree.finish_load(part.node, True)
+            self._failures.pop(part.node, None)
             context.tree.release_host(part.node)
             context.ledger.end_load(part.device_pages, part.host_pages)
         context.counts["loads"] += 1
@@ -206,6 +247,70 @@ class Loads:
             left.pop()
         op.parts = left
         return left
+
+    # ---- what fails again and again ----------------------------------------------------------------------------------
+    def _is_bad(self, node: int) -> bool:
+        return self._failures.get(node, 0) >= self.context.config.load_attempts
+
+    def _count_failure(self, op: LoadOp) -> None:
+        if len(self._failures) >= KEPT_FAILURES:  # of nodes long gone, too
+            self._failures.clear()
+        for part in op.parts:
+            self._failures[part.node] = self._failures.get(part.node, 0) + 1
+        if any(self._is_bad(part.node) for part in op.parts):
+            self.context.counts["broken_loads"] += 1
+            self._bad += [part.node for part in op.parts if self._is_bad(part.node)]
+
+    @property
+    def troubled(self) -> bool:
+        """Whether there is something for ``give_up``."""
+        return bool(self.broken or self._bad)
+
+    def give_up(self) -> None:
+        """Undo broken loads that nobody uses any more, and drop what cannot be loaded from the host.
+
+        Whoever has locked such nodes waited for them, and was told; who comes later is told, too, until they are gone.
+        All of it follows from the tree, so ranks do the same.
+        """
+        for broken in list(self.broken):
+            self._clear_below(broken.op)
+            if not self._undo(broken.op):
+                broken.op.to(Stage.FAILED)
+                self.broken.remove(broken)
+                if all(other.batch != broken.batch for other in self.broken):
+                    self.layers.settle(broken.batch, broken.error)
+        self._bad = [node for node in self._bad if not self._drop(node)]
+
+    def _clear_below(self, op: LoadOp) -> None:
+        """Evict what has been computed below a broken load; where somebody holds it, nothing happens."""
+        tree, nodes, node, left = self.context.tree, set(), op.parts[-1].node, op.num_pages
+        while left > 0:
+            info = tree.node_info(node)
+            nodes.add(node)
+            node, left = info.parent, left - len(info.tokens) // self.context.page_size
+        for info in tree.dump():
+            if info.parent in nodes and info.node not in nodes and info.page_ids is not None:
+                self._delete(info.node)
+
+    def _drop(self, node: int) -> bool:
+        """Take a node that cannot be loaded off the host, with what is below. Returns: False if it is in use."""
+        try:
+            if self.context.tree.node_info(node).page_ids is not None:  # loading still, or computed again
+                return False
+        except HandleError:
+            self._failures.pop(node, None)
+            return True
+        return self._delete(node)
+
+    def _delete(self, node: int) -> bool:
+        """Returns: False if somebody uses it, or what is below."""
+        try:
+            result = self.context.tree.delete(node)
+        except LockError:
+            return False
+        self.context.evicted_from_device(result.page_ids, result.host_page_ids)
+        self._failures.pop(node, None)
+        return True
 
     def _measure(self, batch: LoadBatch) -> None:
         if batch.ticket.seconds:

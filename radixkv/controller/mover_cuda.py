@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from ..errors import DeviceUnavailableError, TransferError
@@ -178,19 +179,31 @@ class CudaMover:
 
     def _copy_to_host(self, device_pages: PageIds, host_pages: PageIds, computed: list[Any]) -> None:
         plan = plan_copy(self._geometry, self._device, self._host, device_pages, host_pages)
-        for event in computed:
-            self._streams.wait(self._write_stream, event)
-        self._writer.copy(plan)
-        self._streams.finish(self._streams.record(self._write_stream))
+        with self._to_the_end(self._write_stream):
+            for event in computed:
+                self._streams.wait(self._write_stream, event)
+            self._writer.copy(plan)
+
+    @contextmanager
+    def _to_the_end(self, stream: int) -> Iterator[None]:
+        """What is put on the stream inside has run when this is left. Also if something fails half way: the pages of a
+        copy that has failed are free at once, and what is on the stream already still writes them."""
+        try:
+            yield
+        except BaseException:
+            with suppress(TransferError):
+                self._streams.finish(self._streams.record(stream))
+            raise
+        self._streams.finish(self._streams.record(stream))
 
     def load(self, host_pages: PageIds, device_pages: PageIds, progress: Any) -> CopyTicket:
         """See Mover."""
         computed = self._streams.record(self._compute_stream())
 
         def copy() -> None:
-            self._streams.wait(self._load_stream, computed)
-            self._loader.load_back(self._host, self._device, host_pages, device_pages, progress.events)
-            self._streams.finish(self._streams.record(self._load_stream))
+            with self._to_the_end(self._load_stream):
+                self._streams.wait(self._load_stream, computed)
+                self._loader.load_back(self._host, self._device, host_pages, device_pages, progress.events)
 
         ticket = CopyTicket(copy, progress.fail)
         self._loads.put(ticket)

@@ -4,7 +4,7 @@ clock, no tree: who owns which pages, and at which stage.
     write     COPYING -> DONE | FAILED                        device -> host; the node is locked
     load      QUEUED -> COPYING -> DONE | FAILED              host -> device; the nodes are loading
                  |         ^ |
-                 |         +-+  failed, and in use: copied again
+                 |         +-+  failed, and in use: copied again, some times; then BROKEN -> FAILED once nobody uses it
                  +-> CANCELLED
     store     STORING -> DONE | PARTIAL | FAILED | REVOKED    host -> storage; the node's host pages are protected
     prefetch  LOOKING_UP -> REVOKED | FETCHING                storage -> host; the last host node is protected
@@ -43,6 +43,7 @@ class Stage(Enum):
 
     QUEUED = auto()
     COPYING = auto()
+    BROKEN = auto()
     STORING = auto()
     LOOKING_UP = auto()
     FETCHING = auto()
@@ -89,26 +90,35 @@ def _moves(**moves: str) -> dict[Stage, frozenset[Stage]]:
 
 # ---- device <-> host -------------------------------------------------------------------------------------------------
 class WriteOp(Operation):
-    """A node is copied to the host. Owns ``host_pages``; ``device_pages`` are the tree's, locked."""
+    """A node is copied to the host. Owns ``host_pages``; ``device_pages`` are the tree's, locked.
 
-    __slots__ = ("deadline_s", "device_pages", "host_pages", "node", "ticket")
+    Its time runs from the first poll that sees it, which begins the copies that wait: an engine that polls only when a
+    request comes may have left it waiting for as long as nobody came.
+    """
+
+    __slots__ = ("deadline_s", "device_pages", "host_pages", "node", "ticket", "timeout_s")
     FIRST = Stage.COPYING
     MOVES = _moves(COPYING="DONE FAILED CANCELLED")
 
     def __init__(
-        self, op_id: int, started_s: float, deadline_s: float, node: int, device_pages: PageIds, host_pages: PageIds,
+        self, op_id: int, started_s: float, timeout_s: float, node: int, device_pages: PageIds, host_pages: PageIds,
         ticket: Ticket,
     ) -> None:  # fmt: skip
         self.op_id, self.started_s, self.stage = op_id, started_s, Stage.COPYING
-        self.deadline_s = deadline_s
+        self.timeout_s = timeout_s
+        self.deadline_s: float | None = None
         self.node, self.device_pages, self.host_pages, self.ticket = node, device_pages, host_pages, ticket
 
     def status(self, now_s: float) -> int:
         """As copy_status; when the time is up it is cancelled, or overdue if it cannot be."""
         status = copy_status(self.ticket)
-        if status == RUNNING and now_s >= self.deadline_s:
+        if status != RUNNING:
+            return status
+        if self.deadline_s is None:
+            self.deadline_s = now_s + self.timeout_s
+        elif now_s >= self.deadline_s:
             return FAILED if self.ticket.cancel() else OVERDUE
-        return status
+        return RUNNING
 
 
 class LoadPart(NamedTuple):
@@ -124,7 +134,9 @@ class LoadOp(Operation):
 
     __slots__ = ("parts",)
     FIRST = Stage.QUEUED
-    MOVES = _moves(QUEUED="COPYING CANCELLED", COPYING="COPYING DONE FAILED CANCELLED")
+    MOVES = _moves(
+        QUEUED="COPYING CANCELLED", COPYING="COPYING BROKEN DONE FAILED CANCELLED", BROKEN="FAILED CANCELLED"
+    )
 
     def __init__(self, op_id: int, started_s: float, parts: list[LoadPart]) -> None:
         super().__init__(op_id, started_s)
@@ -181,8 +193,8 @@ class PrefetchOp(Operation):
     """Pages of a request are looked for in storage, and brought to the host. Owns ``host_pages``."""
 
     __slots__ = (
-        "cache_salt", "digests", "extra_key", "host_pages", "job", "keeps_host", "node", "num_pages", "req_id", "salt",
-        "tokens",
+        "cache_salt", "digests", "extra_key", "failed", "host_pages", "job", "keeps_host", "node", "num_pages",
+        "req_id", "salt", "tokens",
     )  # fmt: skip
     FIRST = Stage.LOOKING_UP
     MOVES = _moves(
@@ -201,6 +213,8 @@ class PrefetchOp(Operation):
         self.host_pages: PageIds = np.zeros(0, np.int32)
         self.num_pages = 0
         """Pages that are known to exist (FETCHING), that have arrived on all ranks (FETCHED)."""
+        self.failed = False
+        """Storage failed, or brought less than it had said, on some rank."""
 
     def status(self, now_s: float) -> int:
         return pages_status(self.job)

@@ -90,10 +90,11 @@ class Prefetches:
                 raise InvalidArgumentError(f"node {node:#x} is of namespace {info.namespace!r}, not {salt!r}")
             keeps_host = info.host_page_ids is not None
         own = given[:wanted]
-        digests = self.hashes.following(node, own)
+        digests = self.hashes.following(node, own, salt)
         if keeps_host:
             tree.protect_host(node)
-        job = self.edge.look_up(digests, salt)
+        edge = self.edge
+        job = context.begin_job(lambda: edge.look_up(digests, salt))
         self.operations[req_id] = PrefetchOp(
             context.next_op_id(), context.clock(), req_id, node, keeps_host, own, digests, salt, extra_key, cache_salt,
             job,
@@ -109,12 +110,13 @@ class Prefetches:
         if op.stage is Stage.LOOKING_UP:
             return self._looked_up(op, pages, success)
         op.to(Stage.FETCHED)
-        self._judge(success and pages == op.num_pages)
+        self._judge(op, success and pages == op.num_pages)
         rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
         self.context.ledger.free_host(rest)
 
-    def _judge(self, complete: bool) -> None:
+    def _judge(self, op: PrefetchOp, complete: bool) -> None:
         """Storage has brought all that it said it had, or failed."""
+        op.failed = not complete
         self.backoff.result(complete)
         self.context.counts["prefetch_failures"] += not complete
 
@@ -124,7 +126,7 @@ class Prefetches:
         room: PageIds | None = None
         assert self.edge is not None
         if not success:
-            self._judge(False)
+            self._judge(op, False)
         if pages * page_size >= max(config.prefetch_threshold, 1):
             room = context.reserve_host(pages)
             if room is None:  # as many as there are, if that is still worth it
@@ -138,7 +140,8 @@ class Prefetches:
             return
         op.to(Stage.FETCHING)
         op.host_pages, op.num_pages = room, pages
-        op.job = self.edge.fetch(op.digests[:pages], room, op.salt)
+        edge, pages_there = self.edge, room
+        op.job = context.begin_job(lambda: edge.fetch(op.digests[:pages], pages_there, op.salt))
 
     # ---- ended by the caller -----------------------------------------------------------------------------------------
     def may_end(self, op: PrefetchOp) -> bool:
@@ -173,7 +176,7 @@ class Prefetches:
             pages, ended = agreed[1] // 2, bool(agreed[2])
             failed = not agreed[1] % 2 or (ended and pages < op.num_pages)
             if failed or ended:
-                self._judge(not failed)
+                self._judge(op, not failed)
             op.job.cancel()
         op.to(Stage.DONE)
         self._settle_pages(op, pages, ended)
@@ -238,8 +241,14 @@ class Prefetches:
             del self.brought[next(iter(self.brought))]
         context.counts["prefetch_tokens"] += new_tokens
         context.counts["prefetch_late_tokens"] += pages * context.page_size - new_tokens
-        short = pages < op.num_pages or not len(op.host_pages)
-        self._remove(op, "partial" if short else "done", pages)
+        self._remove(op, self._outcome(op, pages), pages)
+
+    def _outcome(self, op: PrefetchOp, pages: int) -> Outcome:
+        if op.failed:
+            return "failed"
+        if pages == op.num_pages and len(op.host_pages):
+            return "done"
+        return "partial" if self.context.config.prefetch_policy == "best_effort" else "timeout"
 
     def _insert(self, op: PrefetchOp, pages: PageIds) -> int:
         """Put pages below their node. Returns: tokens that were not in the tree yet.

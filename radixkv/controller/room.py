@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..types import PageIds
 from .context import Context
 from .writes import Writes
@@ -14,11 +16,30 @@ class Room:
 
     def __init__(self, context: Context, writes: Writes) -> None:
         self.context, self.writes = context, writes
+        self.give_way: Callable[[int, Callable[[int], int]], int] = lambda num_tokens, evict: 0
+        """See GiveWay.evict."""
 
     def evict(self, num_tokens: int) -> int:
         """See Controller.evict."""
         context = self.context
+        if context.listener is None:
+            return self._make_room(num_tokens)
+        began_s = context.clock()
+        tokens = self._make_room(num_tokens)
+        if tokens:
+            context.listener.made_room(tokens, context.clock() - began_s)
+        return tokens
+
+    def _make_room(self, num_tokens: int) -> int:
+        context = self.context
         context.flush_backups()  # what they lock would stay
+        freed = self._evict(num_tokens)
+        if freed < num_tokens and context.ledger.has_host and context.tree.stats().evictable_tokens:
+            freed += self.give_way(num_tokens - freed, self._evict)
+        return freed
+
+    def _evict(self, num_tokens: int) -> int:
+        context = self.context
         if context.config.write_policy == "write_back" and context.ledger.has_host:
             return self.writes.evict(num_tokens)
         result = context.tree.evict(num_tokens)

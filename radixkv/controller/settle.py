@@ -62,7 +62,7 @@ class Settler:
         backoffs = (self.stores.backoff, self.prefetches.backoff)
         prefetches = list(self.prefetches.operations.values())
         lost = self.stores.has_lost()
-        idle = not (in_flight or prefetches or lost)
+        idle = not (in_flight or prefetches or lost or self.loads.troubled)
         if context.group.size == 1 and idle and not any(backoff.active for backoff in backoffs):
             return Polled()
         now_s = context.clock()
@@ -82,6 +82,7 @@ class Settler:
         self.prefetches.abandon(prefetches[: agreed[4]])
         if agreed[3]:  # on some rank
             self.stores.doubt()
+        self.loads.give_up()
         return Polled(**counted)
 
     def _in_flight(self) -> list[WriteOp | LoadBatch | StoreOp | PrefetchOp | DrainOp]:
@@ -186,6 +187,7 @@ class Settler:
 
     def _forget_operations(self) -> None:
         loads = [*self.loads.queued, *(op for batch in self.loads.batches for op in batch.loads)]
+        loads += [broken.op for broken in self.loads.broken]
         kinds: list[tuple[Kind, Sequence[Operation]]] = [
             ("backup", self.writes.operations), ("load", loads), ("store", self.stores.operations),
             ("prefetch", list(self.prefetches.operations.values())),
@@ -196,8 +198,7 @@ class Settler:
                 self.context.finished(kind, "cancelled", 0, 0.0, op.started_s)
         self.context.counts["prefetch_cancelled"] += len(self.prefetches.operations)
         self.writes.operations.clear()
-        self.loads.queued.clear()
-        self.loads.batches.clear()
+        self.loads.forget()
         self.stores.forget()
         self.drains.operations.clear()
         self.prefetches.forget()

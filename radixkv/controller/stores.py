@@ -139,7 +139,9 @@ class Stores:
         if self.for_all and context.group.rank:
             job = NothingToDo(len(pages))
         else:
-            job = edge.store(self.hashes.own(node), pages, info.namespace, again, self.hashes.before(node))
+            job = context.begin_job(
+                lambda: edge.store(self.hashes.own(node), pages, info.namespace, again, self.hashes.before(node))
+            )
         tree.protect_host(node)
         tree.mark(node, set=STORING, clear=STORED)
         op = StoreOp(context.next_op_id(), context.clock(), node, pages, job)

@@ -25,8 +25,9 @@ from ..storage.sealed import Prefix
 from ..types import PageIds
 from .base import BoolArray, Digests
 from .config import ControllerConfig
+from .lanes import start_thread
 
-__all__ = ["Job", "PageStoreLike", "StorageWorkers", "work_on"]
+__all__ = ["FailedJob", "Job", "PageStoreLike", "StorageWorkers", "work_on"]
 
 _log = logging.getLogger("radixkv.controller")
 
@@ -95,6 +96,25 @@ class Job:
         self._ended.set()
 
 
+class FailedJob:
+    """What could not even be asked for; see StorageJob."""
+
+    pages = 0
+    seconds = 0.0
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def done(self) -> bool:
+        return True
+
+    def cancel(self) -> bool:
+        return True
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return True
+
+
 class _Worker:
     """One thread and its queue; the thread is started with the first job."""
 
@@ -110,15 +130,24 @@ class _Worker:
     def put(self, job: Job) -> None:
         """Do it after those that wait; end it with an error if the worker is closed."""
         job.worker = self
+        error: StateError | None = StateError("storage is detached")
         with self._changed:
             if not self._closed:
-                self._waiting.append((job, work_on(job, self._store, self._config)))
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._work, name=f"radixkv-{self._name}", daemon=True)
-                    self._thread.start()
-                self._changed.notify()
-                return
-        job.end(StateError("storage is detached"))
+                error = self._start()
+                if error is None:
+                    self._waiting.append((job, work_on(job, self._store, self._config)))
+                    self._changed.notify()
+                    return
+        job.end(error)
+
+    def _start(self) -> StateError | None:
+        """Start the thread, under the lock, unless it runs. Returns: why that failed; the next job may fare better."""
+        if self._thread is None:
+            try:
+                self._thread = start_thread(self._work, f"radixkv-{self._name}")
+            except StateError as error:
+                return error
+        return None
 
     def remove(self, job: Job) -> bool:
         """Whether it was waiting, for its first call or between two; it is not any more."""
@@ -156,7 +185,7 @@ class _Worker:
             next(work)
         except StopIteration:
             return False, None
-        except Exception as error:  # whatever a backend raises is the failure of this job alone
+        except BaseException as error:  # a defect of a backend (a panic of Rust's is no Exception) ends this job alone
             let_go(error)
             return False, error
         return True, None

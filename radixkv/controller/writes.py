@@ -43,9 +43,8 @@ class Writes:
             context.counts["refused_backups"] += 1
             return 0
         ticket = context.begin_backup(pages, host_pages)
-        now_s = context.clock()
-        deadline_s = now_s + context.config.write_timeout_s
-        self.operations.append(WriteOp(context.next_op_id(), now_s, deadline_s, node, pages, host_pages, ticket))
+        timeout_s, op_id = context.config.write_timeout_s, context.next_op_id()
+        self.operations.append(WriteOp(op_id, context.clock(), timeout_s, node, pages, host_pages, ticket))
         return len(pages) * context.page_size
 
     def settle(self, op: WriteOp, status: int) -> bool:

@@ -45,11 +45,21 @@ class DemoConfig:
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}, and must be at least 1")
         for name in ("device_tokens", "host_tokens"):
-            if getattr(self, name) < 0 or getattr(self, name) % self.page_size:
-                raise InvalidArgumentError(f"{name} is {getattr(self, name)}: not whole pages of {self.page_size}")
+            tokens, size = getattr(self, name), self.page_size
+            if tokens < 0 or tokens % size:
+                near = f"{tokens // size * size} or {-(-tokens // size) * size}"
+                raise InvalidArgumentError(f"{name} is {tokens}: not whole pages of {size}, as {near} would be")
 
     def sized(self, longest_tokens: int) -> DemoConfig:
-        """With capacities, where none was asked for, for conversations of at most ``longest_tokens``."""
+        """With capacities, where none was asked for, for conversations of at most ``longest_tokens``.
+
+        Raises: InvalidArgumentError if one does not fit on the device. It need not fit on the host: then less is shown.
+        """
         size = self.page_size
-        device = self.device_tokens or (longest_tokens // size + 2) * size
+        least = (longest_tokens // size + 2) * size
+        device = self.device_tokens or least
+        if device < least:
+            raise InvalidArgumentError(
+                f"device_tokens is {device}: a conversation may have {longest_tokens} tokens, which needs {least}"
+            )
         return replace(self, device_tokens=device, host_tokens=self.host_tokens or int(1.8 * device) // size * size)

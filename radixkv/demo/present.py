@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["demo_tables", "request_line"]
 
+_COLOURS = {"ok": "green", "FAILED": "bold red", "not shown": "yellow"}
 _TIERS = ("device", "host", "storage", "computed")
 _ASKED = {
     "nothing": "nothing cached", "device": "device", "host": "device and host", "storage": "device, host and storage",
@@ -64,8 +65,8 @@ def _checks_table(report: dict[str, Any]) -> Table:
     table = new_table("checks", "", "claim", "figures")
     table.columns[1].justify = table.columns[2].justify = "left"
     for check in report["checks"]:
-        verdict = "[green]ok[/]" if check["passed"] else "[bold red]FAILED[/]"
-        table.add_row(verdict, check["name"], check["detail"])
+        verdict = check["verdict"]
+        table.add_row(f"[{_COLOURS[verdict]}]{verdict}[/]", check["name"], check["detail"])
     table.caption = f"{report['wall_s']:.0f} s in all"
     table.caption_justify = "left"
     return table

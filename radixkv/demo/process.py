@@ -57,13 +57,15 @@ class Phase:
             torch.set_num_threads(self.config.threads)
         begin = time.perf_counter()
         self.model = load_model(self.config.model, self.config.device)
-        self.config = self.config.sized(longest_conversation(self.model, self.config, self.chats))
+        longest = longest_conversation(self.model, self.config, self.chats)
+        self.config = self.config.sized(longest)
         self.server = ChatServer(self.model, self.config, Path(plan["folder"]))
         self.reference = Reference(self.server.runner, self.model.text_tokens)
         say("ready", name=self.name, pid=os.getpid(), model=self.model.name, seconds=time.perf_counter() - begin,
             token_bytes=self.server.pool.geometry.token_bytes, threads=torch.get_num_threads(),
             device=self.server.device_name, pinned=self.server.cache.token_to_kv_pool_host.pinned,
-            device_tokens=self.config.device_tokens, host_tokens=self.config.host_tokens)  # fmt: skip
+            device_tokens=self.config.device_tokens, host_tokens=self.config.host_tokens,
+            longest_tokens=longest)  # fmt: skip
 
     def run(self) -> None:
         """Serve every turn, then what the phase is about."""
@@ -103,12 +105,17 @@ class Phase:
 
     # ---- for the parent: which bytes of which file to spoil ----------------------------------------------------------
     def _show_a_page(self) -> None:
-        """Bytes of a page of the last user's own turns, which is on the host and in storage."""
+        """Bytes of a page of the last user's own turns, which is on the host and in storage; none, if the host had no
+        room for them."""
         chat = self.chats[-1]
         tokens = self.model.encode(chat.messages, False)
         tree = self.server.cache.tree
         info = [tree.node_info(node) for node in tree.path(tree.peek(tokens).host_node)]
-        pages = np.concatenate([node.host_page_ids for node in info if node.host_page_ids is not None])
+        parts = [node.host_page_ids for node in info if node.host_page_ids is not None]
+        if not parts:
+            say("page", user=chat.user, page=None, sample="")
+            return
+        pages = np.concatenate(parts)
         own = len(self.model.encode(chat.messages[:1], False)) // self.config.page_size + 2
         page = min(own, len(pages) - 1)
         host = self.server.cache.token_to_kv_pool_host
@@ -117,16 +124,19 @@ class Phase:
     # ---- faults that must be noticed ---------------------------------------------------------------------------------
     def _controls(self) -> None:
         """Spoil the host tier, serve, and see the check fail. Storage is detached first, so that nothing that is
-        computed from wrong KV can reach it, and the cache is reset after each."""
+        computed from wrong KV can reach it, and the cache is reset after each. Without two pages of one prefix on the
+        host there is nothing to spoil, and none of it is said."""
         self.server.cache.detach_storage_backend()
         chat = self.chats[0]
         prompt = self.model.encode([*chat.messages, {"role": "user", "content": LAST_QUESTION}], True)
         self._to_host(prompt)
+        if len(host_pages_of(self.server.cache.tree, prompt)[1]) < 2:
+            return
         self._judge_control("control", "nothing spoiled", prompt)
         self._to_host(prompt)
         _, pages = host_pages_of(self.server.cache.tree, prompt)
         host = self.server.cache.token_to_kv_pool_host
-        middle = len(pages) // 2
+        middle = (len(pages) - 1) // 2
         flip_host_page(host, int(pages[middle]))
         self._judge_control("flipped", f"one bit of every 64th byte of host page {middle} of the prefix", prompt)
         self._start_anew(prompt)

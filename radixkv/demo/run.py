@@ -1,7 +1,8 @@
 """L6: runs the demo: two processes one after the other with only a folder between them, and judges what they report.
 
 Each claim is a check with a name; the demo has failed if one of them has. The controls turn it round: where something
-was spoiled, the comparison must have failed, or it would prove nothing elsewhere.
+was spoiled, the comparison must have failed, or it would prove nothing elsewhere. A claim that the run had no occasion
+to show, as with one user and one turn, is neither: it is not shown, with the reason, and the demo says so at its end.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .. import __version__
 from ..errors import RadixKVError
@@ -33,6 +34,7 @@ DEADLINE_S = 60.0
 """For a process to end once it has said so."""
 
 Report = dict[str, Any]
+Verdict: TypeAlias = Literal["ok", "FAILED", "not shown"]
 Progress = Callable[[str, dict[str, Any]], None]
 """Told of each line of a process: its phase, and the line."""
 
@@ -42,11 +44,18 @@ class DemoError(RadixKVError, RuntimeError):
 
 
 class Check(NamedTuple):
-    """One claim: what it says, whether it holds, and the figures."""
+    """One claim: what it says, whether it holds, and the figures. shown: False: there was no occasion to see it, and
+    ``detail`` says why and what would give one; it has not passed then."""
 
     name: str
     passed: bool
     detail: str
+    shown: bool = True
+
+    @property
+    def verdict(self) -> Verdict:
+        """ok, FAILED or not shown."""
+        return "ok" if self.passed else "FAILED" if self.shown else "not shown"
 
 
 def run_demo(config: DemoConfig, folder: Path, progress: Progress | None = None) -> Report:
@@ -54,7 +63,8 @@ def run_demo(config: DemoConfig, folder: Path, progress: Progress | None = None)
 
     Args:
         folder: for the storage tier; its sub-folder ``kv`` is made anew.
-    Returns: everything about the run; ``passed`` is the verdict. Raises: DemoError, OSError.
+    Returns: everything about the run. ``verdict``: that of the worst of its checks: FAILED, not shown, or ok.
+    Raises: DemoError, OSError.
     """
     progress = progress or (lambda phase, line: None)
     store = folder / "kv"
@@ -80,9 +90,15 @@ def run_demo(config: DemoConfig, folder: Path, progress: Progress | None = None)
         "spoiled": spoiled,
         "tokens": {name: _tokens(phase["requests"]) for name, phase in phases.items()},
         "first_token_s": _first_token(before["requests"] + after["requests"]),
-        "checks": [check._asdict() for check in checks],
-        "passed": all(check.passed for check in checks),
+        "checks": [check._asdict() | {"verdict": check.verdict} for check in checks],
+        "verdict": worst(checks),
     }
+
+
+def worst(checks: Sequence[Check]) -> Verdict:
+    """The verdict on all of them."""
+    found = {check.verdict for check in checks}
+    return "FAILED" if "FAILED" in found else "not shown" if "not shown" in found else "ok"
 
 
 # ---- the processes ---------------------------------------------------------------------------------------------------
@@ -140,7 +156,7 @@ def _lines(plan: str) -> Iterator[dict[str, Any]]:
 def _spoil(store: Path, before: dict[str, Any]) -> dict[str, Any]:
     """Flip one bit of one page in the files that the first process left."""
     page = before["page"]
-    path = flip_in_files(store, bytes.fromhex(page["sample"]))
+    path = flip_in_files(store, bytes.fromhex(page["sample"])) if page["sample"] else None
     return {"user": page["user"], "page": page["page"], "file": None if path is None else str(path.relative_to(store))}
 
 
@@ -181,8 +197,8 @@ def _checks(phases: dict[str, dict[str, Any]], spoiled: dict[str, Any]) -> Itera
     before, after = phases["before"], phases["after"]
     requests = before["requests"] + after["requests"]
     rows, wrong = sum(r["rows"] for r in requests), sum(r["wrong_rows"] for r in requests)
-    worst = max(r["max_difference"] for r in requests)
-    differ = f", {wrong} differ by up to {worst:g}" if wrong else ""
+    most = max(r["max_difference"] for r in requests)
+    differ = f", {wrong} differ by up to {most:g}" if wrong else ""
     yield Check("logits: the bits of recomputation", not wrong, f"{rows:,} rows of {len(requests)} requests{differ}")
     pages, bad = sum(r["pages"] for r in requests), sum(len(r["wrong_pages"]) for r in requests)
     yield Check(
@@ -192,35 +208,76 @@ def _checks(phases: dict[str, dict[str, Any]], spoiled: dict[str, Any]) -> Itera
     yield Check("every prompt token accounted for", accounted, f"{sum(r['prompt_tokens'] for r in requests):,} tokens")
     total = _tokens(requests)
     for tier in TIERS[:-1]:
-        hint = "" if total[tier] else ": more --users or --turns, or less room in the tiers before it, would show some"
-        yield Check(f"prefixes from {tier}", total[tier] > 0, f"{total[tier]:,} tokens{hint}")
-    first = after["requests"][0]["tokens"]
+        name = f"prefixes from {tier}"
+        if total[tier]:
+            yield Check(name, True, f"{total[tier]:,} tokens")
+        else:
+            yield Check(name, False, _why_nothing_from(tier, phases), shown=False)
+    first, cramped = after["requests"][0]["tokens"], _cramped(after)
     restarted = before["ready"]["pid"] != after["ready"]["pid"]
-    yield Check(
-        "the first prefix after the restart",
-        restarted and first["storage_tokens"] > 0 and not first["device_tokens"] + first["host_tokens"],
-        f"{first['storage_tokens']:,} tokens, all from storage, in process {after['ready']['pid']}",
-    )
-    yield from _fault_checks(after, spoiled)
+    elsewhere = first["device_tokens"] + first["host_tokens"]
+    if restarted and not elsewhere and not first["storage_tokens"] and cramped:
+        yield Check("the first prefix after the restart", False, cramped, shown=False)
+    else:
+        yield Check(
+            "the first prefix after the restart",
+            restarted and first["storage_tokens"] > 0 and not elsewhere,
+            f"{first['storage_tokens']:,} tokens, all from storage, in process {after['ready']['pid']}",
+        )
+    yield _file_check(after, spoiled, cramped)
+    yield from _control_checks(after, cramped)
 
 
-def _fault_checks(after: dict[str, Any], spoiled: dict[str, Any]) -> Iterator[Check]:
-    corrupt = after["counters"]["storage"]["corrupt"]
+def _cramped(phase: dict[str, Any]) -> str:
+    """Why the host cannot hold what the checks look for; "" if it can."""
+    host, longest = phase["ready"]["host_tokens"], phase["ready"]["longest_tokens"]
+    if host >= longest:
+        return ""
+    return f"a conversation may have {longest:,} tokens, and the host holds {host:,}: more --host-tokens"
+
+
+def _why_nothing_from(tier: str, phases: dict[str, dict[str, Any]]) -> str:
+    """Why no prefix came from a tier, and what would make one."""
+    before, after = phases["before"], phases["after"]
+    ready = after["ready"]
+    if tier == "device":
+        if len(before["requests"]) == len(after["requests"]) == 1:
+            return "each process served one request: --users 2 or --turns 2"
+        return f"what the device ({ready['device_tokens']:,} tokens) held was not asked for again: more --device-tokens"
+    evicted = sum(phase["counters"]["controller"]["device_evicted_tokens"] for phase in (before, after))
+    if tier == "host" and not evicted:
+        return f"nothing had to leave the device ({ready['device_tokens']:,} tokens): more --users"
+    return _cramped(after) or f"nothing that was asked for again was on the {tier} only: more --users"
+
+
+def _file_check(after: dict[str, Any], spoiled: dict[str, Any], cramped: str) -> Check:
+    name, corrupt = "a bit flipped in a file: a miss", after["counters"]["storage"]["corrupt"]
     whose = [request for request in after["requests"] if request["user"] == spoiled["user"]]
-    yield Check(
-        "a bit flipped in a file: a miss",
-        spoiled["file"] is not None and corrupt > 0 and all(request["right"] for request in whose),
-        f"page {spoiled['page']} of {spoiled['user']}: {corrupt} corrupt, and computed again",
-    )
+    right = all(request["right"] for request in whose)
+    if right and cramped and (spoiled["file"] is None or not corrupt):
+        return Check(name, False, cramped, shown=False)
+    detail = f"page {spoiled['page']} of {spoiled['user']}: {corrupt} corrupt, and computed again"
+    return Check(name, spoiled["file"] is not None and corrupt > 0 and right, detail)
+
+
+def _control_checks(after: dict[str, Any], cramped: str) -> Iterator[Check]:
+    names = [
+        "control: host KV as it is passes", "control: bits flipped on the host are seen",
+        "control: host pages exchanged are seen",
+    ]  # fmt: skip
     controls = {control["control"]: control for control in after["controls"]}
+    if not controls:
+        yield from (Check(name, False, cramped or "no prefix was on the host", shown=not cramped) for name in names)
+        return
     sound, flipped, moved = controls["control"], controls["flipped"], controls["exchanged"]
     host = sound["tokens"]["host_tokens"]
-    yield Check("control: host KV as it is passes", sound["right"] and host > 0, f"{host:,} tokens from the host")
+    yield Check(names[0], sound["right"] and host > 0, f"{host:,} tokens from the host")
     seen = flipped["wrong_rows"] > 0 and len(flipped["wrong_pages"]) > 0
-    yield Check("control: bits flipped on the host are seen", seen, _seen(flipped))
-    yield Check("control: host pages exchanged are seen", len(moved["wrong_pages"]) >= 2, _seen(moved))
+    yield Check(names[1], seen, _seen(flipped))
+    yield Check(names[2], len(moved["wrong_pages"]) >= 2, _seen(moved))
 
 
 def _seen(control: dict[str, Any]) -> str:
-    same = "; same answer" if control["same_answer"] else ""
-    return f"{control['wrong_rows']} of {control['rows']} rows, {len(control['wrong_pages'])} pages differ{same}"
+    same, wrong = "; same answer" if control["same_answer"] else "", len(control["wrong_pages"])
+    pages = "1 page differs" if wrong == 1 else f"{wrong} pages differ"
+    return f"{control['wrong_rows']} of {control['rows']} rows, {pages}{same}"

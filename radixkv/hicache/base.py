@@ -30,7 +30,8 @@ class MatchResult(NamedTuple):
 class Request(Protocol):
     """What cache_finished_req and cache_unfinished_req read of an engine's request, and the last two that they set.
 
-    Optional: ``extra_key`` and ``cache_salt``, the namespace of its tokens.
+    Optional: ``extra_key`` and ``cache_salt``, the namespace of its tokens; ``rid``, by which HiRadixCache counts once
+    where its prompt came from.
     """
 
     origin_input_ids: list[int]
@@ -91,7 +92,7 @@ class BasePrefixCache(ABC):
     def pretty_print(self) -> None:
         raise NotImplementedError
 
-    def init_load_back(self, last_node: TreeNode, host_hit_length: int, mem_quota: int | None = None) -> Any:
+    def init_load_back(self, last_host_node: TreeNode, host_hit_length: int, mem_quota: int | None = None) -> Any:
         raise NotImplementedError
 
     def ready_to_load_host_cache(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
-from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, TorchGroup
+from ..controller import Controller, CpuMover, CudaMover, Group, LayerCounter, Mover, PrefetchInFlight, TorchGroup
 from ..controller.mover_cuda import GpuTransfers
-from ..errors import InvalidArgumentError
-from ..pool.arrays import canonical_dtype
+from ..errors import InvalidArgumentError, StateError, StorageError
+from ..pool.arrays import Array, canonical_dtype
 from ..pool.foreign import EnginePool
 from ..pool.host import HostKVCache
 from ..storage import PageNamespace, PageStore, Storage, create_storage, host_page_parts
@@ -18,9 +19,10 @@ from ..transfer.choose import PathName, cache_folder
 from ..transfer.cpu import CpuTransfer
 from ..tree.base import BaseRadixTree
 from .config import HiCacheConfig
-from .indices import AllocatorPages
+from .hashes import get_hash_str, hex_of
+from .indices import AllocatorPages, Indices
 
-__all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "PrefetchOperation", "storage_of"]
+__all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "LoadCacheEvent", "PrefetchOperation", "storage_of"]
 
 IO_BACKENDS: dict[str, PathName | None] = {"kernel": "kernel", "direct": "engine", "auto": None}
 """On a GPU: by kernels, by copy engines, or for each copy by what was measured to be faster (not known there)."""
@@ -50,6 +52,11 @@ class LayerDoneCounter:
         """What set_consumer was given."""
         return self._layers.consumer_index + 1
 
+    @property
+    def producer_index(self) -> int:
+        """The index of the last batch of loads; 0 if there was none."""
+        return self._layers.latest + 1
+
     def next_producer(self) -> int:
         """The index that the next batch of loads will have."""
         return self._layers.next_producer() + 1
@@ -64,35 +71,89 @@ class LayerDoneCounter:
         self._layers.wait_until(threshold)
 
 
+class LoadCacheEvent:
+    """What wakes the thread that loads, where there is one. Here loads begin at once, so it is never left set."""
+
+    __slots__ = ("_start",)
+
+    def __init__(self, start: Callable[[], int]) -> None:
+        self._start = start
+
+    def set(self) -> None:
+        """Start the queued loads, as ready_to_load_host_cache."""
+        self._start()
+
+    def is_set(self) -> bool:
+        """False."""
+        return False
+
+    def clear(self) -> None:
+        """Nothing."""
+
+
 class PrefetchOperation:
-    """A prefetch in flight, looked at from outside."""
+    """A prefetch in flight, looked at from outside: a handle. Once it is settled, revoked or cancelled, nothing has
+    been completed, and it has no hashes and no host slots: what it brought is in the tree."""
 
-    __slots__ = ("_controller", "request_id")
+    __slots__ = ("_controller", "_host_indices", "_tokens", "id", "request_id", "start_time")
 
-    def __init__(self, controller: Controller, request_id: str) -> None:
-        self._controller = controller
-        self.request_id = request_id
+    id: int
+    """Of the operation; the same on all ranks."""
+    start_time: float
+    """Seconds of the controller's clock (``HiCacheConfig.clock``, time.monotonic)."""
+
+    def __init__(self, controller: Controller, request_id: str, begun: PrefetchInFlight, host_indices: Indices) -> None:
+        self._controller, self._host_indices, self.request_id = controller, host_indices, request_id
+        self.id, self.start_time, self._tokens = begun.op_id, begun.started_s, begun.tokens
+
+    @property
+    def _now(self) -> PrefetchInFlight | None:
+        """What is known of it; None if it has ended, also if there is another one of the same request."""
+        found = self._controller.prefetch_in_flight(self.request_id)
+        return found if found is not None and found.op_id == self.id else None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens that were asked for, whole pages."""
+        tokens: list[int] = self._tokens.tolist()
+        return tokens
+
+    @property
+    def hash_value(self) -> list[str]:
+        """The hashes (hex) of the pages that are brought; none before storage has said which it has."""
+        now = self._now
+        return [] if now is None else hex_of(now.digests)
+
+    @property
+    def host_indices(self) -> Array:
+        """int64 host slots that it fills; none before storage has said which pages it has."""
+        now = self._now
+        return self._host_indices.none if now is None else self._host_indices.of_pages(now.host_page_ids)
 
     @property
     def completed_tokens(self) -> int:
         """Tokens that have arrived, on this rank."""
-        return self._controller.prefetch_progress(self.request_id).fetched_tokens
+        return self._controller.prefetch_progress(self.request_id).fetched_tokens if self._now else 0
 
     def is_done(self) -> bool:
         """Whether all that will come is here (or it was revoked, cancelled or settled)."""
-        return self._controller.prefetch_progress(self.request_id).state in ("fetched", "unknown")
+        return self._now is None or self._controller.prefetch_progress(self.request_id).state == "fetched"
 
     def mark_done(self) -> None:
         """Give it up; nothing of it enters the tree."""
-        self._controller.cancel_prefetch(self.request_id)
+        if self._now is not None:
+            self._controller.cancel_prefetch(self.request_id)
 
 
 class HiCacheController:
     """The controller, its mover, its group and its storage, for one device pool and one host pool.
 
-    Attributes (those that engines touch): layer_done_counter, write_policy, io_backend, mem_pool_host, mem_pool_device,
-    mem_pool_device_allocator, page_size, enable_storage. ``core`` is the controller itself.
+    Attributes (those that engines touch): layer_done_counter, load_cache_event, write_policy, io_backend,
+    mem_pool_host, mem_pool_device, mem_pool_device_allocator, page_size, and the properties. ``core`` is the
+    controller itself.
     """
+
+    get_hash_str = staticmethod(get_hash_str)
 
     def __init__(
         self,
@@ -124,6 +185,7 @@ class HiCacheController:
             mover.close()
             raise
         self.layer_done_counter = LayerDoneCounter(self.core.layer_counter)
+        self.load_cache_event = LoadCacheEvent(self.start_loads)
         self._loads_in_flight = False
         register = getattr(device_pool, "register_layer_transfer_counter", None)
         if register is not None:
@@ -140,6 +202,38 @@ class HiCacheController:
         store = self.core.storage
         return None if store is None else store.storage
 
+    @property
+    def storage_backend_type(self) -> str | None:
+        """The name of the storage backend."""
+        storage = self.storage_backend
+        return None if storage is None else storage.name
+
+    @property
+    def tp_world_size(self) -> int:
+        """Ranks that serve one model together."""
+        return self._group.size if self._group else 1
+
+    # ---- prefetches, in tokens ---------------------------------------------------------------------------------------
+    @property
+    def prefetch_threshold(self) -> int:
+        """Below which a prefetch is not worth it; at least a page."""
+        return max(self._config.control.prefetch_threshold, self.page_size)
+
+    @property
+    def prefetch_tokens_occupied(self) -> int:
+        """What the prefetches in flight have asked for."""
+        return self.core.stats().prefetch_tokens_in_flight
+
+    @property
+    def prefetch_capacity_limit(self) -> int:
+        """How much that may be before another one is refused."""
+        return self.core.prefetch_capacity_tokens
+
+    def prefetch_rate_limit_check(self) -> bool:
+        """Whether there is room for another prefetch below that limit."""
+        return self.prefetch_tokens_occupied < self.prefetch_capacity_limit
+
+    # ---- loads -------------------------------------------------------------------------------------------------------
     def start_loads(self) -> int:
         """Start the queued loads.
 
@@ -156,10 +250,23 @@ class HiCacheController:
 
     # ---- storage -----------------------------------------------------------------------------------------------------
     def attach_storage(self, backend: Any) -> None:
-        """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage.
+        """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage. All ranks or none.
 
-        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached.
+        Raises: StateError if there is one; InvalidArgumentError; StorageError if it cannot be reached, from here or
+            from another rank; GroupError.
         """
+        if self.enable_storage:
+            raise StateError("there is a storage already: detach it first")
+        try:
+            self._attach(backend)
+        except Exception:
+            self.core.all_can(False)
+            raise
+        if not self.core.all_can(True):
+            self.detach_storage()
+            raise StorageError("another rank cannot use its storage")
+
+    def _attach(self, backend: Any) -> None:
         config, host = self._config, self.mem_pool_host
         namespace = PageNamespace.of_geometry(
             host.geometry, host.page_dims, model=config.model_name(), dtype=_dtype_of(self.mem_pool_device),
@@ -170,9 +277,8 @@ class HiCacheController:
         storage, own = storage_of(backend, config)
         registered = False
         try:
-            if not self.enable_storage:  # else attach_storage refuses
-                storage.register(host.arena.data)
-                registered = True
+            storage.register(host.arena.data)
+            registered = True
             self.core.attach_storage(PageStore(storage, namespace, host_page_parts(host)))
         except BaseException:
             if registered:
@@ -213,15 +319,15 @@ class HiCacheController:
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:
     """The storage that is meant, and whether it was made here.
 
-    "file" without a path: $SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, as engines' operators know it, else a folder of the
-    user's cache.
+    "file" and "nixl" (the same folder) without a path: $SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR, as engines' operators
+    know it, else a folder of the user's cache.
     """
     if isinstance(backend, Storage):
         return backend, False
     if not isinstance(backend, str) and is_plugin(backend):
         return PluginStorage(backend), True
     options = dict(config.storage_options)
-    if backend == "file":
+    if backend in ("file", "nixl"):
         options.setdefault("path", os.environ.get(FOLDER_VARIABLE) or cache_folder() / "kv")
     return create_storage(backend, **options), True
 

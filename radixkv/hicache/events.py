@@ -2,7 +2,7 @@
 
 There a page is named by Python's hash of its own tokens, and every split removes and stores pages that never moved.
 Here the name is the first 8 bytes of the page's chained digest, so equal pages after different prefixes differ, as
-consumers expect, and events are of pages that entered or left a tier.
+consumers expect, and events are of pages that entered or left a tier. Names are int64, as Python's hashes are there.
 """
 
 from __future__ import annotations
@@ -76,7 +76,13 @@ def to_engine_event(event: Event) -> Any:
     if event.kind == "cleared":
         return AllBlocksCleared()
     medium = _MEDIA[event.medium]
+    name = _int64(event.key)
     if event.kind == "removed":
-        return BlockRemoved([event.key], medium)
+        return BlockRemoved([name], medium)
     assert event.tokens is not None
-    return BlockStored([event.key], event.parent_key, event.tokens.tolist(), len(event.tokens), None, medium)
+    parent = None if event.parent_key is None else _int64(event.parent_key)
+    return BlockStored([name], parent, event.tokens.tolist(), len(event.tokens), None, medium)
+
+
+def _int64(key: int) -> int:
+    return key - (1 << 64) if key >= 1 << 63 else key

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from ..controller import STORED, Attribution, Polled
 from ..errors import StateError
@@ -25,14 +25,15 @@ from ..pool.foreign import view_of_engine_pool
 from ..pool.host import HostKVCache, MHATokenToKVPoolHost, MLATokenToKVPoolHost
 from ..pool.layout import Layout
 from ..tree.base import InsertResult
-from ..tree.base import MatchResult as TreeMatch
 from ..tree.core import RadixTree
 from ..types import ROOT, PageIds
-from .base import MatchResult
+from .attribution import Attributions
+from .base import MatchResult, Request
 from .cache_controller import HiCacheController, PrefetchOperation
 from .config import HiCacheConfig
-from .hashes import node_hashes, page_hash_for
+from .hashes import last_hash, node_hashes, page_hash_for
 from .node import TreeNode
+from .ongoing import OngoingNames
 from .radix_cache import RadixCache
 from .slots import tokens_of
 
@@ -44,7 +45,7 @@ POLL_S = 0.0005
 """Between two looks of a call that waits for copies."""
 
 
-class HiRadixCache(RadixCache):
+class HiRadixCache(OngoingNames, RadixCache):
     """A prefix cache over an engine's device pool, a host pool of its own, and storage. One scheduler thread calls it.
 
     Args:
@@ -117,6 +118,7 @@ class HiRadixCache(RadixCache):
             self.token_to_kv_pool_host.close()
             raise
         self._ops = self._core = self.cache_controller.core
+        self._attributions = Attributions(self._core)
         try:
             if hicache_storage_backend is not None:
                 self.attach_storage_backend(hicache_storage_backend)
@@ -202,7 +204,10 @@ class HiRadixCache(RadixCache):
         """
         self._children = None
         load = self._core.load(node.id, mem_quota)
-        return None if load is None else self.indices.of_pages(load.page_ids)
+        if load is None:
+            return None
+        self._attributions.note_load(load.node, load.num_tokens)
+        return self.indices.of_pages(load.page_ids)
 
     def init_load_back(
         self, last_node: TreeNode, host_hit_length: int, mem_quota: int | None = None
@@ -214,7 +219,9 @@ class HiRadixCache(RadixCache):
         self._children = None
         load = self._core.load(last_node.id, mem_quota)
         if load is not None:
-            return self.indices.of_pages(load.page_ids), self.view(load.node)
+            view = self.view(load.node)
+            self._attributions.note_load(load.node, load.num_tokens, view)
+            return self.indices.of_pages(load.page_ids), view
         tail = self.tree.host_path(last_node.id) if last_node.id != ROOT else []
         return self.indices.none, self.view(self.tree.node_info(tail[0]).parent) if tail else last_node
 
@@ -233,7 +240,16 @@ class HiRadixCache(RadixCache):
         Returns: how many of each. Raises: GroupError.
         """
         self._children = None
-        return self._core.poll()
+        polled = self._core.poll()
+        if polled.failed and self._attributions.loads:
+            self._drop_failed_loads()
+        return polled
+
+    def _drop_failed_loads(self) -> None:
+        """What did not arrive came from nowhere."""
+        alive, loads = set(self.tree), self._attributions.loads
+        for handle in [handle for handle in loads if handle not in alive or self.view(handle).evicted]:
+            del loads[handle]
 
     def writing_check(self, write_back: bool = False) -> None:
         """check_hicache_events. Args: write_back: until no copy to the host is in flight. Raises: StateError if that
@@ -283,7 +299,8 @@ class HiRadixCache(RadixCache):
         begun = self._core.prefetch(
             req_id, tokens_of(new_input_tokens), last_host_node.id, kwargs.get("extra_key"), kwargs.get("cache_salt")
         )
-        return PrefetchOperation(self._core, req_id) if begun else None
+        shown = self._core.prefetch_in_flight(req_id) if begun else None
+        return None if shown is None else PrefetchOperation(self._core, req_id, shown, self.host_indices)
 
     def can_terminate_prefetch(self, operation: PrefetchOperation) -> bool:
         """Whether the policy would let check_prefetch_progress end it now, as far as this rank sees."""
@@ -315,12 +332,15 @@ class HiRadixCache(RadixCache):
         still reads or writes.
 
         As there, the device slots are the engine's business: it clears its allocator next to this call. So this waits
-        for every copy that writes to the device. Raises: StateError if one does not end within control.copy_timeout_s.
+        for every copy that writes to the device. Raises: StateError if one does not end within control.copy_timeout_s:
+            everything is forgotten, but the allocator must not be cleared before this has been called again and
+            returned.
         """
         assert self._pages is not None
         self._children = None
-        with self._pages.forgetting(self.total_size() // self.page_size) as left:
+        with self._pages.forgetting(self.total_size() // self.page_size + self._core.draining_device_pages) as left:
             self._core.reset()
+            self._attributions.reset()
             self._wait(left, "device pages are being written")
 
     def close(self) -> bool:
@@ -344,12 +364,25 @@ class HiRadixCache(RadixCache):
 
     # ---- looking -----------------------------------------------------------------------------------------------------
     def attribute(self, req_id: str, num_tokens: int, match: MatchResult, loaded_tokens: int = 0) -> Attribution:
-        """Account for a request's prompt, once: how many of its tokens were on the device, came from the host or from
+        """Account for a request's prompt: how many of its tokens were on the device, came from the host or from
         storage, and are computed.
 
+        For who never calls cache_unfinished_req and cache_finished_req with the request, or does after this: these
+        account for what has a rid by themselves, and only once.
         Args: match: made before init_load_back; loaded_tokens: how many slots that returned.
         """
-        return self._core.attribute(req_id, num_tokens, cast(TreeMatch, _Hit(len(match.device_indices))), loaded_tokens)
+        return self._attributions.explicit(req_id, num_tokens, len(match.device_indices), loaded_tokens)
+
+    def attribution(self, req_id: str) -> Attribution | None:
+        """Where a request's prompt came from; the four add up to its length.
+
+        From the cache_unfinished_req or cache_finished_req on that ended its prefill; of the last 4,096 that have
+        finished, too. None: not known (yet).
+        """
+        return self._attributions.of(req_id)
+
+    def _attribute(self, req: Request, finished: bool) -> None:
+        self._attributions.cached(req, finished)
 
     def check_integrity(self) -> None:
         """Verify from scratch that tree, pools, states, locks and operations agree. Raises: IntegrityError."""
@@ -365,10 +398,4 @@ class HiRadixCache(RadixCache):
 
     def last_hash(self, handle: int) -> str | None:
         """See TreeNode.get_last_hash_value."""
-        return node_hashes(self.tree, handle)[-1] if handle != ROOT and self.enable_storage else None
-
-
-class _Hit(NamedTuple):
-    """As much of a tree's match as attribution reads."""
-
-    num_tokens: int
+        return last_hash(self.tree, handle) if self.enable_storage else None

@@ -22,7 +22,7 @@ class TreeNode:
     The root is of all namespaces: its lock_ref is 1, its key and value are empty.
     """
 
-    __slots__ = ("_cache", "id")
+    __slots__ = ("__weakref__", "_cache", "id")
 
     id: int
     """The tree's 64-bit handle; 0 for the root. Not used again while the cache lives, over resets too."""

@@ -134,6 +134,7 @@ class RadixCache(BasePrefixCache):
             return
         aligned = len(token_ids) // self.page_size * self.page_size
         pages = self.indices.pages(row[:aligned])
+        self._attribute(req, True)  # first: it may raise for a request that is none, and nothing has changed then
         inserted = self._insert(token_ids, pages, *_namespace(req))
         self._free_pages(inserted.duplicate_page_ids)
         if aligned < len(token_ids):
@@ -153,6 +154,7 @@ class RadixCache(BasePrefixCache):
         row = self.req_to_token_pool.req_to_token[req.req_pool_idx, : len(token_ids)]
         pages = self.indices.pages(row, len(token_ids) // self.page_size)
         namespace = _namespace(req)
+        self._attribute(req, False)
         inserted = self._insert(token_ids, pages, *namespace)
         node = inserted.node
         prefix = self.indices.copy(row)
@@ -163,6 +165,9 @@ class RadixCache(BasePrefixCache):
         self.inc_lock_ref(req.last_node)
         self.dec_lock_ref(last_node)
         req.prefix_indices = prefix
+
+    def _attribute(self, req: Request, finished: bool) -> None:
+        """Account for where its prompt came from; one tier needs no accounts."""
 
     def _adopt(self, req: Request, prefix: Array, mine: PageIds, found: TreeMatch) -> int:
         """Go over from the request's own pages to the cache's where they differ. Returns: the node that it uses now.

@@ -105,6 +105,9 @@ class DevicePool:
         page_bytes = self.page_size * self.geometry.row_bytes
         return addresses, self._buffer_bytes(), [page_bytes] * len(addresses)
 
+    def maybe_get_custom_mem_pool(self) -> None:
+        """None: the buffers are in the library's usual memory."""
+
     def get_cpu_copy(self, indices: Array) -> list[list[Array]]:
         """Copy tokens to host memory: [halves][L] arrays of [len(indices), H, head_dim]. Waits for the copy."""
         return [[_to_host(buffer[indices]) for buffer in half] for half in self._halves()]

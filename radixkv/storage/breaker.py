@@ -44,6 +44,8 @@ class Breaker:
         self.config, self._clock = config or BreakerConfig(), clock
         self._lock = threading.Lock()
         self._failures, self._pause_s, self._retry_at, self._trial = 0, 0.0, 0.0, False
+        self.times_opened = 0
+        """Since it was made; a failed trial is none."""
 
     @property
     def open(self) -> bool:
@@ -77,4 +79,6 @@ class Breaker:
                 config = self.config
                 self._pause_s = min(max(2 * self._pause_s, config.first_pause_s), config.longest_pause_s)
                 self._retry_at = self._clock() + self._pause_s * random.uniform(0.5, 1)
-            return self._failures == self.config.failures
+            opened = self._failures == self.config.failures
+            self.times_opened += opened
+            return opened

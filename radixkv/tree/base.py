@@ -149,6 +149,7 @@ class BaseRadixTree(ABC):
 
     page_size: int
     policy: Policy
+    events: bool
 
     # ---- look-up -----------------------------------------------------------------------------------------------------
     @abstractmethod

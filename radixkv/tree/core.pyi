@@ -63,6 +63,7 @@ class EvictResult:
 class RadixTree(BaseRadixTree):
     page_size: int
     policy: Policy
+    events: bool
     def __init__(
         self,
         page_size: int = 16,

@@ -1201,6 +1201,7 @@ cdef class RadixTree:
     cdef uint32_t c_page_size
     cdef bint release_gil           # a page-hash callback may need the GIL: never hold it while waiting for the tree's lock
     cdef readonly str policy
+    cdef readonly bint events       # whether KV events are recorded
     cdef object page_hash
     cdef object __weakref__
 
@@ -1231,6 +1232,7 @@ cdef class RadixTree:
             raise_status(status)
         self.c_page_size = <uint32_t>size
         self.policy = policy
+        self.events = events
         self.page_hash = page_hash
 
     def __dealloc__(self):

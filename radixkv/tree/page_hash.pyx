@@ -3,8 +3,14 @@
     digest[0] = sha256(tokens of page 0)                              each token as 4 bytes, little endian
     digest[i] = sha256(digest[i - 1] || tokens of page i)
 
-Byte for byte the chain of SGLang (``get_hash_str`` in mem_cache/hicache_storage.py), whose keys are these digests in hex. A namespace
-is not mixed in: two namespaces have the same digests for the same tokens, and who keeps pages of both must tell them apart.
+Byte for byte the chain of SGLang (``get_hash_str`` in mem_cache/hicache_storage.py), whose keys are these digests in hex. Another than
+the default namespace (an adapter, a tenant) begins with a digest of its name in place of a page before the first one:
+
+    start     = sha256(sha256(namespace) || "n")                      namespace: the bytes of encode_namespace
+    digest[0] = sha256(start || tokens of page 0)
+
+so that no page of one namespace has the digest of a page of another. The 33 bytes matter: a page's message has a multiple of 4, so no
+tokens, not even chosen ones, make a prefix of the default namespace that goes on like one of a tenant.
 
 The hash itself is OpenSSL's, the very library that Python's hashlib uses: found at run time through the _hashlib module, or by name. It
 is called through EVP (public and not deprecated since 1.1), on one context for a whole chain. Where there is none (a Python without
@@ -41,6 +47,7 @@ DIGEST_BYTES = 32
 
 cdef enum:
     DIGEST = 32
+    NAMESPACE_TAG = 0x6e    # "n"
     JOINED_BYTES = 512      # a page of so many is joined with the digest before it: copied faster than a second update
     SHORT_TOKENS = 4096     # a chain of fewer tokens and
     SHORT_PAGES = 256       # pages keeps the GIL (about 30 us): whoever takes it may keep it for 5 ms
@@ -97,6 +104,14 @@ cdef bint hash_chain(const Crypto *c, void *context, const uint8_t *parent, cons
     return True
 
 
+cdef bint hash_namespace(const Crypto *c, void *context, const void *name, size_t name_bytes, uint8_t *start) noexcept nogil:
+    """Write the digest that stands before a namespace's first page; see namespace_digest. False: libcrypto refused."""
+    cdef uint8_t message[DIGEST + 1]
+    message[DIGEST] = NAMESPACE_TAG
+    return c.init(context, c.sha256, NULL) and c.update(context, name, name_bytes) and c.final(context, message, NULL) and \
+        c.init(context, c.sha256, NULL) and c.update(context, message, DIGEST + 1) and c.final(context, start, NULL)
+
+
 cdef bytes chain_in_python(bytes tokens, size_t page_bytes, bytes previous):
     """The same by hashlib: the digests one after the other."""
     digest = previous
@@ -118,7 +133,10 @@ cdef bint hash_in_python(const rkv_page_run *run) noexcept with gil:
     cdef const char *source
     try:
         tokens = little_endian(run.tokens, run.num_pages * run.page_size)
-        previous = b"" if run.parent == NULL else (<const char *>run.parent)[:DIGEST]
+        if run.parent == NULL:
+            previous = namespace_digest((<const char *>run.ns)[: run.ns_bytes] if run.ns_bytes else b"") or b""
+        else:
+            previous = (<const char *>run.parent)[:DIGEST]
         digests = chain_in_python(tokens, 4 * <size_t>run.page_size, previous)
         source = digests
         memcpy(run.digests, source, DIGEST * run.num_pages)
@@ -133,9 +151,15 @@ cdef void hash_run(void *ctx, const rkv_page_run *run) noexcept nogil:
     cdef Hasher *h = <Hasher *>ctx
     cdef size_t k
     cdef bint done = False
+    cdef uint8_t start[DIGEST]
+    cdef const uint8_t *parent = run.parent
     if h.context != NULL:
         mutex_lock(&h.lock)
-        done = hash_chain(&h.crypto, h.context, run.parent, run.tokens, run.page_size, run.num_pages, run.digests)
+        done = True
+        if parent == NULL and run.ns_bytes > 0:
+            done = hash_namespace(&h.crypto, h.context, run.ns, run.ns_bytes, start)
+            parent = start
+        done = done and hash_chain(&h.crypto, h.context, parent, run.tokens, run.page_size, run.num_pages, run.digests)
         mutex_unlock(&h.lock)
     if done or hash_in_python(run):
         return
@@ -177,11 +201,25 @@ cdef class Sha256Hasher:
 def sha256_page_hash():
     """Make the page hash for ``RadixTree(page_hash=...)``: its page_digests are the SHA-256 chain of this module, 32 bytes a page.
 
-    Page keys and events then carry the first 8 bytes of these digests, and so do not tell namespaces apart. One hash may serve several
-    trees; with one each they hash at the same time.
+    Page keys and events then carry the first 8 bytes of these digests. One hash may serve several trees; with one each they hash at the
+    same time.
     Raises: AllocationError.
     """
     return Sha256Hasher().capsule()
+
+
+def namespace_digest(namespace):
+    """The digest that stands before the first page of a namespace: sha256(sha256(namespace) || "n").
+
+    Args: namespace: the bytes of ``encode_namespace(extra_key, cache_salt)``.
+    Returns: 32 bytes, ``previous`` for sha256_chain; None for the default namespace, b"", whose chain has nothing before it.
+    Raises: ArgumentTypeError for what is no bytes.
+    """
+    if not isinstance(namespace, bytes):
+        raise ArgumentTypeError(f"a namespace is the bytes of encode_namespace, not {type(namespace).__name__}")
+    if not namespace:
+        return None
+    return hashlib.sha256(hashlib.sha256(namespace).digest() + bytes([NAMESPACE_TAG])).digest()
 
 
 def sha256_chain(tokens, page_size, previous=None):
@@ -190,7 +228,8 @@ def sha256_chain(tokens, page_size, previous=None):
     Args:
         tokens: as everywhere (see base.Tokens); a tail shorter than a page is ignored. Negative ids: two's complement.
         page_size: tokens a page, 1 .. 65,536.
-        previous: digest of the page before the first one, 32 bytes; None at the start of a prefix.
+        previous: digest of the page before the first one, 32 bytes; at the start of a prefix ``namespace_digest`` of its namespace: None
+            for the default one.
     Returns: a new uint8 array [len(tokens) // page_size, 32].
     Thread: any; long chains are hashed without the GIL.
     Raises: InvalidArgumentError for a page_size out of range or another length of ``previous``; ArgumentTypeError, TokenRangeError;

@@ -86,6 +86,7 @@ class ReferenceTree(BaseRadixTree):
         self._handles = HandleTable(self._tree_id)
         self._device_ids: set[int] = set()  # every page id that some node owns, by tier
         self._host_ids: set[int] = set()
+        self.events = bool(events)
         self._events: deque[Event] | None = deque() if events else None
         self._max_events = read_int(max_events, "max_events", 1)
         self._dropped_events = 0

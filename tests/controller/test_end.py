@@ -11,7 +11,7 @@ import pytest
 
 from radixkv.controller.lanes import CopyLane, CopyTicket, PageLane
 from radixkv.controller.workers import StorageWorkers
-from radixkv.errors import GroupError, LoadError, StateError, StorageError
+from radixkv.errors import GroupError, LoadError, StateError, StorageError, TransferError
 from radixkv.storage import MemoryStorage, Storage
 from radixkv.storage.file import FileStorage
 from radixkv.storage.sealed import Prefix
@@ -373,3 +373,152 @@ def test_page_tickets_are_one_copy_and_a_bad_one_takes_no_other_along() -> None:
     waiting = lane.take_on(np.array([1], np.int32), np.array([1], np.int32))
     lane.close()
     assert isinstance(waiting.error, StateError)
+
+
+# ---- whatever breaks, nothing hangs ----------------------------------------------------------------------------------
+def test_a_callback_that_raises_takes_no_thread_along() -> None:
+    def tell(error: BaseException) -> None:
+        raise KeyError("a defect of who is told")
+
+    def copy() -> None:
+        raise OSError("a broken link")
+
+    lane = CopyLane("radixkv-test")
+    untold, cancelled, fine = CopyTicket(copy, tell), CopyTicket(copy, tell), CopyTicket(lambda: None)
+    lane.put(untold)
+    assert untold.wait(30)
+    assert isinstance(untold.error, TransferError)
+    assert "a broken link" in str(untold.error)
+    assert "a defect of who is told" in str(untold.error)
+    assert cancelled.cancel()
+    assert cancelled.wait(0)
+    lane.put(fine)  # the same thread
+    assert fine.wait(30)
+    assert fine.error is None
+    lane.close()
+
+
+def test_no_kind_of_exception_ends_a_thread() -> None:
+    """A panic of a Rust library is a BaseException, and a signal handler of an engine may raise SystemExit anywhere."""
+
+    def panic(*_: Any, **__: Any) -> Any:
+        raise SystemExit("a panic")
+
+    lane, pages = CopyLane("radixkv-test"), PageLane("radixkv-test", panic)
+    tickets = [CopyTicket(panic), CopyTicket(lambda: None)]
+    for ticket in tickets:
+        lane.put(ticket)
+    one = np.zeros(1, np.int32)
+    together = [pages.take_on(one, one), pages.take_on(one, one)]
+    shapeless = pages.take_on(np.zeros((1, 1), np.int32), one)  # cannot be put together with the others
+    for ticket in (*tickets, *together, shapeless):
+        assert ticket.wait(30)
+    assert isinstance(tickets[0].error, SystemExit)
+    assert tickets[1].error is None
+    assert all(ticket.error is not None for ticket in (*together, shapeless))
+    lane.close()
+    pages.close()
+
+    class Panics:
+        find_prefix = set_pages = get_pages = panic
+
+    workers = StorageWorkers(Panics(), Stack().config)
+    jobs = [workers.look_up(np.zeros((4, 32), np.uint8), b"") for _ in range(2)]
+    assert all(job.wait(30) for job in jobs)
+    assert [type(job.error) for job in jobs] == [SystemExit, SystemExit]
+    assert workers.close(5.0)
+
+
+class NoThreads:
+    """While it is on, no thread of ours starts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.on, self.refused, self._start = True, 0, threading.Thread.start
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: self.start(thread))
+
+    def start(self, thread: threading.Thread) -> None:
+        if self.on and thread.name.startswith("radixkv-"):
+            self.refused += 1
+            raise RuntimeError("can't start new thread")
+        self._start(thread)
+
+
+def test_without_threads_operations_fail_and_work_again_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = NoThreads(monkeypatch)
+    stack = Stack(threads=True, storage=MemoryStorage(), store_after_backup=True, backoff_failures=100)
+    tokens = prompt(1, 4)
+    node = stack.compute(tokens)  # begins a backup, which raises nothing
+    stack.controller.poll()
+    until(lambda: stack.controller.stats().backup_failures == 1, stack)
+    assert threads.refused == 1
+    assert stack.tree.node_info(node).lock_ref == 0
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+    assert stack.controller.prefetch("r", prompt(2, 4), ROOT)
+    until(lambda: stack.controller.stats().prefetches_in_flight == 0, stack)
+    assert stack.controller.stats().prefetch_failures == 1
+    stack.check()
+
+    threads.on = False
+    assert stack.controller.backup(node) == 4 * P
+    until(lambda: stack.controller.stats().stores == 1, stack)
+    assert stack.controller.evict(4 * P) == 4 * P
+    threads.on = True
+    load = stack.controller.load(stack.controller.match(tokens).host_node)  # a thread of its own
+    assert load is not None
+    index = stack.controller.start_loads()
+    with pytest.raises(LoadError, match="can't start new thread"):
+        stack.controller.layer_counter.wait(0, 30.0, index)
+    stack.controller.poll()
+    assert stack.controller.match(tokens).host_num_tokens == 4 * P
+    stack.check()
+    threads.on = False
+    load = stack.controller.load(stack.controller.match(tokens).host_node)
+    assert load is not None
+    assert stack.controller.layer_counter.wait(0, 30.0, stack.controller.start_loads())
+    until(lambda: stack.controller.stats().loads == 1, stack)
+    assert stack.serve(tokens) == 4 * P
+    stack.check()
+    assert stack.controller.close()
+
+
+def test_what_cannot_be_asked_for_has_failed() -> None:
+    """An edge, or a mover, that raises: the tree has changed already, and the other ranks go on."""
+    stack = Stack(storage=True)
+    node = stack.compute(prompt(1, 4))
+    stack.settle()
+
+    def refuse(*_: Any) -> Any:
+        raise MemoryError("no memory for a job")
+
+    look_up, fetch, store = stack.edge.look_up, stack.edge.fetch, stack.edge.store
+    stack.edge.store = refuse
+    assert stack.controller.store(node) is not None
+    assert stack.controller.poll().failed == 1
+    stack.edge.store = store
+    stack.controller.store(node)
+    stack.settle()
+    stack.controller.reset()
+
+    stack.edge.look_up = refuse
+    assert stack.controller.prefetch("r", prompt(1, 4), ROOT)
+    assert stack.controller.poll().failed == 1
+    stack.edge.look_up, stack.edge.fetch = look_up, refuse
+    assert stack.controller.prefetch("r", prompt(1, 4), ROOT)
+    stack.settle()
+    assert stack.controller.finish_prefetch("r")
+    assert stack.controller.stats().prefetch_failures == 2
+    assert stack.host.available_size() == stack.host.size
+    stack.edge.fetch = fetch
+    stack.check()
+
+    stack.compute(prompt(1, 4))
+    stack.settle()
+    stack.controller.evict(4 * P)
+    stack.mover.new_progress = refuse
+    assert stack.controller.load(stack.controller.match(prompt(1, 4)).host_node)
+    index = stack.controller.start_loads()
+    with pytest.raises(LoadError, match="no memory for a job"):
+        stack.controller.layer_counter.wait(0, 0.0, index)
+    assert stack.controller.poll().failed == 1
+    stack.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from radixkv.storage import MemoryStorage
 from radixkv.tree.page_hash import sha256_chain
 
 from .kit import ROOT, P, Stack, ThreadGroup, launch, on_ranks, prompt
-from .soak import Soak
+from .soak import Soak, digest_of
 
 torch_needed = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
 
@@ -48,6 +49,45 @@ def test_a_copy_that_fails_on_one_rank_has_failed() -> None:
     assert results[0] == results[1] == (1, True, 64 * P)
 
 
+def test_a_rank_that_gets_no_thread_parts_from_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, start = threading.local(), threading.Thread.start
+
+    def start_on_rank_0(thread: threading.Thread) -> None:
+        if thread.name.startswith("radixkv-") and getattr(here, "rank", 0) == 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_on_rank_0)
+
+    def run(group: ThreadGroup) -> Any:
+        here.rank = group.rank
+        stack = Stack(group=group, threads=True, storage=MemoryStorage(), backoff_failures=100)
+        node = stack.compute(prompt(1, 3))
+        stack.settle(10**6)
+        assert stack.controller.stats().backup_failures == 1
+        here.rank = 0  # threads enough
+        assert stack.controller.backup(node)
+        stack.settle(10**6)
+        here.rank = group.rank
+        stack.controller.store(node)
+        stack.controller.prefetch("r", prompt(2, 3), ROOT)
+        stack.settle(10**6)
+        while stack.controller.stats().prefetches_in_flight:
+            stack.controller.poll()
+        stack.controller.evict(3 * P)
+        assert stack.controller.load(node)
+        stack.controller.start_loads()
+        stack.settle(10**6)
+        stats = stack.controller.stats()
+        assert (stats.store_failures, stats.prefetch_failures, stats.load_failures) == (1, 1, 1)
+        stack.check()
+        stack.close()
+        return digest_of(stack.tree)
+
+    first, second = on_ranks(2, run)
+    assert first == second
+
+
 def test_a_load_has_ended_when_it_has_ended_everywhere() -> None:
     def run(group: ThreadGroup) -> Any:
         stack = Stack(group=group)
@@ -71,6 +111,36 @@ def test_a_load_has_ended_when_it_has_ended_everywhere() -> None:
         return stack.controller.match(prompt(1, 3)).host_num_tokens
 
     assert on_ranks(2, run) == [3 * P, 3 * P]
+
+
+def test_a_load_that_always_fails_on_one_rank_is_given_up_on_all() -> None:
+    def run(group: ThreadGroup) -> Any:
+        stack = Stack(group=group)
+        tokens = prompt(1, 3)
+        stack.compute(tokens)
+        stack.settle()
+        stack.controller.evict(3 * P)
+        if group.rank == 1:
+            stack.mover.fail = lambda kind: TransferError("rank 1 has a broken link")
+        load = stack.controller.load(stack.controller.match(tokens).host_node)
+        assert load is not None
+        stack.controller.lock(load.node)
+        stack.controller.start_loads()
+        for _ in range(10):
+            stack.mover.run()
+            stack.controller.poll()
+            stack.check()
+        with pytest.raises(LoadError):
+            stack.controller.layer_counter.wait(0, 0.0, stack.controller.layer_counter.latest)
+        stack.controller.unlock(load.node)
+        stack.controller.poll()
+        stack.check()
+        stats = stack.controller.stats()
+        return stats.load_batches, stats.broken_loads, len(stack.tree), stack.device.available, group.calls
+
+    first, second = on_ranks(2, run)
+    assert first == second
+    assert first[:4] == (3, 1, 0, 32)
 
 
 def test_ranks_take_what_all_of_them_have_from_storage() -> None:

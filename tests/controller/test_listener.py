@@ -22,6 +22,10 @@ class Ear:
     def evicted(self, tier: str, num_tokens: int) -> None:
         self.heard.append((tier, num_tokens // P))
 
+    def made_room(self, num_tokens: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.heard.append(("room", num_tokens // P))
+
     def attributed(self, attribution: Attribution) -> None:
         self.heard.append(attribution)
 
@@ -39,7 +43,7 @@ def test_a_prompts_life() -> None:
     assert ear.take() == [("backup", "done", 3), ("store", "done", 3)]
     stack.controller.evict(3 * P)
     stack.controller.evict_host(3 * P)
-    assert ear.take() == [("device", 3), ("host", 3)]
+    assert ear.take() == [("device", 3), ("room", 3), ("host", 3)]
     stack.controller.prefetch("r", tokens, ROOT)
     stack.edge.run()
     stack.controller.poll()
@@ -87,6 +91,76 @@ def test_drops_under_write_back() -> None:
     assert ("write_back", "dropped", 3) in heard
     assert ("write_back", "done", 2) in heard
     assert sum(entry[1] for entry in heard if entry[0] == "device") == 5
+    assert heard[-1] == ("room", 5)
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Broken:
+    """A look-up that storage has not answered."""
+
+    pages, seconds, error = 0, 0.0, OSError("dead")
+
+    def done(self) -> bool:
+        return True
+
+
+def ended_prefetch(clock: Clock, ear: Ear, policy: str, until: str, **more: Any) -> list[Any]:
+    """What is heard of a prefetch of four pages, of which two have come when it is asked for."""
+    stack = Stack(storage=True, listener=ear, store_after_backup=True, prefetch_policy=policy, clock=clock, **more)
+    stack.compute(prompt(1, 4))
+    stack.settle()
+    stack.controller.reset()
+    ear.take()
+    stack.controller.prefetch("r", prompt(1, 4), ROOT)
+    if until == "dead":
+        stack.controller._prefetches.operations["r"].job = Broken()
+    if until != "look-up":
+        stack.edge.run()
+        stack.controller.poll()
+    if until == "lost":
+        stack.edge.pages.storage.clear()
+        stack.edge.run()
+        stack.controller.poll()
+    clock.now_s += 1000.0
+    stack.controller.finish_prefetch("r")
+    stack.settle()
+    stack.check()
+    return [heard for heard in ear.take() if heard[0] == "prefetch"]
+
+
+def test_how_a_prefetch_ended() -> None:
+    clock, ear = Clock(), Ear()
+    for policy, late in (("best_effort", "partial"), ("timeout", "timeout"), ("wait_complete", "timeout")):
+        assert ended_prefetch(clock, ear, policy, "look-up", prefetch_abandon_s=1e9) == [("prefetch", late, 0)]
+        assert ended_prefetch(clock, ear, policy, "found", prefetch_abandon_s=1e9) == [("prefetch", late, 0)]
+        assert ended_prefetch(clock, ear, policy, "lost", prefetch_abandon_s=1e9) == [("prefetch", "failed", 0)]
+        assert ended_prefetch(clock, ear, policy, "dead", prefetch_abandon_s=1e9) == [("prefetch", "failed", 0)]
+
+
+def test_a_batch_of_loads_is_shared_out() -> None:
+    """Bytes by seconds is the bandwidth: a batch's copy is not counted once for each of its loads."""
+    heard: list[Finished] = []
+    ear = Ear()
+    stack = Stack(listener=ear)
+    for number, pages in ((1, 3), (2, 1)):
+        stack.compute(prompt(number, pages))
+    stack.settle()
+    stack.controller.evict(4 * P)
+    for number, pages in ((1, 3), (2, 1)):
+        assert stack.controller.load(stack.controller.match(prompt(number, pages)).host_node) is not None
+    stack.controller.start_loads()
+    (batch,) = stack.controller._loads.batches
+    ear.finished = heard.append  # type: ignore[method-assign]
+    stack.settle()
+    assert [event.num_tokens // P for event in heard] == [3, 1]
+    assert [event.seconds for event in heard] == [batch.ticket.seconds * 0.75, batch.ticket.seconds * 0.25]
+    assert batch.ticket.seconds > 0
 
 
 def test_a_fetch_that_brings_less_than_was_found_has_failed() -> None:

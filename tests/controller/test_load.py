@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from radixkv.errors import InvalidArgumentError, LoadError, LockError, TransferE
 from radixkv.pool.states import MemoryStateInt
 from radixkv.transfer.cpu import Progress
 
-from .kit import GEOMETRY, P, Stack, content_of, prompt
+from .kit import GEOMETRY, ROOT, P, Stack, content_of, prompt
 
 
 def refuse(kind: str) -> BaseException:
@@ -62,6 +63,19 @@ def test_the_whole_tail_comes_back_in_key_order() -> None:
     stack.controller.start_loads()
     stack.settle()
     assert stack.serve(tokens) == 6 * P
+
+
+def test_the_pages_of_a_load_are_the_callers_to_change() -> None:
+    stack = Stack()
+    [node] = on_host(stack, prompt(1, 3))
+    load = stack.controller.load(node)
+    assert load is not None
+    load.page_ids[:] *= P  # slots
+    stack.controller.start_loads()
+    stack.mover.run()
+    stack.controller.poll()
+    assert stack.serve(prompt(1, 3)) == 3 * P
+    stack.check()
 
 
 def test_host_pages_are_not_evicted_before_the_load_has_been_settled() -> None:
@@ -256,6 +270,98 @@ def test_a_failed_load_whose_pages_somebody_holds_is_copied_again() -> None:
     stack.controller.unlock(node)
     assert stack.serve(prompt(1, 3)) == 3 * P
     stack.check()
+
+
+def test_a_load_that_always_fails_is_given_up() -> None:
+    """However long somebody holds it; then its nodes leave the host, and the next request computes."""
+    stack = Stack()
+    tokens = prompt(1, 3)
+    node, other = on_host(stack, tokens, prompt(2, 2))
+    copies = Counter[str]()
+    stack.mover.fail = lambda kind: (copies.update([kind]), TransferError("the link is down"))[1]
+    stack.controller.load(node)
+    stack.controller.lock(node)
+    stack.controller.start_loads()
+    for _ in range(10):
+        stack.mover.run()
+        stack.controller.poll()
+        stack.check()
+    with pytest.raises(LoadError):
+        stack.controller.layer_counter.wait(0, 0.0, stack.controller.layer_counter.latest)
+    assert copies["load"] == 3
+    assert stack.controller.stats().broken_loads == 1
+    assert stack.controller.stats().loads_in_flight == 1
+
+    stack.mover.fail = lambda kind: None
+    stack.controller.load(other)  # while the broken one matches, nobody can tell who has matched it
+    index = stack.controller.start_loads()
+    stack.mover.run()
+    stack.controller.poll()
+    with pytest.raises(LoadError, match="the link is down"):
+        stack.controller.layer_counter.wait(0, 0.0, index)
+
+    stack.controller.unlock(node)
+    stack.controller.poll()
+    stack.check()
+    assert stack.controller.stats().loads_in_flight == 0
+    assert stack.controller.match(tokens).host_node == ROOT
+    stack.controller.evict(10 * P)
+    assert stack.device.available == stack.device.capacity
+    assert stack.host.available_size() == stack.host.size - 2 * P
+    stack.compute(tokens)
+    stack.settle()
+    assert stack.serve(tokens) == 3 * P
+    stack.controller.load(other)
+    index = stack.controller.start_loads()
+    stack.mover.run()
+    assert stack.controller.layer_counter.wait(0, 0.0, index)
+
+
+def test_what_fails_for_one_request_after_the_other_leaves_the_host() -> None:
+    stack = Stack(load_attempts=2, storage=True)
+    tokens = prompt(1, 4)
+    _, lower = on_host(stack, tokens[: 2 * P], tokens)
+    stack.controller.store(lower)  # which keeps it for a while
+    stack.mover.fail = lambda kind: TransferError("the link is down")
+    for _ in range(2):
+        assert stack.controller.load(lower)
+        stack.controller.start_loads()
+        stack.mover.run()
+        stack.controller.poll()
+        stack.check()
+    assert stack.controller.match(tokens).host_num_tokens == 4 * P
+    assert stack.controller.load(lower) is None  # it will not be tried again
+    stack.settle()
+    assert stack.controller.match(tokens).host_node == ROOT
+    assert stack.host.available_size() == stack.host.size
+    stack.check()
+
+
+def test_what_was_computed_below_a_broken_load_does_not_hold_it() -> None:
+    stack = Stack(load_attempts=1)
+    tokens = prompt(1, 6)
+    on_host(stack, tokens[: 4 * P])
+    match = stack.controller.match(tokens[: 4 * P])
+    load = stack.controller.load(match.host_node)
+    assert load is not None
+    stack.controller.start_loads()
+    fresh = stack.controller.alloc_pages(2)
+    assert fresh is not None
+    first = tokens[: 2 * P]  # splits what is being loaded
+    result = stack.controller.insert(
+        np.concatenate([first, prompt(2, 2)]), np.concatenate([load.page_ids[:2], fresh]), backup=False
+    )
+    stack.controller.lock(result.node)
+    stack.mover.fail = lambda kind: TransferError("the link is down")
+    stack.mover.run()
+    stack.controller.poll()
+    assert stack.controller.match(first).loading_tokens == 2 * P
+    stack.check()
+    stack.controller.unlock(result.node)
+    stack.controller.poll()
+    stack.check()
+    assert stack.device.available == stack.device.capacity
+    assert stack.controller.match(first).num_tokens == 0
 
 
 def test_who_matched_a_load_that_failed_is_told_by_its_own_batch() -> None:

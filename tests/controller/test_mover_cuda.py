@@ -167,6 +167,26 @@ def test_a_load_that_fails_wakes_who_waits() -> None:
     mover.close()
 
 
+@pytest.mark.parametrize("kind", ["load", "backup"])
+def test_a_copy_that_fails_half_way_has_ended_when_its_ticket_says_so(kind: str) -> None:
+    """Its pages are free then: what is on the stream already would write them under their next owner."""
+    mover, streams, loader = make()
+    copier = loader if kind == "load" else mover._writer
+
+    def half(*_: Any) -> None:
+        streams.log.append(("copy layer", copier.stream, 0))
+        raise TransferError("layer 1 has no kernel")
+
+    copier.load_back = copier.copy = half  # type: ignore[method-assign,union-attr]
+    ticket = mover.load(ids(3), ids(1), mover.new_progress()) if kind == "load" else mover.backup(ids(1), ids(3))
+    assert ticket.wait(30)
+    assert str(ticket.error) == "layer 1 has no kernel"
+    begun, recorded, finished = streams.log[-3:]
+    assert begun == ("copy layer", copier.stream, 0)
+    assert (recorded[:2], finished) == (("record", copier.stream), ("finish", recorded[2]))
+    mover.close()
+
+
 def test_a_cancelled_load_wakes_who_waits() -> None:
     mover, _, _ = make()
     progress = mover.new_progress()

@@ -11,6 +11,7 @@ import pytest
 from radixkv.controller import LayerCounter
 from radixkv.controller.ledger import Ledger
 from radixkv.controller.loads import Loads
+from radixkv.controller.operations import SUCCEEDED
 from radixkv.controller.prefetches import Prefetches
 from radixkv.controller.stores import Stores
 from radixkv.controller.writes import Writes
@@ -113,7 +114,7 @@ def write_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def failed_load_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     settle = Loads.settle
-    monkeypatch.setattr(Loads, "settle", lambda self, batch, status: settle(self, batch, 2))
+    monkeypatch.setattr(Loads, "settle", lambda self, batch, status: settle(self, batch, SUCCEEDED))
 
 
 def freed_while_storage_writes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from radixkv import RadixTree
 from radixkv.controller import STORED, STORING
+from radixkv.controller.hashes import PathHashes
 from radixkv.controller.workers import Job
 from radixkv.errors import InvalidArgumentError, StateError
+from radixkv.key import encode_namespace
 from radixkv.storage import MemoryStorage
 from radixkv.storage.file import FileStorage
-from radixkv.tree.page_hash import sha256_chain
+from radixkv.tree.page_hash import namespace_digest, sha256_chain, sha256_page_hash
 from radixkv.tree.reference import ReferenceTree
 
 from .kit import ROOT, P, ScriptedEdge, Stack, content_of, page_store, prompt
@@ -47,7 +51,7 @@ def stored(tokens: Any, *, host_pages: int = 64, **options: Any) -> Stack:
 def keys_of(stack: Stack, tokens: Any, salt: bytes = b"") -> list[bool]:
     """Which pages of a prompt are in storage."""
     assert stack.edge is not None
-    keys = stack.edge.pages.keys(sha256_chain(tokens, P), salt)
+    keys = stack.edge.pages.keys(sha256_chain(tokens, P, namespace_digest(salt)), salt)
     return stack.edge.pages.storage.exists_many(keys).tolist()
 
 
@@ -218,6 +222,33 @@ def test_storage_is_left_alone_after_failures_and_tried_again() -> None:
     assert attempt()
     assert not stack.controller.stats().backing_off
     assert stack.tree.node_info(node).marks == STORED
+
+
+@pytest.mark.parametrize("page_hash", [sha256_page_hash, lambda: None])
+def test_a_namespace_is_in_the_digests_themselves(page_hash: Any) -> None:
+    """Of backup and prefetch alike, whether the tree keeps SHA-256 digests or the controller hashes paths."""
+    stack = make(tree=RadixTree(P, page_hash=page_hash()))
+    tokens, name = prompt(1, 4), encode_namespace(None, "a")
+    pages = stack.controller.alloc_pages(4)
+    assert pages is not None
+    stack.device.data[pages] = content_of(tokens, salt=name)
+    top = stack.controller.insert(tokens[: 2 * P], pages[:2], cache_salt="a").node
+    node = stack.controller.insert(tokens, pages, cache_salt="a").node
+    wanted = sha256_chain(tokens, P, hashlib.sha256(hashlib.sha256(name).digest() + b"n").digest())
+    hashes = PathHashes(stack.tree)
+    assert np.array_equal(np.concatenate([hashes.own(top), hashes.own(node)]), wanted)
+    assert np.array_equal(hashes.following(ROOT, tokens, name), wanted)
+    assert np.array_equal(hashes.following(top, tokens[2 * P :], name), wanted[2:])
+    assert np.array_equal(hashes.following(ROOT, tokens, b""), sha256_chain(tokens, P))
+    stack.settle()
+    for each in (top, node):
+        stack.controller.store(each)
+    stack.settle()
+    stack.controller.reset()
+    prefetched(stack, tokens, cache_salt="a")  # from the root: the chain begins with the namespace's digest
+    found = stack.controller.match(tokens, cache_salt="a")
+    assert found.host_num_tokens == 4 * P
+    stack.check()
 
 
 def test_namespaces_are_apart_in_storage() -> None:

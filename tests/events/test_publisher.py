@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-import zmq
 
 import radixkv
-from radixkv.errors import InvalidArgumentError, StateError
+from radixkv.errors import EndpointError, InvalidArgumentError, RadixKVError, StateError
 from radixkv.events import EventConfig, EventPublisher
+from radixkv.tree.reference import ReferenceTree
 from radixkv.types import Event
 
 from . import peers
-from .peers import Subscriber, joined
+from .peers import END, Subscriber, joined
 
 PAGE = 4
 LOCAL = "tcp://127.0.0.1:*"
@@ -148,6 +151,7 @@ def test_a_subscriber_that_does_not_read_holds_nobody_up(opened: Any) -> None:
         while slow.sub.poll(50):
             slow.receive()
     assert slow.gaps[0][0] > first
+    assert 1 <= source.stats().slow_subscribers < 600, "once for each time that it falls behind"
     assert set(range(*slow.gaps[0])) <= set(quick.ask(slow.gaps[0][0]))
     assert max(slow.batches) <= newest
 
@@ -212,6 +216,24 @@ def test_a_request_of_another_form_is_ignored(opened: Any, request_frames: list[
     reader.replay.send_multipart(request_frames)
     source.publish(event(1))
     assert reader.ask(0) == [0]
+    assert (source.stats().bad_requests, source.stats().replays) == (1, 1)
+
+
+def test_a_replay_of_what_is_gone_begins_with_the_first_that_is_kept(opened: Any) -> None:
+    """As of SGLang and vLLM: no error on the wire, but numbers that do not follow, then the end mark."""
+    source = publisher(opened, replay_batches=3)
+    for i in range(10):
+        source.publish(event(i))
+    reader = subscriber(opened, source)
+    frames = []
+    reader.replay.send_multipart([b"", (2).to_bytes(8, "big")])
+    while not frames or frames[-1][1:] != [END, b""]:
+        frames.append(reader.replay.recv_multipart())
+    assert [int.from_bytes(number, "big", signed=True) for _, number, _ in frames] == [7, 8, 9, -1]
+    assert {empty for empty, _, _ in frames} == {b""}
+    assert reader.ask(10) == []
+    assert reader.ask(2**63) == []
+    assert source.stats().short_replays == 0
 
 
 def test_close_sends_what_is_queued_and_ends_in_time(opened: Any) -> None:
@@ -253,8 +275,54 @@ def test_an_error_of_the_thread_reaches_the_owner(opened: Any) -> None:
 def test_an_endpoint_in_use(opened: Any) -> None:
     source = publisher(opened)
     taken = source.endpoint.replace("127.0.0.1", "*")
-    with pytest.raises(zmq.ZMQError):
+    with pytest.raises(EndpointError, match=rf"bind .* endpoint '{re.escape(taken)}' .* in use") as raised:
         EventPublisher(PAGE, EventConfig(endpoint=taken))
+    assert isinstance(raised.value, RadixKVError)
+    assert raised.value.errno == errno.EADDRINUSE
+    with pytest.raises(EndpointError, match=r"replay_endpoint .* \(rank 0\): .* in use"):
+        EventPublisher(PAGE, EventConfig(endpoint=LOCAL, replay_endpoint=source.replay_endpoint))
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["", "*:5557", "tcp://*", "tcp://*:99999", "tpc://*:1", "tcp://*.no.such.host.invalid:1", "ipc:///no/such/folder/*"],
+)
+def test_an_endpoint_that_is_none(endpoint: str) -> None:
+    with pytest.raises(EndpointError, match=f"{re.escape(repr(endpoint))}.*: .+"):
+        EventPublisher(PAGE, EventConfig(endpoint=endpoint))
+    with pytest.raises(EndpointError, match=f"replay_endpoint {re.escape(repr(endpoint))}"):
+        EventPublisher(PAGE, EventConfig(endpoint=LOCAL, replay_endpoint=endpoint))
+
+
+def test_an_endpoint_is_free_again_after_close_and_after_a_failure(opened: Any) -> None:
+    source = publisher(opened)
+    source.close()
+    mine = source.endpoint.replace("127.0.0.1", "*")
+    with pytest.raises(EndpointError):
+        EventPublisher(PAGE, EventConfig(endpoint=mine, replay_endpoint="tpc://*:1"))
+    again = publisher(opened, endpoint=mine)
+    assert again.endpoint.rpartition(":")[2] == mine.rpartition(":")[2]
+
+
+def test_a_tree_that_records_nothing_is_an_error(opened: Any) -> None:
+    source = publisher(opened)
+    for tree in (radixkv.RadixTree(page_size=PAGE), ReferenceTree(page_size=PAGE)):
+        tree.insert([1] * PAGE, [0])
+        with pytest.raises(InvalidArgumentError, match=r"records no events.*events=True"):
+            source.drain(tree)
+    with pytest.raises(InvalidArgumentError, match="pages of 8 tokens in the tree, of 4"):
+        source.drain(radixkv.RadixTree(page_size=8, events=True))
+    assert source.drain(ReferenceTree(page_size=PAGE, events=True)) == 0
+
+
+def test_closed_twice_from_two_threads(opened: Any) -> None:
+    source = publisher(opened)
+    for _ in range(10):
+        source.publish(event(1))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: source.close(10), range(4)))
+    assert source.close()
+    assert not source._thread.is_alive()
 
 
 def test_nothing_is_no_batch(opened: Any) -> None:

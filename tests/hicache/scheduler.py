@@ -6,6 +6,7 @@ computed for this very prefix is seen at once, whatever went wrong before.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,9 +187,21 @@ class Engine:
             self.waiting.remove(req)
             batch.append(req)
             budget = self.budget(batch)
-        if not batch and not self.running and self.waiting and not self.storage:
+        if not batch and not self.running and self.waiting and not self.storage and not self.copies_hold_memory():
             raise OutOfMemoryError(f"{self.waiting[0].seqlen} tokens, and {budget} are free or evictable")
         return batch
+
+    def copies_hold_memory(self) -> bool:
+        """Whether pages are locked by copies that a busy machine has not made yet; if so, settles those that are."""
+        core = getattr(getattr(self.cache, "cache_controller", None), "core", None)
+        if core is None:
+            return False
+        stats = core.stats()
+        if not stats.writes_in_flight and stats.loads_in_flight <= stats.queued_loads:
+            return False
+        time.sleep(0.0005)
+        self.cache.check_hicache_events()
+        return True
 
     def budget(self, batch: list[Req]) -> int:
         """Tokens that are free or could be, less those that who runs and who is in the batch will need."""
@@ -262,9 +275,10 @@ class Engine:
     def decode(self) -> None:
         """One more token for all that run; who has no room is sent back to the queue."""
         while not self.make_room(len(self.running) * self.page_size):
-            if len(self.running) == 1:
+            if len(self.running) > 1:
+                self.retract(self.running[-1])
+            elif not self.copies_hold_memory():
                 raise OutOfMemoryError("no room for one request")
-            self.retract(self.running[-1])
         if self.hierarchical:
             self.cache.cache_controller.layer_done_counter.set_consumer(0)
         lengths = [req.seqlen for req in self.running]
@@ -325,8 +339,9 @@ class Engine:
 
     def extend(self, req: Req, before: int, after: int) -> Any:
         need = after - before if self.page_size == 1 else after - before + self.page_size
-        if not self.make_room(need):
-            raise OutOfMemoryError(f"{need} tokens")
+        while not self.make_room(need):
+            if not self.copies_hold_memory():
+                raise OutOfMemoryError(f"{need} tokens")
         if self.page_size == 1:
             slots = self.allocator.alloc(after - before)
         else:

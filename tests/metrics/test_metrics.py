@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 import radixkv
-from radixkv.controller.base import Attribution, ControllerStats, Finished
-from radixkv.errors import InvalidArgumentError
-from radixkv.metrics import DURATION_BUCKETS_S, Histogram, MetricsCollector, MetricsListener, serve_metrics
+from radixkv.controller.base import Attribution, ControllerStats, Finished, Kind
+from radixkv.errors import InvalidArgumentError, StateError, StorageError
+from radixkv.metrics import (
+    DURATION_BUCKETS_S,
+    Histogram,
+    MetricsCollector,
+    MetricsListener,
+    MetricsMirror,
+    serve_metrics,
+)
 from radixkv.pool.host import HostKVCache, HostPoolConfig
 from radixkv.pool.layout import KVGeometry
 from radixkv.storage.breaker import Breaker, BreakerConfig
+from radixkv.storage.file import FileStorage
 from radixkv.storage.memory import MemoryStorage
 from radixkv.storage.namespace import PageNamespace
 from radixkv.storage.pages import PageStore, host_page_parts
@@ -128,7 +143,8 @@ def test_durations_bytes_and_outcomes() -> None:
         (dict(labels)["kind"], dict(labels)["outcome"]): count
         for (name, labels), count in samples.items() if name == "radixkv:operation_outcomes_total"
     }  # fmt: skip
-    assert outcomes == {
+    assert len(outcomes) == 19, "those that have not happened yet are there as 0"
+    assert {key: count for key, count in outcomes.items() if count} == {
         ("load", "done"): 4, ("prefetch", "revoked"): 1, ("backup", "done"): 1, ("write_back", "dropped"): 1,
         ("write_back", "done"): 1,
     }  # fmt: skip
@@ -165,6 +181,20 @@ def test_tree_host_pool_storage_and_publisher() -> None:
     assert value(samples, "storage_pages_total", result="corrupt") == 0
     assert value(samples, "storage_bytes_read_total") == 2 * GEOMETRY.page_bytes
     assert value(samples, "storage_failed_calls_total", reason="timeouts") == 0
+    assert value(samples, "storage_values") == 2
+    assert value(samples, "storage_backend_events_total", event="evicted") == 0
+    host.close()
+
+
+def test_a_backend_that_says_nothing_spoils_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise StorageError("the journal is gone")
+
+    monkeypatch.setattr(MemoryStorage, "stats", refuse)
+    host = HostKVCache(GEOMETRY, 32, "page_first", config=HostPoolConfig(headroom_bytes=0))
+    name = PageNamespace.of_geometry(GEOMETRY, host.page_dims, model="m", dtype="float32")
+    store = PageStore(MemoryStorage(), name, host_page_parts(host))
+    assert value(scrape(store=store), "storage_pages_total", result="hits") == 0
     host.close()
 
 
@@ -180,13 +210,171 @@ def test_a_store_left_alone_by_its_breaker_shows() -> None:
     class Left:
         counters = PageCounters()
         breaker = Breaker(BreakerConfig(failures=1))
+        storage = MemoryStorage()
 
     controller = Idle()
     assert value(scrape(controller=controller), "storage_backing_off") == 0
     controller.storage = Left()
     assert value(scrape(controller=controller), "storage_backing_off") == 0
     Left.breaker.failed()
-    assert value(scrape(controller=controller), "storage_backing_off") == 1
+    samples = scrape(controller=controller)
+    assert value(samples, "storage_backing_off") == 1
+    assert value(samples, "storage_breaker_open") == value(samples, "storage_breaker_opened_total") == 1
+    Left.breaker.failed()  # a trial
+    Left.breaker.succeeded()
+    Left.breaker.failed()
+    assert value(scrape(controller=controller), "storage_breaker_opened_total") == 2
+
+
+def test_the_budget_of_a_backend(tmp_path: Path) -> None:
+    memory = MemoryStorage(max_bytes=100)
+    host = HostKVCache(GEOMETRY, 32, "page_first", config=HostPoolConfig(headroom_bytes=0))
+    name = PageNamespace.of_geometry(GEOMETRY, host.page_dims, model="m", dtype="float32")
+    for key in ("a", "b", "c"):
+        memory.put_many([key], [[memoryview(bytes(40))]])
+    samples = scrape(store=PageStore(memory, name, host_page_parts(host)))
+    assert value(samples, "storage_used_bytes") == 80
+    assert value(samples, "storage_budget_bytes") == 100
+    assert value(samples, "storage_values") == 2
+    assert value(samples, "storage_lost_values_total") == 1
+    assert value(samples, "storage_backend_events_total", event="evicted") == 1
+    with FileStorage(tmp_path, max_bytes=1 << 20) as files:
+        files.put_many(["a"], [[memoryview(bytes(40))]])
+        samples = scrape(store=PageStore(files, name, host_page_parts(host)))
+        assert 40 <= value(samples, "storage_used_bytes") < 1 << 20
+        assert value(samples, "storage_budget_bytes") == 1 << 20
+        assert value(samples, "storage_backend_events_total", event="no_room") == 0
+    host.close()
+
+
+@pytest.fixture
+def everything(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """All parts that a collector can show, with a sample in every family."""
+    pytest.importorskip("zmq")
+    pytest.importorskip("msgspec")
+    from radixkv.events import EventConfig, EventPublisher
+
+    host = HostKVCache(GEOMETRY, 32, "page_first", config=HostPoolConfig(headroom_bytes=0))
+    name = PageNamespace.of_geometry(GEOMETRY, host.page_dims, model="m", dtype="float32")
+    listener = MetricsListener()
+    for kind in get_args(Kind):
+        listener.finished(Finished(kind, "done", 64, 4096, 0.003, 0.02))
+    listener.made_room(64, 0.0007)
+    files = FileStorage(tmp_path, max_bytes=1 << 20)
+    publisher = EventPublisher(4, EventConfig(endpoint="tcp://127.0.0.1:*"))
+    yield {
+        "controller": FakeController(numbered()), "listener": listener, "tree": radixkv.RadixTree(page_size=4),
+        "host": host, "store": PageStore(files, name, host_page_parts(host)), "publisher": publisher,
+    }  # fmt: skip
+    publisher.close()
+    files.close()
+    host.close()
+
+
+ROW = re.compile(r"^\| `(\w+)` \| (counter|gauge|histogram) \| ([\w -]+) \| (.*?) \| .+ \|$", re.MULTILINE)
+
+
+def test_the_documentation_lists_what_there_is(everything: dict[str, Any]) -> None:
+    """Every metric with its type, unit and labels; and no other."""
+    text = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
+    listed = {}
+    for name, kind, unit, labels in ROW.findall(text):
+        assert name not in listed, name
+        listed[name] = (kind, set(re.findall(r"`(\w+)`", labels)))
+        assert name.endswith("_total") == (kind == "counter"), name
+        if unit in ("tokens", "bytes", "seconds", "pages"):
+            assert re.search(rf"_{unit}(_|$)", name), f"{name} is in {unit}, and does not say so"
+    there = {}
+    for family in MetricsCollector(**everything, labels={"tp_rank": "0"}).collect():
+        name = family.name.removeprefix("radixkv:") + ("_total" if family.type == "counter" else "")
+        assert name not in there, f"{name} twice"
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        assert "tp_rank" in labels, name
+        there[name] = (family.type, labels - {"tp_rank"})
+    assert listed == there
+
+
+def test_labels_have_few_values(everything: dict[str, Any]) -> None:
+    """None is a request, a key, a tenant: a label's values are those of the code."""
+    series: dict[str, int] = {}
+    for name, _ in scrape(**everything):
+        series[name] = series.get(name, 0) + 1
+    assert all(number <= 20 for name, number in series.items() if not name.endswith("_bucket")), series
+    assert sum(series.values()) < 500
+
+
+def test_how_long_evictions_take() -> None:
+    listener = MetricsListener()
+    listener.made_room(100, 0.004)
+    samples = scrape(listener=listener)
+    assert value(samples, "eviction_duration_seconds_count") == 1
+    assert value(samples, "eviction_duration_seconds_bucket", le="0.003") == 0
+    assert value(samples, "eviction_duration_seconds_bucket", le="0.004") == 1
+
+
+# ---- other processes -------------------------------------------------------------------------------------------------
+def test_a_mirror_shows_what_the_collector_shows(everything: dict[str, Any]) -> None:
+    listener = everything["listener"] = MetricsListener()
+    collector = MetricsCollector(**everything, labels={"tp_rank": "1"})
+    registry = CollectorRegistry()
+    mirror = MetricsMirror(collector, registry)
+    with pytest.raises(StateError, match="mirror"):
+        MetricsMirror(collector, CollectorRegistry())
+    for round_ in range(3):
+        listener.finished(Finished("load", "done", 64, 4096, 0.002 * round_, 0.003))
+        listener.finished(Finished("prefetch", "timeout", 0, 0, 0.0, 3.0))
+        listener.made_room(64, 0.0007)
+        everything["controller"].now = ControllerStats(device_tokens=10 * round_, writes_in_flight=3 - round_)
+        mirror.update()
+        wanted = CollectorRegistry()
+        wanted.register(collector)
+        shown = parsed(generate_latest(registry).decode())
+        shown = {key: number for key, number in shown.items() if not key[0].endswith("_created")}
+        counted = parsed(generate_latest(wanted).decode())
+        assert shown.keys() == counted.keys()
+        for key, number in counted.items():
+            assert shown[key] == pytest.approx(number), key
+
+
+CHILD = """
+import sys
+from prometheus_client import CollectorRegistry
+from radixkv.controller.base import ControllerStats, Finished
+from radixkv.metrics import MetricsCollector, MetricsListener, MetricsMirror
+
+rank = int(sys.argv[1])
+listener = MetricsListener()
+
+class Controller:
+    def stats(self):
+        return ControllerStats(device_tokens=100 * (rank + 1), writes_in_flight=rank)
+
+collector = MetricsCollector(controller=Controller(), listener=listener, labels={"tp_rank": str(rank)})
+mirror = MetricsMirror(collector, CollectorRegistry())
+for _ in range(rank + 1):
+    listener.finished(Finished("load", "done", 64, 4096, 0.003, 0.02))
+    mirror.update()
+"""
+
+
+def test_processes_that_another_one_answers_for(tmp_path: Path) -> None:
+    """As SGLang serves: schedulers write to a folder, the HTTP server reads it."""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", CHILD, str(rank)], env=environment, stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors.decode()[-2000:]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    samples = parsed(generate_latest(registry).decode())
+    for rank, tokens in (("0", 100), ("1", 200)):
+        assert value(samples, "cached_tokens_total", cache_source="device", tp_rank=rank) == tokens
+        assert value(samples, "queued_operations", kind="backup", tp_rank=rank) == int(rank)
+        assert value(samples, "load_back_duration_seconds_count", tp_rank=rank) == int(rank) + 1
+        assert value(samples, "load_back_duration_seconds_bucket", tp_rank=rank, le="0.002") == 0
 
 
 def test_the_event_publisher() -> None:

@@ -142,7 +142,7 @@ class Driver:
         self.host_locks: list[Pair] = []
         self.backups: dict[Pair, int] = {}  # and their pages, oldest first
         self.loads: list[Pair] = []
-        self.writes: list[tuple[Pair, list[int]]] = []  # write-throughs and their host ids
+        self.writes: list[tuple[Pair, list[int], int | None]] = []  # with host ids; marks: of begin_write
 
     def told(self) -> list[str]:
         """The last calls, for people: keys as letters, one a page."""
@@ -487,28 +487,62 @@ class Driver:
         return max(0, count + c.below(3) - 1) if c.below(8) == 1 else count
 
     def op_begin_write(self, c: Choices) -> None:
-        """A write-through copies a node while the tree goes on; set_host comes later."""
+        """A write-through copies a node while the tree goes on, locked and marked; set_host comes later. Now and then
+        somebody copies a node that nobody locks."""
         node = self.some_node(c)
-        if node is None or node[0] == ROOT:
+        if node is None:
             return
-        infos = self.call("node_info", node=node)
-        if infos is None:
+        infos = self.call("node_info", node=node) if node[0] != ROOT else None
+        if c.below(4) == 1:
+            if infos is not None:
+                ids = self.host.take(len(infos[0].tokens) // self.page_size, c)
+                self.writes += [(node, ids, None)] if ids is not None else []
             return
-        ids = self.host.take(len(infos[0].tokens) // self.page_size, c)
-        if ids is not None:
-            self.writes.append((node, ids))
+        marks = (1, 2, 4, 6, 0, 256)[c.below(6)]
+        pair = self.call("begin_write", marks, node=node, exact=False)
+        if pair is None:
+            return
+        assert infos is not None
+        due = _is_due(infos[0], "host", 0, marks)
+        require([pages is not None for pages in pair] == [due, due], "a write began", due, *pair)
+        if not due:
+            return
+        pages = self.same_ids("device pages of a write", *pair)
+        self.same("device pages of a write", pages, infos[0].page_ids.tolist())
+        for before, after in zip(infos, self.call("node_info", node=node) or (), strict=True):
+            self.same("locks of a node that is written", after.lock_ref, before.lock_ref + 1)
+            self.same("marks of a node that is written", after.marks, before.marks | marks)
+        self.locks.append(node)
+        ids = self.host.take(len(pages), c)
+        if ids is None:  # as a controller without room on the host
+            self._end_write(node, len(pages), marks)
+        else:
+            self.writes.append((node, ids, marks))
+
+    def _end_write(self, node: Pair, num_pages: int, marks: int) -> None:
+        """Take back what begin_write did; op_unlock may have been there before, and its node have gone."""
+        if marks:
+            self.call("mark", 0, marks, num_pages, node=node)
+        if node in self.locks:
+            require(self.call("unlock", node=node) is not None, "the lock of a write", node)
+            self.locks.remove(node)
 
     def op_set_host(self, c: Choices) -> None:
+        marks = None
         if self.writes and c.below(8) != 1:
-            node, ids = self.writes.pop(c.below(len(self.writes)))
+            node, ids, marks = self.writes.pop(c.below(len(self.writes)))
             exact = True
         else:
             node, ids = self.some_node(c), self.host.take(c.below(4), c)
             exact = False
         if node is None or ids is None:
             self.host.put(ids or [])
-        elif self.call("set_host", ids, node=node, exact=exact) is None:
+            return
+        num_pages = len(ids)
+        if self.call("set_host", ids, node=node, exact=exact) is None:
             self.host.put(ids)
+        if marks is not None:
+            self._end_write(node, num_pages, marks)
 
     def op_load_back(self, c: Choices) -> None:
         """As an engine does it: match, then load the first host-only node of the hit. Or any node at all."""
@@ -615,7 +649,7 @@ class Driver:
 
     def op_reset(self, c: Choices) -> None:
         if c.below(8) == 0:
-            writes = [page for _, ids in self.writes for page in ids]
+            writes = [page for _, ids, _ in self.writes for page in ids]
             self._nothing_under_way()
             self.same_departures(self.call("reset"), ordered=False)
             self.host.put(writes)
@@ -627,6 +661,17 @@ class Driver:
         pair = self.call("node_info", node=node) if node is not None else None
         if pair is not None:
             self.same_info(*pair)
+
+    def op_host_pages(self, c: Choices) -> None:
+        node = self.some_node(c)
+        pair = self.call("host_pages", node=node) if node is not None else None
+        if pair is not None:
+            infos = self.call("node_info", node=node)
+            assert infos is not None
+            for (parent, ids), info in zip(pair, infos, strict=True):
+                told = None if info.host_page_ids is None else info.host_page_ids.tolist()
+                self.same("host pages", (parent, None if ids is None else ids.tolist()), (info.parent, told))
+            self.same_node(pair[0][0], pair[1][0])
 
     def op_page_keys(self, c: Choices) -> None:
         node = self.some_node(c)
@@ -682,7 +727,7 @@ class Driver:
         """Compare everything that can be seen, and check both trees from within."""
         if self.events:
             self.hear(_Zero())
-        held = [page for _, ids in self.writes for page in ids]
+        held = [page for _, ids, _ in self.writes for page in ids]
         free, host_free = self.device.free, self.host.free + held
         for tree in (self.a, self.b):
             tree.check_integrity(self.device.capacity, free, self.host.capacity, host_free)
@@ -743,7 +788,7 @@ class Driver:
         keep = {ROOT: ROOT, **dict(self.live), **dict(self.recent)}
         for a, b, _ in self.matches:
             keep |= {a.device_node: b.device_node, a.host_node: b.host_node}
-        for under_way in (self.locks, self.host_locks, self.backups, self.loads, [node for node, _ in self.writes]):
+        for under_way in (self.locks, self.host_locks, self.backups, self.loads, [node for node, *_ in self.writes]):
             keep |= dict(under_way)
         self.to_b = keep
         self.to_a = {b: a for a, b in keep.items()}
@@ -758,7 +803,7 @@ class Driver:
             self.same_departures(self.call("finish_load", node=node), ordered=True)
         for node in list(self.backups):
             self.same_departures(self.call("finish_backup", None, node=node), ordered=True)
-        for _, ids in self.writes:
+        for _, ids, _ in self.writes:
             self.host.put(ids)
         self._nothing_under_way()
         self.call("expire", 2**63 - 1)
@@ -790,8 +835,8 @@ WEIGHTS: dict[str, int] = {
     "op_pin": 2, "op_unpin": 2,
     "op_expire": 2,
     "op_evict": 4, "op_evict_backup": 5, "op_evict_host": 2, "op_evict_everything": 1, "op_finish_backup": 9,
-    "op_begin_write": 3, "op_set_host": 4, "op_load_back": 6, "op_finish_load": 5, "op_split_at": 3, "op_delete": 1,
+    "op_begin_write": 5, "op_set_host": 4, "op_load_back": 6, "op_finish_load": 5, "op_split_at": 3, "op_delete": 1,
     "op_delete_namespace": 1, "op_reset": 1, "op_node_info": 1, "op_page_keys": 1,
-    "op_mark": 4, "op_due": 4,
+    "op_mark": 4, "op_due": 4, "op_host_pages": 2,
 }  # fmt: skip
 """How often the fuzzer takes each operation."""

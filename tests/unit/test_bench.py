@@ -3,14 +3,19 @@ asserted."""
 
 from __future__ import annotations
 
+import ast
 import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bench import bench_tree, floor, peers, report, tree_worker, workloads
+from bench import bench_tree, floor, peers, report, run, tree_worker, workloads
 from bench.callgrind import run as callgrind
+
+BENCHES = Path(bench_tree.__file__).parent
 
 SMALL = {
     "growing": lambda: workloads.growing(num_users=3, num_turns=4, shared_tokens=40, turn_tokens=21),
@@ -100,11 +105,57 @@ def test_an_absent_peer_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPa
     assert "no_such_module" in absent[0].reason
 
 
+CHECKS = [
+    report.Check("a", 1.0, 1.0, "us"),
+    report.Check("b", 1.1, 1.0, "us"),
+    report.Check("c", None, 1.0, "us", "not run"),
+    report.Check("d", 5.0, None, "us"),
+]
+
+
 def test_verdicts() -> None:
-    assert report.Check("a", 1.0, 1.0, "us").verdict == "pass"
-    assert report.Check("a", 1.1, 1.0, "us").verdict == "SHORT"
-    assert report.Check("a", None, 1.0, "us", "not run").verdict == "absent"
-    assert all(check.verdict == "absent" for check in bench_tree.checks({}))
+    assert [check.verdict for check in CHECKS] == ["met", "MISSED", "not measured", "no aim"]
+    assert all(check.verdict == "not measured" for check in bench_tree.checks({}))
+
+
+def test_a_missed_aim_is_said_aloud_and_with_check_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    report.conclude(CHECKS, must_meet=False)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3:] == [
+        "MISSED: b: 1.100, aim <= 1.000 us", "NOT MEASURED: c: not run", "1 of 3 aims met, 1 MISSED, 1 not measured",
+    ]  # fmt: skip
+    assert len([line for line in said if " MISSED" in line or " met" in line]) == 3, "a line an aim, and the sum"
+    for wrong in (CHECKS[1], CHECKS[2]):
+        with pytest.raises(SystemExit) as ended:
+            report.conclude([CHECKS[0], wrong], must_meet=True)
+        assert ended.value.code == "--check: 1 of 2 aims are not met"
+    report.conclude([CHECKS[0], CHECKS[3]], must_meet=True)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(BENCHES.glob("bench_*.py"))])
+def test_every_bench_ends_with_its_verdicts(name: str) -> None:
+    """All by one rule, so that none can miss an aim in silence."""
+    tree = ast.parse((BENCHES / f"{name}.py").read_text())
+    called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert {"conclude", "add_check_option"} <= called
+
+
+def test_make_bench_ends_with_what_was_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"tree": CHECKS[:1], "index": CHECKS[1:2]}
+    monkeypatch.setattr(run, "run_part", lambda part, *_: {"checks": report.checks_as_dicts(found[part])})
+    plain = ["bench", "--only", "tree,index", "--json", str(tmp_path / "bench.json")]
+    for more, fails in (([], False), (["--check"], True)):
+        monkeypatch.setattr(sys, "argv", [*plain, *more])
+        if fails:
+            with pytest.raises(SystemExit, match="--check: 1 of 2 aims are not met"):
+                run.main()
+        else:
+            run.main()
+        assert capsys.readouterr().out.splitlines()[-2:] == [
+            "MISSED: b: 1.100, aim <= 1.000 us", "1 of 2 aims met, 1 MISSED, 0 not measured",
+        ]  # fmt: skip
 
 
 def test_medians_are_taken_field_by_field() -> None:

@@ -18,6 +18,7 @@ from radixkv.doctor import Choice, Diagnosis, Finding, Machine, decide, diagnose
 from radixkv.errors import DeviceUnavailableError
 from radixkv.transfer.choose import Chooser
 from radixkv.transfer.cuda import FATBIN
+from radixkv.tree.page_hash import sha256_provider
 
 ROOT = Path(__file__).parents[2]
 GIB = 1024**3
@@ -38,6 +39,10 @@ class Bare(Machine):
         self.limit = 8 * 1024**2
         self.variables: dict[str, str] = {}
         self.device: str | None = None
+        self.provider = "hashlib"
+
+    def sha256_provider(self) -> str:
+        return self.provider
 
     def which(self, program: str) -> str | None:
         return f"/bin/{program}" if program in self.programs else None
@@ -152,7 +157,8 @@ def test_a_machine_with_nothing(tmp_path: Path) -> None:
     findings, choices = found(diagnosis), chosen(diagnosis)
     assert set(findings) == set(doctor.PROBES) | set(doctor.MEASUREMENTS)
     missing = {"gpu", "driver", "torch", "cupy", "nvrtc", "nvcc", "huge pages", "page-locking", "link bandwidth",
-               "kernels", "C launcher", "tuning", "storage"}  # fmt: skip
+               "kernels", "C launcher", "tuning", "page hashes", "checksums",
+               *(f"storage: {name}" for name in ("file", "redis", "s3", "mooncake", "nixl"))}  # fmt: skip
     assert {name for name, finding in findings.items() if finding.status == "missing"} == missing
     assert not [finding for finding in findings.values() if finding.status == "failed"]
     assert choices["copies"].uses == "the CPU path"
@@ -162,6 +168,7 @@ def test_a_machine_with_nothing(tmp_path: Path) -> None:
     assert choices["page-locking"].uses == "none"
     assert choices["host pool size"].uses == "at most 0.00 GB"
     assert choices["numa"].uses == "nothing"
+    assert choices["storage"].uses == "memory"
     assert findings["host bandwidth"].data["threads"] == 3
     assert findings["host bandwidth"].data["gb_per_s"] > 0
 
@@ -179,8 +186,13 @@ def equipped(root: Path) -> Bare:
         "nvidia-smi": "H100, 81559 MiB, 9.0\nH100, 81559 MiB, 9.0\n",
         "nvcc": "nvcc: NVIDIA\nCuda compilation tools, release 13.0, V13.0.48\n",
     }
-    storage = ("xxhash", "redis", "obstore", "mooncake.store", "nixl_cu13._api")
-    machine.modules = {"torch": fake_torch(2), "cupy": fake_cupy(2), **dict.fromkeys(storage)}
+    storage = {
+        "xxhash": SimpleNamespace(VERSION="4.1", XXHASH_VERSION="0.8.4"), "redis": SimpleNamespace(__version__="8.1"),
+        "hiredis": SimpleNamespace(__version__="3.5"), "obstore": SimpleNamespace(__version__="0.12"),
+        "mooncake.store": SimpleNamespace(), "nixl_cu13._api": SimpleNamespace(),
+    }  # fmt: skip
+    machine.provider = "OpenSSL 3.0"
+    machine.modules = {"torch": fake_torch(2), "cupy": fake_cupy(2), **storage}
     machine.libraries = {
         "libcuda.so.1": fake_library(cuDriverGetVersion=(0, 13020), cuInit=(0,), cuDeviceGetCount=(0, 2)),
         "libnvrtc.so.13": fake_library(nvrtcVersion=(0, 13, 1)),
@@ -213,15 +225,40 @@ def tuned(machine: Bare) -> None:
 
 def test_storage_backends_and_what_each_of_them_lacks(tmp_path: Path) -> None:
     machine = equipped(tmp_path)
-    del machine.modules["mooncake.store"]
-    finding = found(diagnose(machine))["storage"]
-    assert finding.status == "ok"
-    assert finding.value == (
-        "file, redis, s3, nixl; no mooncake: No module named 'mooncake.store'; pip install 'radixkv[mooncake]'"
-    )
+    del machine.modules["mooncake.store"], machine.modules["hiredis"]
+    findings = found(diagnose(machine))
+    backends = {name: findings[f"storage: {name}"] for name in doctor._STORAGE}
+    assert {name: (finding.status, finding.value) for name, finding in backends.items()} == {
+        "file": ("ok", "built in"),
+        "redis": ("ok", "redis 8.1, replies parsed in Python, slowly: pip install 'radixkv[redis]' for hiredis"),
+        "s3": ("ok", "obstore 0.12, native"),
+        "mooncake": ("missing", "No module named 'mooncake.store'; pip install 'radixkv[mooncake]'"),
+        "nixl": ("ok", "nixl_cu13, native"),
+    }
+    assert chosen(diagnose(machine))["storage"].uses == "file, redis, s3, nixl, memory"
+    assert findings["checksums"].value == "xxhash 4.1 over libxxhash 0.8.4, native"
     del machine.modules["xxhash"]  # which all of them need
-    finding = found(diagnose(machine))["storage"]
-    assert (finding.status, finding.value) == ("missing", "No module named 'xxhash'; pip install 'radixkv[storage]'")
+    diagnosis = diagnose(machine)
+    for name in ("checksums", *(f"storage: {name}" for name in doctor._STORAGE)):
+        finding = found(diagnosis)[name]
+        assert (finding.status, finding.value) == (
+            "missing", "No module named 'xxhash'; pip install 'radixkv[storage]'",
+        )  # fmt: skip
+    assert chosen(diagnosis)["storage"].uses == "memory"
+
+
+@pytest.mark.parametrize(("provider", "status", "says"), [
+    ("OpenSSL 3.0.19 27 Jan 2026", "ok", "SHA-256 by libcrypto: OpenSSL 3.0.19 27 Jan 2026, native"),
+    ("hashlib", "missing", "SHA-256 by hashlib, a page at a time under the GIL"),
+])  # fmt: skip
+def test_what_hashes_pages(tmp_path: Path, provider: str, status: str, says: str) -> None:
+    machine = equipped(tmp_path)
+    machine.provider = provider
+    finding = found(diagnose(machine, measure=False))["page hashes"]
+    assert finding.status == status
+    assert finding.value.startswith(says)
+    assert finding.data["native"] == (status == "ok")
+    assert Machine().sha256_provider() == sha256_provider()
 
 
 def test_a_machine_with_everything(tmp_path: Path, launcher: Any) -> None:
@@ -298,7 +335,7 @@ def test_each_probe_may_break(tmp_path: Path, name: str, monkeypatch: pytest.Mon
     diagnosis = diagnose(Bare(tmp_path))
     assert found(diagnosis)[name] == Finding(name, "failed", "KeyError: 'surprise'")
     assert len(diagnosis.findings) == len(doctor.PROBES) + len(doctor.MEASUREMENTS)
-    assert len(diagnosis.choices) == 6
+    assert len(diagnosis.choices) == 7
 
 
 def test_a_launcher_of_another_abi(tmp_path: Path, launcher: Any) -> None:

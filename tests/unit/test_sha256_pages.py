@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from radixkv import ArgumentTypeError, InvalidArgumentError, RadixTree, TokenRangeError
+from radixkv.key import encode_namespace
 from radixkv.tree import page_hash
-from radixkv.tree.page_hash import DIGEST_BYTES, sha256_chain, sha256_page_hash, sha256_provider
+from radixkv.tree.page_hash import DIGEST_BYTES, namespace_digest, sha256_chain, sha256_page_hash, sha256_provider
 
 
 def expected(tokens: list[int], page_size: int, previous: bytes = b"") -> list[bytes]:
@@ -27,6 +28,11 @@ def expected(tokens: list[int], page_size: int, previous: bytes = b"") -> list[b
             page.update(struct.pack("<i", token))
         digests.append(previous := page.digest())
     return digests
+
+
+def start_of(namespace: bytes) -> bytes:
+    """What stands before the first page; the formula of the documentation."""
+    return hashlib.sha256(hashlib.sha256(namespace).digest() + b"n").digest() if namespace else b""
 
 
 def rows(chain: np.ndarray) -> list[bytes]:
@@ -158,9 +164,9 @@ def test_threads_hash_at_the_same_time() -> None:
 @pytest.mark.parametrize("page_size", [1, 16, 7])
 def test_digests_along_a_path_with_splits_and_in_two_namespaces(provider: str, page_size: int) -> None:
     tokens = np.arange(-5, 12 * page_size - 5, dtype=np.int32)
-    digests = expected(tokens.tolist(), page_size)
     tree = RadixTree(page_size, page_hash=sha256_page_hash())
     for at, namespace in enumerate(({}, {"extra_key": "lora", "cache_salt": "tenant"})):
+        digests = expected(tokens.tolist(), page_size, start_of(encode_namespace(**namespace)))
         ids = np.arange(at * 100, at * 100 + 12, dtype=np.int32)
         tree.insert(tokens[: 8 * page_size], ids[:8], **namespace)
         if at == 0:
@@ -174,10 +180,31 @@ def test_digests_along_a_path_with_splits_and_in_two_namespaces(provider: str, p
         keys = [int(key) for node in path for key in tree.page_keys(node)]
         assert keys == [int.from_bytes(digest[:8], "big") for digest in digests]
     assert tree.stats().namespaces == 2
+    assert set(digests).isdisjoint(expected(tokens.tolist(), page_size)), "no page of a tenant is everybody's"
     other = tree.insert(np.append(tokens[: 3 * page_size], tokens[:page_size] + 1).astype(np.int32), [0, 1, 2, 50]).node
     changed = expected([*tokens[: 3 * page_size].tolist(), *(tokens[:page_size] + 1).tolist()], page_size)
     assert rows(tree.page_digests(other)) == changed[3:]
     tree.check_integrity()
+
+
+def test_no_tokens_look_like_a_namespace(provider: str) -> None:
+    """A prompt whose first page spells a tenant's name does not go on like a prompt of that tenant."""
+    name = encode_namespace(cache_salt="x" * 22)
+    assert len(name) % 4 == 0
+    spelt = np.frombuffer(name, "<i4")
+    for chosen in (spelt, np.frombuffer(hashlib.sha256(name).digest(), "<i4")):
+        size = len(chosen)
+        page = np.arange(size, dtype=np.int32)
+        after = sha256_chain(np.concatenate([chosen, page]), size)[1].tobytes()
+        assert after != sha256_chain(page, size, namespace_digest(name))[0].tobytes()
+
+
+def test_the_digest_of_a_namespace() -> None:
+    assert namespace_digest(b"") is None
+    name = encode_namespace("lora", None)
+    assert namespace_digest(name) == hashlib.sha256(hashlib.sha256(name).digest() + b"n").digest() == start_of(name)
+    with pytest.raises(ArgumentTypeError, match="str"):
+        namespace_digest("lora")  # type: ignore[arg-type]
 
 
 def test_events_carry_the_first_eight_bytes(provider: str) -> None:

@@ -123,7 +123,7 @@ enum { RKV_TREE_EVENTS = 1u /* record KV events; see rkv_tree_take_events */ };
 typedef struct rkv_page_run {
     uint32_t struct_size;
     int32_t page_size;          /* tokens a page */
-    const void *ns;             /* encoded namespace, ns_bytes long */
+    const void *ns;             /* encoded namespace, ns_bytes long: mix it in where parent is NULL, or tenants share keys */
     size_t ns_bytes;
     const uint8_t *parent;      /* digest of the page before the run; NULL at the start of a prefix */
     const int32_t *tokens;      /* num_pages * page_size */
