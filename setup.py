@@ -1,7 +1,7 @@
 """Build: every Cython and C object is compiled once and linked twice.
 
 The same objects become
-  * the Python extensions ``radixkv.tree.core``, ``.page_hash``, ``.prefix_index`` and ``radixkv.transfer.cpu``, and
+  * the Python extensions ``radixkv.tree.core``, ``.page_hash``, ``.prefix_index``, ``radixkv.transfer.cpu``, ..., and
   * ``radixkv/lib/libradixkv.so.1``, the Python-free plugin. It is linked with ``--gc-sections -z defs`` and only
     ``rkv_*`` exported, so the link fails if any exported function can reach a Python symbol.
 
@@ -58,7 +58,7 @@ DIRECTIVES = {
 }
 
 MODULES = ["radixkv.tree.core", "radixkv.tree.page_hash", "radixkv.tree.prefix_index", "radixkv.transfer.cpu"]
-MODULES += ["radixkv.hicache.slots", "radixkv.pool.page_ops"]
+MODULES += ["radixkv.hicache.slots", "radixkv.pool.page_ops", "radixkv.storage.batch"]
 LEAVES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "src").glob("*.c"))
 
 

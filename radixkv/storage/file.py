@@ -6,8 +6,8 @@ sequential I/O (bench/bench_storage.py). A segment is written to a temporary fil
 whole or not there. Values are evicted with their segment, least recently used first, but never before what was put
 after them in a chain (folder.py).
 
-Durability: see FileConfig.fsync. Whatever a crash of the machine leaves half written is found by the sums of the index
-and of the envelope, and is a miss.
+Durability: see FileStorage's fsync. Whatever a crash of the machine leaves half written is found by the sums of the
+index and of the envelope, and is a miss.
 
 stats: segments, values, used_bytes (on disk), reserved_bytes (being written); and counters: evicted_segments,
 evicted_values, orphans (left by processes that died), torn (segments and entries), refused (no room within max_bytes),
@@ -21,38 +21,57 @@ import ctypes
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from ..errors import InvalidArgumentError, StorageError
-from .base import MISS, BoolArray, Deadline, IntArray, Parts, Storage, byte_views, check_keys, check_pairs
+from .base import (
+    MISS,
+    BoolArray,
+    Deadline,
+    FlatParts,
+    IntArray,
+    Parts,
+    Positions,
+    Storage,
+    check_keys,
+    check_pairs,
+    flat_parts,
+)
+from .batch import by_segment, copy_at, gather, runs
 from .folder import AFTER, Draft, Folder, Segment, Want
-from .segment import Entry, encode_index
+from .segment import encode_index
 from .threads import DaemonPool
+from .vectors import CHUNK_BYTES, rest, vectors
 
 __all__ = ["FileStorage"]
 
 T = TypeVar("T")
 
-CHUNK_BYTES = 4 << 20
-"""Bytes a system call at most: between two of them the deadline is looked at."""
-CHUNK_PARTS = 1024
-"""IOV_MAX of Linux."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class _Read(NamedTuple):
-    """One value to read: its position in the call, where it is, the parts to fill, and their bytes."""
+_Run: TypeAlias = tuple[int, int, list[int]]
+"""Values that are read with one scatter list: offset in their segment, bytes of their parts, positions in the call."""
 
-    position: int
-    entry: Entry
-    views: list[memoryview]
-    room: int
+
+def _nothing(positions: Positions) -> None:
+    """For calls that have nothing to do with each value."""
+
+
+class _Get(NamedTuple):
+    """A call of get_each: the parts to fill; for each key the value's bytes by the index, and once it has been read."""
+
+    parts: FlatParts
+    found: list[int]
+    sizes: list[int]
+    arrived: Callable[[Positions], None]
+    deadline: Deadline
 
 
 class FileStorage(Storage):
@@ -69,7 +88,9 @@ class FileStorage(Storage):
     Raises: StorageError if the folder cannot be used.
     """
 
-    name, chained = "file", True
+    name = "file"
+    run_bytes = 512 << 10
+    """Of values read or written by one system call: no more than a core's own cache keeps until they are hashed."""
 
     def __init__(self, path: str | os.PathLike[str], *, max_bytes: int | None = None, fsync: bool = False,
                  segment_bytes: int = 8 << 20, num_threads: int = 4) -> None:  # fmt: skip
@@ -86,38 +107,36 @@ class FileStorage(Storage):
             raise
         except OSError as error:
             raise StorageError(f"{path} cannot be used: {error}") from error
+        self._segments = self.folder.root / "segments"
         self._num_helpers = num_threads - 1
         self._pool = DaemonPool(max(1, self._num_helpers), "radixkv-file")
         self._pid: int | None = os.getpid()
 
     # ---- put ---------------------------------------------------------------------------------------------------------
     def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
-        check_pairs(keys, parts)
-        return self._put_new(keys, parts, None, self._begin(timeout_s, "put_many"))
+        return self.put_each(keys, parts, timeout_s=timeout_s)
 
-    def put_chain(self, keys: Sequence[str], parts: Sequence[Parts], *, after: str | None = None,
-                  timeout_s: float | None = None) -> BoolArray:  # fmt: skip
+    def put_each(self, keys: Sequence[str], parts: Sequence[Parts], prepare: Callable[[Positions], None] | None = None,
+                 *, after: str | None = None, timeout_s: float | None = None) -> BoolArray:  # fmt: skip
         check_pairs(keys, parts)
-        check_keys([] if after is None else [after])
-        before: dict[str, str] = {}
-        for key, previous in zip(keys, ["" if after is None else after, *keys], strict=False):
-            before.setdefault(key, previous)
-        return self._put_new(keys, parts, before, self._begin(timeout_s, "put_chain"))
-
-    def _put_new(self, keys: Sequence[str], parts: Sequence[Parts], before: Mapping[str, str] | None,
-                 deadline: Deadline) -> BoolArray:  # fmt: skip
-        """Put what is not there. Args: before: of a chain, the key before each."""
+        check_keys([after] if after else [])
+        deadline = self._begin(timeout_s, "put_many")
         flags = np.array([place is not None for place in self.folder.find(keys, touch=True)], np.bool_)
-        views = {key: byte_views(parts[index]) for index, key in enumerate(keys) if not flags[index]}  # each key once
-        if views:
-            stored = self._put(views, before, deadline)
+        before = dict(zip(reversed(keys), reversed([after, *keys[:-1]]), strict=True)) if after is not None else None
+        new = {key: index for index, key in enumerate(keys) if not flags[index]}  # each key once
+        if new:
+            flat = flat_parts(parts)
+            values = {key: _Value(index, flat[index], flat.sizes[index]) for key, index in new.items()}
+            batches = [
+                _Batch(some, values, before[some[0]] if before else "")
+                for some in _split(values, before, self.segment_bytes)
+            ]
+            stored = self._put(batches, prepare or _nothing, deadline)
             flags |= np.fromiter((key in stored for key in keys), np.bool_, len(keys))
         return flags
 
-    def _put(self, values: Mapping[str, list[memoryview]], before: Mapping[str, str] | None,
-             deadline: Deadline) -> set[str]:  # fmt: skip
-        """Write values as segments; returns the keys that are stored."""
-        batches = [_Batch(keys, values, before[keys[0]] if before else "") for keys in self._split(values, before)]
+    def _put(self, batches: Sequence[_Batch], prepare: Callable[[Positions], None], deadline: Deadline) -> set[str]:
+        """Write segments; returns the keys that are stored."""
         try:
             drafts = self.folder.reserve([Want(b.file_bytes, b.after, b.entries.keys()) for b in batches], deadline)
         except StorageError:
@@ -127,7 +146,7 @@ class FileStorage(Storage):
             return set()
         pairs = [(draft, batch) for draft, batch in zip(drafts, batches, strict=True) if draft is not None]
         try:
-            failures = self._run([partial(self._write, draft, batch, deadline) for draft, batch in pairs])
+            failures = self._run([partial(self._write, draft, batch, prepare, deadline) for draft, batch in pairs])
             self._place(pairs, failures)
         except BaseException:
             self._abandon([draft for draft, _ in pairs])
@@ -138,26 +157,17 @@ class FileStorage(Storage):
             self._count(failure)
         return self._publish(done, failed, deadline)
 
-    def _split(self, values: Mapping[str, list[memoryview]], before: Mapping[str, str] | None) -> Iterable[list[str]]:
-        """Keys by segment: as many as fit, and of a chain, a run of it."""
-        batch: list[str] = []
-        size = 0
-        for key, views in values.items():
-            more = sum(map(len, views))
-            if batch and (size + more > self.segment_bytes or (before is not None and before[key] != batch[-1])):
-                yield batch
-                batch, size = [], 0
-            batch.append(key)
-            size += more
-        yield batch
-
-    def _write(self, draft: Draft, batch: _Batch, deadline: Deadline) -> OSError | None:
+    def _write(self, draft: Draft, batch: _Batch, prepare: Callable[[Positions], None],
+               deadline: Deadline) -> OSError | None:  # fmt: skip
         """Write a segment, not yet in its place. Returns what went wrong. Raises: StorageTimeoutError."""
         try:
             fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 _allocate(fd, batch.file_bytes)
-                self._write_all(fd, batch.views, deadline)
+                at = 0
+                for positions, views in batch.runs(self.run_bytes):
+                    prepare(positions)
+                    at += self._write_all(fd, views, at, deadline)
                 if self.fsync:
                     os.fsync(fd)
             finally:
@@ -213,74 +223,85 @@ class FileStorage(Storage):
 
     # ---- get ---------------------------------------------------------------------------------------------------------
     def get_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> IntArray:
+        return self.get_each(keys, parts, _nothing, timeout_s=timeout_s)
+
+    def get_each(self, keys: Sequence[str], parts: Sequence[Parts], arrived: Callable[[Positions], None], *,
+                 timeout_s: float | None = None) -> IntArray:  # fmt: skip
         check_pairs(keys, parts)
         deadline = self._begin(timeout_s, "get_many")
-        sizes = np.full(len(keys), MISS, np.int64)
-        views = [byte_views(pieces, writable=True) for pieces in parts]
-        by_segment: dict[Segment, list[_Read]] = {}
-        for index, place in enumerate(self.folder.find(keys, touch=True)):
-            if place is not None:
-                read = _Read(index, place.entry, views[index], sum(map(len, views[index])))
-                by_segment.setdefault(place.segment, []).append(read)
+        flat = flat_parts(parts, writable=True)
+        get = _Get(flat, [MISS] * len(keys), [MISS] * len(keys), arrived, deadline)
         tasks = []
-        for segment, reads in by_segment.items():
-            reads.sort(key=lambda read: read.entry.offset)
-            tasks += [partial(self._read, segment, some, sizes, deadline) for some in _in_chunks(reads)]
+        for segment, reads in by_segment(self.folder.find(keys, touch=True), get.found).items():
+            joined = runs(reads, flat.sizes, self.run_bytes)
+            tasks += [partial(self._read, segment, share, get) for share in _shares(joined)]
         self._run(tasks)
-        return sizes
+        return np.array(get.sizes, np.int64)
 
-    def _read(self, segment: Segment, reads: list[_Read], sizes: IntArray, deadline: Deadline) -> None:
+    def _read(self, segment: Segment, runs: Iterable[_Run], get: _Get) -> None:
         """Read values of one segment into their parts, and note their sizes. Raises: StorageTimeoutError."""
         try:
-            fd = os.open(self.folder.path(segment.name), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"{self._segments}/{segment.name[:2]}/{segment.name}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return self.folder.forget(segment)  # evicted by another process
         except OSError as error:
             return self._count(error)
         try:
             self.folder.touched(segment, fd)
-            for run in _adjacent(reads):
-                self._read_run(fd, run, sizes, deadline)
-        except StorageError:
-            raise
-        except OSError as error:
-            self._count(error)
+            for run in runs:
+                try:
+                    done = self._read_run(fd, run, get)
+                except StorageError:
+                    raise
+                except OSError as error:
+                    return self._count(error)
+                get.arrived(done)
         finally:
             os.close(fd)
 
-    def _read_run(self, fd: int, run: list[_Read], sizes: IntArray, deadline: Deadline) -> None:
-        """Read values that follow each other in the file with one gather list."""
-        got = self._read_all(fd, [view for read in run for view in read.views], run[0].entry.offset, deadline)
-        for read in run:
-            wanted = min(read.entry.num_bytes, read.room)
+    def _read_run(self, fd: int, run: _Run, get: _Get) -> list[int]:
+        """Read values that follow each other in the file; returns the positions of those that were read."""
+        offset, num_bytes, positions = run
+        got = self._read_all(fd, gather(get.parts, positions), offset, get.deadline)
+        done = positions if got == num_bytes else self._whole(positions, got, get)
+        copy_at(done, get.found, get.sizes)
+        return done
+
+    def _whole(self, positions: list[int], got: int, get: _Get) -> list[int]:
+        """The positions of the values that are in the first ``got`` bytes of a run."""
+        for index, position in enumerate(positions):
+            wanted = min(get.found[position], get.parts.sizes[position])
             if got < wanted:
                 self.folder.count("short")
-                break
-            sizes[read.position] = read.entry.num_bytes
+                return positions[:index]
             got -= wanted
+        return positions
 
     # ---- how bytes move; NixlStorage does it otherwise ---------------------------------------------------------------
-    def _write_all(self, fd: int, views: Sequence[memoryview], deadline: Deadline) -> None:
-        """Write views from the beginning of a new file. Raises: OSError, StorageTimeoutError."""
-        at = 0
-        for vector in _vectors(views):
-            while vector:
+    def _write_all(self, fd: int, views: Sequence[memoryview], at: int, deadline: Deadline) -> int:
+        """Write views to a place in a new file; returns their bytes. Raises: OSError, StorageTimeoutError."""
+        start = at
+        for vector, num_bytes in vectors(views):
+            while num_bytes:
                 deadline.remaining_s()
                 done = os.pwritev(fd, vector, at)
                 at += done
-                vector = _rest(vector, done)
+                num_bytes -= done
+                vector = rest(vector, done) if num_bytes else []
+        return at - start
 
     def _read_all(self, fd: int, views: Sequence[memoryview], at: int, deadline: Deadline) -> int:
         """Bytes read into views; fewer than they have at the end of the file. Raises: OSError, StorageTimeoutError."""
         start = at
-        for vector in _vectors(views):
-            while vector:
+        for vector, num_bytes in vectors(views):
+            while num_bytes:
                 deadline.remaining_s()
                 done = os.preadv(fd, vector, at)
                 if not done:
                     return at - start
                 at += done
-                vector = _rest(vector, done)
+                num_bytes -= done
+                vector = rest(vector, done) if num_bytes else []
         return at - start
 
     # ---- the rest ----------------------------------------------------------------------------------------------------
@@ -360,66 +381,63 @@ class FileStorage(Storage):
         self.folder.count("no_room" if error.errno in _FULL else "io_errors")
 
 
+class _Value(NamedTuple):
+    """A value to write: its position in the call, its parts, and their bytes."""
+
+    position: int
+    views: list[memoryview]
+    num_bytes: int
+
+
 class _Batch:
-    """What goes into one segment: entries, and all of its bytes as views. after: the key that it comes after, or ""."""
+    """What goes into one segment. after: the key that it comes after, "" if none."""
 
-    def __init__(self, keys: list[str], values: Mapping[str, list[memoryview]], after: str) -> None:
+    def __init__(self, keys: list[str], values: Mapping[str, _Value], after: str) -> None:
         self.after = after
+        self._values = [values[key] for key in keys]
         names = [keys[0] + AFTER + after, *keys[1:]] if after else keys
-        index, entries, self.file_bytes = encode_index(names, [sum(map(len, values[key])) for key in keys])
+        self._index, entries, self.file_bytes = encode_index(names, [value.num_bytes for value in self._values])
         self.entries = dict(zip(keys, entries, strict=True))
-        self.views = [memoryview(index), *(view for key in keys for view in values[key])]
+
+    def runs(self, most_bytes: int) -> Iterator[tuple[list[int], list[memoryview]]]:
+        """Positions of values, and all bytes to write with them; no more than ``most_bytes`` unless it is one value."""
+        positions: list[int] = []
+        views, num_bytes = [memoryview(self._index)], 0
+        for value in self._values:
+            if positions and num_bytes + value.num_bytes > most_bytes:
+                yield positions, views
+                positions, views, num_bytes = [], [], 0
+            positions.append(value.position)
+            views += value.views
+            num_bytes += value.num_bytes
+        yield positions, views
 
 
-def _in_chunks(reads: list[_Read]) -> Iterable[list[_Read]]:
-    """Split reads of a segment so that threads share them and a deadline is seen."""
-    chunk: list[_Read] = []
+def _split(values: Mapping[str, _Value], before: Mapping[str, str] | None, most_bytes: int) -> Iterator[list[str]]:
+    """Keys by segment: as many as fit, and of a chain, a run of it. Args: before: of a chain, the key before each."""
+    batch: list[str] = []
+    size = 0
+    for key, value in values.items():
+        if batch and (size + value.num_bytes > most_bytes or (before is not None and before[key] != batch[-1])):
+            yield batch
+            batch, size = [], 0
+        batch.append(key)
+        size += value.num_bytes
+    yield batch
+
+
+def _shares(runs: Iterable[_Run]) -> Iterator[list[_Run]]:
+    """Split the runs of a segment so that threads share them."""
+    share: list[_Run] = []
     num_bytes = 0
-    for read in reads:
+    for run in runs:
+        share.append(run)
+        num_bytes += run[1]
         if num_bytes >= CHUNK_BYTES:
-            yield chunk
-            chunk, num_bytes = [], 0
-        chunk.append(read)
-        num_bytes += read.entry.num_bytes
-    yield chunk
-
-
-def _adjacent(reads: list[_Read]) -> Iterable[list[_Read]]:
-    """Split reads where one does not begin where the one before it ended, in the file and in its parts."""
-    run: list[_Read] = []
-    end = -1
-    for read in reads:
-        if run and read.entry.offset != end:
-            yield run
-            run = []
-        run.append(read)
-        end = read.entry.offset + read.entry.num_bytes if read.room == read.entry.num_bytes else -1
-    yield run
-
-
-def _vectors(views: Sequence[memoryview]) -> Iterable[list[memoryview]]:
-    """Lists of views, each for one system call. A view longer than a chunk is cut."""
-    vector: list[memoryview] = []
-    num_bytes = 0
-    for view in views:
-        for start in range(0, len(view), CHUNK_BYTES):
-            piece = view[start : start + CHUNK_BYTES]
-            if vector and (len(vector) == CHUNK_PARTS or num_bytes + len(piece) > CHUNK_BYTES):
-                yield vector
-                vector, num_bytes = [], 0
-            vector.append(piece)
-            num_bytes += len(piece)
-    if vector:
-        yield vector
-
-
-def _rest(vector: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of a vector after ``done`` bytes."""
-    for index, view in enumerate(vector):
-        if done < len(view):
-            return [view[done:], *vector[index + 1 :]]
-        done -= len(view)
-    return []
+            yield share
+            share, num_bytes = [], 0
+    if share:
+        yield share
 
 
 @cache

@@ -42,6 +42,7 @@ class NixlStorage(FileStorage):
     """
 
     name = "nixl"
+    run_bytes = 8 << 20  # a transfer a segment: each costs a registration of the file
 
     def __init__(self, path: str | os.PathLike[str], *, plugin: str = "POSIX",
                  plugin_options: dict[str, str] | None = None, **options: Any) -> None:  # fmt: skip
@@ -78,9 +79,10 @@ class NixlStorage(FileStorage):
         self._agent.deregister_memory(descriptors, backends=[self._plugin])
 
     # ---- how bytes move ----------------------------------------------------------------------------------------------
-    def _write_all(self, fd: int, views: Sequence[memoryview], deadline: Deadline) -> None:
+    def _write_all(self, fd: int, views: Sequence[memoryview], at: int, deadline: Deadline) -> int:
         deadline.remaining_s()
-        self._transfer("WRITE", fd, views, 0)
+        self._transfer("WRITE", fd, views, at)
+        return sum(map(len, views))
 
     def _read_all(self, fd: int, views: Sequence[memoryview], at: int, deadline: Deadline) -> int:
         deadline.remaining_s()

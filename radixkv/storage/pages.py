@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..errors import InvalidArgumentError
 from ..types import PageIds
-from .base import BoolArray, Storage
+from .base import BoolArray, FlatParts, Storage, flat_parts
 from .breaker import Breaker, BreakerConfig
 from .namespace import PageNamespace
 from .sealed import PageCounters, Prefix, SealedStore
@@ -26,7 +26,7 @@ __all__ = ["PageParts", "PageStore", "host_page_parts"]
 
 PageParts = Callable[[int], list[memoryview]]
 """Host page id -> the page's contiguous pieces, in the order of its flat bytes; valid while the page is allocated.
-If it has a method ``many`` (page ids -> a list of that), that is asked once a batch."""
+If it has a method ``many`` (page ids -> a list of that, or FlatParts), that is asked once a batch."""
 
 Digests = npt.NDArray[np.uint8]
 
@@ -92,7 +92,7 @@ class PageStore:
             host_pages: int32 [pages].
             after: the pages follow each other in one prompt, and this is the digest of the page before them (b"": there
                 is none). Storage may then see to it that no page outlives the pages that it is reached by, and does not
-                take it without (Storage.put_chain). None: nothing is known of that.
+                take it without (Storage.put_each). None: nothing is known of that.
         """
         keys, payloads = self._batch(digests, host_pages, salt)
         before = None if after is None else ""
@@ -122,16 +122,16 @@ class PageStore:
         """See Storage.lost."""
         return self.storage.lost()
 
-    def _batch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> tuple[list[str], list[list[memoryview]]]:
+    def _batch(self, digests: Digests, host_pages: PageIds, salt: bytes) -> tuple[list[str], FlatParts]:
         keys = self.keys(digests, salt)
         if len(keys) != len(host_pages):
             raise InvalidArgumentError(f"{len(keys)} digests and {len(host_pages)} host pages")
         many = getattr(self._page_parts, "many", None)
-        payloads: list[list[memoryview]] = (
+        payloads = flat_parts(
             [self._page_parts(page) for page in np.asarray(host_pages).tolist()] if many is None else many(host_pages)
         )
-        for page, payload in zip(host_pages, payloads, strict=True):
-            if (size := sum(map(len, payload))) != self.page_bytes:
+        for page, size in zip(host_pages, payloads.sizes, strict=True):
+            if size != self.page_bytes:
                 raise InvalidArgumentError(f"host page {page} has {size} bytes, the namespace's {self.page_bytes}")
         return keys, payloads
 
@@ -151,10 +151,12 @@ class _HostPageParts:
     def __init__(self, pool: _HostPool) -> None:
         self._pool = pool
 
-    def many(self, pages: PageIds) -> list[list[memoryview]]:
+    def many(self, pages: PageIds) -> FlatParts:
         memory = memoryview(self._pool.arena.data)
         starts, size = self._pool.page_pieces(pages)
-        return [[memory[at : at + size] for at in row] for row in starts.tolist()]
+        if (starts[:, 1:] == starts[:, :-1] + size).all():  # one behind the other: page_first
+            starts, size = starts[:, :1], size * starts.shape[1]
+        return FlatParts.of_slices(memory, starts, size)
 
     def __call__(self, page: int) -> list[memoryview]:
         return self.many(np.array([page], np.int32))[0]

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from ..errors import StorageError, StorageTimeoutError
-from .base import BoolArray, Deadline, IntArray, Storage, byte_views
+from .base import BoolArray, Deadline, Parts, Storage, flat_parts
 from .breaker import Breaker, BreakerConfig
-from .envelope import HEADER_BYTES, Headers, Verdict, require_checksum, seal, verify
+from .envelope import Check, Seal, Verdict, require_checksum
 
 __all__ = ["PageCounters", "Prefix", "SealedStore"]
 
@@ -92,45 +92,40 @@ class SealedStore:
         with self._lock:
             return replace(self._counters)
 
-    def put(self, keys: Sequence[str], payloads: Sequence[Sequence[memoryview]], timeout_s: float | None,
+    def put(self, keys: Sequence[str], payloads: Sequence[Parts], timeout_s: float | None,
             after: str | None = None) -> BoolArray:  # fmt: skip
-        """Store values: bool [len(keys)], whether each is there now. Args: after: they are a chain, which goes on after
-        this key ("": begins); None: they are not."""
+        """Store values: bool [len(keys)], whether each is there now. Args: after: of a chain; see Storage.put_each."""
         if not keys:
             return np.zeros(0, np.bool_)
-        num_bytes = _sizes(payloads)
-        parts = _with_headers(seal(keys, payloads, num_bytes), payloads)
-        put = self.storage.put_many if after is None else partial(self.storage.put_chain, after=after or None)
-        flags = self._call(put, keys, parts, timeout_s=timeout_s)
+        flat = flat_parts(payloads)
+        seal = Seal(keys, flat)
+        put = partial(self.storage.put_each, after=after)
+        flags = self._call(put, keys, seal.parts(), seal.prepare, timeout_s=timeout_s)
         if flags is None:
             return np.zeros(len(keys), np.bool_)
         stored = int(flags.sum())
-        self._count(stored=stored, refused=len(keys) - stored, bytes_written=int(num_bytes[flags].sum()))
+        self._count(stored=stored, refused=len(keys) - stored, bytes_written=int(np.array(flat.sizes)[flags].sum()))
         return flags
 
-    def get(self, keys: Sequence[str], payloads: Sequence[Sequence[memoryview]], timeout_s: float | None) -> BoolArray:
+    def get(self, keys: Sequence[str], payloads: Sequence[Parts], timeout_s: float | None) -> BoolArray:
         """Fetch values: bool [len(keys)], whether each payload holds exactly what was put. Wrong ones are removed."""
         good = np.zeros(len(keys), np.bool_)
         if not keys:
             return good
         deadline = Deadline(timeout_s, "get")
-        num_bytes = _sizes(payloads)
-        headers = np.zeros((len(keys), HEADER_BYTES), np.uint8)
-        parts = _with_headers(headers, payloads)
-        sizes = self._call(self.storage.get_many, keys, parts, timeout_s=timeout_s)
+        flat = flat_parts(payloads, writable=True)
+        check = Check(keys, flat)
+        sizes = self._call(self.storage.get_each, keys, check.parts(), check.arrived, timeout_s=timeout_s)
         if sizes is None:
             self._count(misses=len(keys))
             return good
-        there = np.flatnonzero(sizes >= 0)
-        found = [keys[index] for index in there.tolist()]
-        present = [payloads[index] for index in there.tolist()]
-        verdicts = verify(headers[there], found, present, num_bytes[there], sizes[there])
-        good[there] = True
-        good[there[list(verdicts)]] = False
+        verdicts = check.verdicts(sizes)
+        good[:] = sizes >= 0
+        good[list(verdicts)] = False
         hits = int(good.sum())
-        self._count(hits=hits, misses=len(keys) - hits, bytes_read=int(num_bytes[good].sum()))
+        self._count(hits=hits, misses=len(keys) - hits, bytes_read=int(np.array(flat.sizes)[good].sum()))
         if verdicts:
-            self._remove({found[index]: verdict for index, verdict in verdicts.items()}, deadline)
+            self._remove({keys[index]: verdict for index, verdict in verdicts.items()}, deadline)
         return good
 
     def exists(self, keys: Sequence[str], timeout_s: float | None) -> BoolArray:
@@ -200,13 +195,3 @@ class SealedStore:
 
 
 assert {field.name for field in fields(PageCounters)} >= {verdict.value for verdict in Verdict}
-
-
-def _with_headers(headers: Headers, payloads: Sequence[Sequence[memoryview]]) -> list[list[memoryview]]:
-    rows = byte_views([headers])[0]  # slices of one view: an array's row costs ten times as much
-    return [[rows[at : at + HEADER_BYTES], *payload]
-            for at, payload in zip(range(0, len(rows), HEADER_BYTES), payloads, strict=True)]  # fmt: skip
-
-
-def _sizes(payloads: Sequence[Sequence[memoryview]]) -> IntArray:
-    return np.array([sum(map(len, payload)) for payload in payloads], np.int64)

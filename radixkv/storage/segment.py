@@ -4,6 +4,7 @@
                               file bytes u64, 16 zeros, 8 zeros, XXH3-64 of bytes 0 .. 55 as u64
     64     entries, 24 bytes each:  offset u64, bytes u64, key bytes u32, sum u32
     ...    the keys, one after the other, ASCII
+    ...    zeros up to a multiple of 64
     ...    the values, one after the other, as they were given
 
 All little endian. ``sum`` is of the entry and its key, and never 0; 0 says that the value was deleted, and is the only
@@ -34,6 +35,9 @@ HEADER = np.dtype([
 ])  # fmt: skip
 ENTRY = np.dtype([("offset", "<u8"), ("num_bytes", "<u8"), ("key_bytes", "<u4"), ("sum", "<u4")])
 HEADER_BYTES, ENTRY_BYTES, SUM_OFFSET = 64, 24, 20
+ALIGNMENT = 64
+"""Of the first value in its file, and so of all if their lengths are multiples too: the kernel copies whole cache lines
+then, a quarter faster."""
 assert (HEADER.itemsize, ENTRY.itemsize) == (HEADER_BYTES, ENTRY_BYTES)
 
 _FIRST_READ = 16384
@@ -63,10 +67,12 @@ def _entry_sum(key: bytes, offset: int, num_bytes: int) -> int:
 
 
 def encode_index(keys: Sequence[str], sizes: Sequence[int]) -> tuple[bytes, list[Entry], int]:
-    """What comes before the values: (header, entries and keys as bytes; the entries; bytes of the whole file)."""
+    """What comes before the values: (header, entries, keys, zeros as bytes; the entries; bytes of the whole file)."""
     names = [key.encode("ascii") for key in keys]
     key_bytes = sum(map(len, names))
-    at = HEADER_BYTES + ENTRY_BYTES * len(names) + key_bytes
+    end = HEADER_BYTES + ENTRY_BYTES * len(names) + key_bytes
+    at = end + -end % ALIGNMENT
+    zeros = bytes(at - end)
     entries, rows = [], []
     for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
         rows.append((at, size, len(name), _entry_sum(name, at, size)))
@@ -76,7 +82,7 @@ def encode_index(keys: Sequence[str], sizes: Sequence[int]) -> tuple[bytes, list
     header["magic"], header["version"], header["header_bytes"] = np.void(MAGIC), VERSION, HEADER_BYTES
     header["entries"], header["key_bytes"], header["file_bytes"] = len(names), key_bytes, at
     header["sum"] = _sum64()(header.tobytes()[:56])
-    return b"".join([header.tobytes(), np.array(rows, ENTRY).tobytes(), *names]), entries, at
+    return b"".join([header.tobytes(), np.array(rows, ENTRY).tobytes(), *names, zeros]), entries, at
 
 
 def read_index(fd: int) -> tuple[dict[str, Entry], int, int]:

@@ -618,8 +618,9 @@ cdef rkv_status copy_digests(Tree *t, rkv_node node, uint64_t *keys, uint8_t *di
             status = fail(RKV_ERR_CAPACITY, b"page_keys, page_digests: room for %zu of %u pages", max_pages, n.num_pages)
         elif max_pages > 0 and not ensure_hashed(t, i):
             status = fail(RKV_ERR_NO_MEMORY, b"page_keys, page_digests: no memory for digests")
-        elif max_pages > 0 and digests != NULL:
-            memcpy(digests, unit_digest(&t.store, n.start), <size_t>n.num_pages * t.store.digest_bytes)
+        elif digests != NULL:
+            if max_pages > 0:
+                memcpy(digests, unit_digest(&t.store, n.start), <size_t>n.num_pages * t.store.digest_bytes)
         elif max_pages > 0:
             for k in range(n.num_pages):
                 keys[k] = page_key(t, n.start + k)

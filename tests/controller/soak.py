@@ -55,10 +55,10 @@ class Unreliable(Storage):
             flags[self.random.integers(len(flags))] = False
         return flags
 
-    def put_chain(self, keys: Any, parts: Any, *, after: Any = None, timeout_s: float | None = None) -> Any:
+    def put_each(self, keys: Any, parts: Any, prepare: Any = None, *, after: Any = None, timeout_s: Any = None) -> Any:
         if self._fails():
             raise StorageError("no connection")
-        flags = self.inner.put_chain(keys, parts, after=after, timeout_s=timeout_s)
+        flags = self.inner.put_each(keys, parts, prepare, after=after, timeout_s=timeout_s)
         if self._fails():
             flags[self.random.integers(len(flags))] = False
         return flags

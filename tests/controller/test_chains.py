@@ -197,15 +197,15 @@ def test_stores_are_done_one_after_the_other(tmp_path: Path) -> None:
     with FileStorage(tmp_path) as storage:
         stack = Stack(host_pages=64)
         order: list[int] = []
-        put_chain = storage.put_chain
+        put_each = storage.put_each
         gate = threading.Event()
 
         def put(keys: Any, *arguments: Any, **more: Any) -> Any:
             assert gate.wait(60)
             order.append(len(keys))
-            return put_chain(keys, *arguments, **more)
+            return put_each(keys, *arguments, **more)
 
-        storage.put_chain = put  # type: ignore[method-assign]
+        storage.put_each = put  # type: ignore[method-assign]
         workers = StorageWorkers(page_store(stack.host, storage), stack.config)
         pages = stack.host.alloc_pages(7)
         assert pages is not None

@@ -207,7 +207,9 @@ def test_what_does_not_fit_is_an_error(make: Make, monkeypatch: pytest.MonkeyPat
 def test_capacities_follow_from_the_chats() -> None:
     config = DemoConfig(page_size=16).sized(1000)
     assert (config.device_tokens, config.host_tokens) == (1024, 1840)
-    assert DemoConfig(device_tokens=64).sized(1000).device_tokens == 64
+    assert DemoConfig(device_tokens=2048).sized(1000).device_tokens == 2048
+    with pytest.raises(InvalidArgumentError, match="needs 1024"):
+        DemoConfig(device_tokens=64).sized(1000)
     for options in ({"users": 0}, {"device_tokens": 20}, {"host_tokens": -16}):
         with pytest.raises(InvalidArgumentError, match=next(iter(options))):
             DemoConfig(**options)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ import pytest
 from radixkv.storage.base import Deadline
 from radixkv.storage.file import FileStorage
 from radixkv.storage.folder import Want
+from radixkv.storage.segment import encode_index
 
 from .test_file import ROOT, disk_bytes, get, put, segments, value
 
@@ -26,8 +27,8 @@ SEGMENT = 4096
 """On disk, of one or two values."""
 
 
-def put_chain(storage: FileStorage, keys: Sequence[str], after: str | None = None) -> list[bool]:
-    flags: list[bool] = storage.put_chain(keys, [[value(key, SIZE)] for key in keys], after=after).tolist()
+def put_chain(storage: FileStorage, keys: Sequence[str], after: str = "") -> list[bool]:
+    flags: list[bool] = storage.put_each(keys, [[value(key, SIZE)] for key in keys], after=after).tolist()
     return flags
 
 
@@ -86,7 +87,7 @@ def test_a_prefix_that_nobody_reads_outlives_the_suffixes_that_come_and_go(folde
 
 def test_of_leaves_the_least_recently_used_goes_first(storage: FileStorage) -> None:
     for key in ("a", "b", "c"):
-        put_chain(storage, [key], after=None)
+        put_chain(storage, [key], after="")
     put_chain(storage, ["a1"], after="a")
     get(storage, "b", size=SIZE)
     put(storage, "new")
@@ -187,12 +188,10 @@ def test_copies_of_a_value_are_one_for_those_after_it(folder: Path) -> None:
 
 
 def _write(path: Path, key: str) -> dict[str, Any]:
-    from radixkv.storage.file import _Batch
-
-    data = memoryview(value(key, SIZE))
-    batch = _Batch([key], {key: [data]}, "")
-    path.write_bytes(b"".join(batch.views))
-    return batch.entries
+    data = value(key, SIZE)
+    index, entries, _ = encode_index([key], [len(data)])
+    path.write_bytes(index + data)
+    return {key: entries[0]}
 
 
 def test_touching_counts_as_use_for_others_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +223,7 @@ def test_whatever_is_left_can_be_reached(folder: Path, seed: int) -> None:
         keys = names(path)
         start = sum(present(store, *keys[:-1])) if random.random() < 0.9 else int(random.integers(len(path)))
         if random.random() < 0.7:
-            flags = put_chain(store, keys[start:], after=keys[start - 1] if start else None)
+            flags = put_chain(store, keys[start:], after=keys[start - 1] if start else "")
             assert flags == sorted(flags, reverse=True), "a chain is taken from its beginning on"
         else:
             get(store, *keys, size=SIZE)
@@ -296,8 +295,8 @@ def test_a_segment_that_fails_takes_those_after_it_along(folder: Path, monkeypat
     with FileStorage(folder, segment_bytes=SIZE) as storage:
         write = FileStorage._write
 
-        def fail(self: FileStorage, draft: Any, batch: Any, deadline: Any) -> Any:
-            return OSError(5, "as told") if "p-1-1-1" in batch.entries else write(self, draft, batch, deadline)
+        def fail(self: FileStorage, draft: Any, batch: Any, *more: Any) -> Any:
+            return OSError(5, "as told") if "p-1-1-1" in batch.entries else write(self, draft, batch, *more)
 
         monkeypatch.setattr(FileStorage, "_write", fail)
         renamed = []
