@@ -17,15 +17,11 @@ permissions, ...), short (values shorter than their index says).
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -44,16 +40,15 @@ from .base import (
     flat_parts,
 )
 from .batch import by_segment, copy_at, gather, runs
-from .folder import AFTER, Draft, Folder, Segment, Want
+from .disk import FULL, allocate, fsync_folder
+from .folder import Draft, Folder, Want
 from .segment import encode_index
 from .threads import DaemonPool
 from .vectors import CHUNK_BYTES, rest, vectors
+from .view import Segment
 
 __all__ = ["FileStorage"]
 
-T = TypeVar("T")
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 _Run: TypeAlias = tuple[int, int, list[int]]
@@ -102,14 +97,13 @@ class FileStorage(Storage):
             self.folder = Folder(Path(path).absolute(), max_bytes, Deadline(None, "opening the folder"))
             if fsync:
                 for made in (self.folder.root / "segments", self.folder.root, self.folder.root.parent):
-                    _fsync_folder(made)
+                    fsync_folder(made)
         except StorageError:
             raise
         except OSError as error:
             raise StorageError(f"{path} cannot be used: {error}") from error
         self._segments = self.folder.root / "segments"
-        self._num_helpers = num_threads - 1
-        self._pool = DaemonPool(max(1, self._num_helpers), "radixkv-file")
+        self._pool = DaemonPool(num_threads - 1, "radixkv-file")
         self._pid: int | None = os.getpid()
 
     # ---- put ---------------------------------------------------------------------------------------------------------
@@ -146,7 +140,8 @@ class FileStorage(Storage):
             return set()
         pairs = [(draft, batch) for draft, batch in zip(drafts, batches, strict=True) if draft is not None]
         try:
-            failures = self._run([partial(self._write, draft, batch, prepare, deadline) for draft, batch in pairs])
+            tasks = [partial(self._write, draft, batch, prepare, deadline) for draft, batch in pairs]
+            failures = self._pool.run_all(tasks)
             self._place(pairs, failures)
         except BaseException:
             self._abandon([draft for draft, _ in pairs])
@@ -163,7 +158,7 @@ class FileStorage(Storage):
         try:
             fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _allocate(fd, batch.file_bytes)
+                allocate(fd, batch.file_bytes)
                 at = 0
                 for positions, views in batch.runs(self.run_bytes):
                     prepare(positions)
@@ -196,7 +191,7 @@ class FileStorage(Storage):
                 draft.final.parent.mkdir(mode=0o700, exist_ok=True)
                 os.rename(draft.temporary, draft.final)
                 if self.fsync:
-                    _fsync_folder(draft.final.parent.parent)
+                    fsync_folder(draft.final.parent.parent)
         except OSError as error:
             return error
         return None
@@ -204,7 +199,7 @@ class FileStorage(Storage):
     def _publish(self, done: Sequence[tuple[Draft, _Batch]], failed: Sequence[Draft], deadline: Deadline) -> set[str]:
         try:
             if self.fsync and done:
-                _fsync_folder(done[0][0].final.parent)
+                fsync_folder(done[0][0].final.parent)
             _remove(failed)
             lost = self.folder.publish([(draft, batch.entries) for draft, batch in done], failed, deadline)
             _remove(lost)
@@ -235,7 +230,7 @@ class FileStorage(Storage):
         for segment, reads in by_segment(self.folder.find(keys, touch=True), get.found).items():
             joined = runs(reads, flat.sizes, self.run_bytes)
             tasks += [partial(self._read, segment, share, get) for share in _shares(joined)]
-        self._run(tasks)
+        self._pool.run_all(tasks)
         return np.array(get.sizes, np.int64)
 
     def _read(self, segment: Segment, runs: Iterable[_Run], get: _Get) -> None:
@@ -350,35 +345,8 @@ class FileStorage(Storage):
         except OSError as error:
             raise StorageError(f"{self.folder.root}: {error}") from error
 
-    def _run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Run tasks, and wait for all of them, whatever happens. Raises: one of their errors.
-
-        The caller works too, and waits only for helpers that are inside a task: on a busy machine they come late.
-        """
-        results: dict[int, T] = {}
-        errors: list[BaseException] = []
-        todo = deque(enumerate(tasks))
-
-        def work() -> None:
-            with suppress(IndexError):
-                while True:
-                    index, task = todo.popleft()
-                    try:
-                        results[index] = task()
-                    except BaseException as error:
-                        errors.append(error)
-
-        helpers = [self._pool.submit(work) for _ in range(min(self._num_helpers, len(tasks) - 1))]
-        work()
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
-        if errors:
-            raise errors[0]
-        return [results[index] for index in range(len(tasks))]
-
     def _count(self, error: OSError) -> None:
-        self.folder.count("no_room" if error.errno in _FULL else "io_errors")
+        self.folder.count("no_room" if error.errno in FULL else "io_errors")
 
 
 class _Value(NamedTuple):
@@ -395,8 +363,7 @@ class _Batch:
     def __init__(self, keys: list[str], values: Mapping[str, _Value], after: str) -> None:
         self.after = after
         self._values = [values[key] for key in keys]
-        names = [keys[0] + AFTER + after, *keys[1:]] if after else keys
-        self._index, entries, self.file_bytes = encode_index(names, [value.num_bytes for value in self._values])
+        self._index, entries, self.file_bytes = encode_index(keys, [value.num_bytes for value in self._values], after)
         self.entries = dict(zip(keys, entries, strict=True))
 
     def runs(self, most_bytes: int) -> Iterator[tuple[list[int], list[memoryview]]]:
@@ -438,31 +405,6 @@ def _shares(runs: Iterable[_Run]) -> Iterator[list[_Run]]:
             share, num_bytes = [], 0
     if share:
         yield share
-
-
-@cache
-def _fallocate() -> Callable[[int, int, int, int], int]:
-    function: Callable[[int, int, int, int], int] = ctypes.CDLL(None, use_errno=True).fallocate
-    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]  # type: ignore[attr-defined]
-    return function
-
-
-def _allocate(fd: int, num_bytes: int) -> None:
-    """Take the blocks of a file at once: a quarter faster on ext4, and a full disk shows before anything is written.
-
-    Not os.posix_fallocate, which writes to every block where the file system cannot. Raises: OSError for a full disk;
-    any other failure costs nothing but the speed.
-    """
-    if _fallocate()(fd, 0, 0, num_bytes) != 0 and (code := ctypes.get_errno()) in _FULL:
-        raise OSError(code, os.strerror(code))
-
-
-def _fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove(drafts: Sequence[Draft]) -> None:

@@ -1,4 +1,4 @@
-"""L2: the folder of the file backend: which value is in which segment, whose turn it is to go, how much room is left.
+"""L2: the folder of the file backend on disk: room, publication, processes that share it and processes that died.
 
     root/FORMAT               what this folder is
     root/lock journal owners/ see journal.py
@@ -6,27 +6,22 @@
     root/tmp/OWNER-NAME       segments being written
 
 Life of a segment: ``reserve`` (room is found under the lock, others are removed for it) -> written to tmp -> renamed
-into its place -> ``publish`` (others are told) -> ... -> removed: least recently used first, when room is needed. The
-time of last use is the file's mtime, set every few seconds at most, so that it outlives processes and is common to all.
+into its place -> ``publish`` (others are told) -> ... -> removed when room is needed. Which one goes is in view.py: the
+leaf that was used least recently. The time of last use is the file's mtime, set every few seconds at most, so that it
+outlives processes and is common to all.
 
-A segment may come *after* a key: without that value its own are of no use (the pages of a prompt after those before
-them). The name of its first entry says so: ``KEY<AFTER``. Room is made leaf first, as in the tree: a segment stays as
-long as one that is there, or being written, comes after one of its keys. So what is left is closed under "before".
-
-    [system prompt]--[chat 1]--[chat 1, turn 2]        leaves: turn 2 and chat 2; of those the least recently used goes
-                  +--[chat 2]
+What is refused has cost nobody its place: before anything is removed, it is known that enough can be. So a chain that
+is longer than the budget keeps its beginning, and asking for its tail again and again writes and removes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import os
 import re
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +29,9 @@ from ..errors import StorageError
 from .base import Deadline
 from .journal import Journal, Line
 from .segment import Entry, TornSegmentError, kill_entry, read_index
+from .view import Place, Segment, View
 
-__all__ = ["AFTER", "Draft", "Folder", "Place", "Segment", "Want"]
+__all__ = ["Draft", "Folder", "Want"]
 
 FORMAT = "radixkv file storage 1\n"
 BLOCK_BYTES = 4096
@@ -44,34 +40,11 @@ TOUCH_NS = 5_000_000_000
 
 SETTLE_S = 10.0
 """Between two looks for processes that have died with reservations."""
-AFTER = "<"
-"""Between a segment's first key and the one it comes after; no character of keys."""
 
 COUNTERS = ("evicted_segments", "evicted_values", "orphans", "torn", "short", "refused", "gaps", "no_room", "io_errors")
 """What they count is in file.py."""
 
 _NAME = re.compile(r"[0-9a-f]{16}")
-
-
-@dataclass(slots=True, eq=False)
-class Segment:
-    """A published segment, as this process knows it. num_bytes: on disk, whole blocks. after: the key that its values
-    come after, "" if none. followers: segments, and reservations, that come after one of its keys."""
-
-    name: str
-    num_bytes: int
-    used_ns: int
-    disk_ns: int
-    after: str = ""
-    followers: int = 0
-    keys: list[str] = field(default_factory=list)
-
-
-class Place(NamedTuple):
-    """Where a value is."""
-
-    segment: Segment
-    entry: Entry
 
 
 class Want(NamedTuple):
@@ -107,17 +80,10 @@ class Folder:
         self.root, self.max_bytes = root, max_bytes
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._lock = threading.RLock()
-        self._segments: dict[str, Segment] = {}
-        self._places: dict[str, Place] = {}
-        self._copies: dict[str, list[Place]] = {}  # of values that two processes have written, beside the one above
-        self._followers: dict[str, int] = {}  # by the key that segments and reservations come after
-        self._reserved: dict[str, Line] = {}
+        self.view = View()
         self._void: list[Line] = []
         self._unread: dict[str, Line] = {}
-        self._order: list[tuple[int, str]] = []
-        self._bytes, self._closed, self._settle_at_s = 0, False, 0.0
-        self.lost = 0
-        """Values that have left the view, whoever removed them."""
+        self._closed, self._settle_at_s = False, 0.0
         self._make()
         self.journal = Journal(root)
         try:
@@ -176,12 +142,17 @@ class Folder:
     def close(self) -> None:
         """Write down recency, and leave."""
         with self._lock:
-            for segment in self._segments.values():
+            for segment in self.view.segments.values():
                 if segment.used_ns > segment.disk_ns:
                     with contextlib.suppress(OSError):
                         os.utime(self.path(segment.name), ns=(segment.used_ns, segment.used_ns))
             self._closed = True
             self.journal.leave()
+
+    @property
+    def lost(self) -> int:
+        """Values that have left the view, whoever removed them."""
+        return self.view.lost
 
     # ---- the view ----------------------------------------------------------------------------------------------------
     def path(self, name: str) -> Path:
@@ -194,8 +165,8 @@ class Folder:
             if not self._closed:
                 self._follow()
                 self._read_new()
-            now = {"segments": len(self._segments), "values": len(self._places), "used_bytes": self._bytes,
-                   "reserved_bytes": sum(line.num_bytes for line in self._reserved.values())}  # fmt: skip
+            now = {"segments": len(self.view.segments), "values": len(self.view.places),
+                   "used_bytes": self.view.num_bytes, "reserved_bytes": self.view.reserved_bytes()}  # fmt: skip
             return self.counters | now
 
     def count(self, name: str, more: int = 1) -> None:
@@ -208,7 +179,7 @@ class Folder:
         with self._lock:
             self._follow()
             self._read_new()
-            found = [self._places.get(key) for key in keys]
+            found = [self.view.places.get(key) for key in keys]
             if touch:
                 now = time.time_ns()
                 for place in found:
@@ -233,41 +204,30 @@ class Folder:
             self._look_again()
         for line in lines:
             self._note_reservation(line)
-            if line.kind == "P" and line.name not in self._segments and _NAME.fullmatch(line.name):
+            if line.kind == "P" and line.name not in self.view.segments and _NAME.fullmatch(line.name):
                 self._unread[line.name] = line
             elif line.kind == "D":
                 self._unread.pop(line.name, None)
-                self._drop(line.name)
+                self.view.drop(line.name)
             elif line.kind == "K":
                 self._read_new()  # it may be in one of them
-                self._forget_key(line.name)
+                self.view.forget(line.name)
 
     def _look_again(self) -> None:
         """News were missed: what is in the folder counts. Values that others deleted may be found once more."""
         self.journal.missed = False
-        for name in list(self._reserved):  # the newest file of the journal begins with those that still count
-            self._release(name)
+        for name in list(self.view.reserved):  # the newest file of the journal begins with those that still count
+            self.view.release(name)
         there = {path.name for path in self._paths()}
-        for name in self._segments.keys() - there:
-            self._drop(name)
-        self._unread.update((name, Line("P", name)) for name in there - self._segments.keys())
+        for name in self.view.segments.keys() - there:
+            self.view.drop(name)
+        self._unread.update((name, Line("P", name)) for name in there - self.view.segments.keys())
 
     def _note_reservation(self, line: Line) -> None:
         if line.kind == "R" and _NAME.fullmatch(line.name):
-            self._hold(line)
+            self.view.hold(line)
         elif line.kind in "PX":
-            self._release(line.name)
-
-    def _hold(self, line: Line) -> None:
-        self._release(line.name)
-        self._reserved[line.name] = line
-        if line.after:
-            self._follows(line.after)
-
-    def _release(self, name: str) -> None:
-        line = self._reserved.pop(name, None)
-        if line is not None and line.after:
-            self._follows_no_more(line.after)
+            self.view.release(line.name)
 
     def _read_new(self) -> None:
         while self._unread:
@@ -283,7 +243,7 @@ class Folder:
         except OSError:
             return self.count("io_errors")
         try:
-            entries, damaged, file_bytes = read_index(fd)
+            entries, after, damaged, file_bytes = read_index(fd)
             used_ns = os.fstat(fd).st_mtime_ns
         except TornSegmentError:
             self.count("torn")
@@ -292,103 +252,15 @@ class Folder:
             self.count("io_errors")
         else:
             self.count("torn", damaged)
-            after = next(iter(entries), "").partition(AFTER)[2]
-            if after:
-                entries = {key.partition(AFTER)[0]: entry for key, entry in entries.items()}
-            self._add(Segment(name, whole_blocks(file_bytes), used_ns, used_ns, after), entries)
+            self.view.add(Segment(name, whole_blocks(file_bytes), used_ns, used_ns, after), entries)
         finally:
             os.close(fd)
-
-    def _add(self, segment: Segment, entries: Mapping[str, Entry]) -> None:
-        with self._lock:
-            if segment.name in self._segments:
-                return
-            self._unread.pop(segment.name, None)
-            self._segments[segment.name] = segment
-            self._bytes += segment.num_bytes
-            segment.keys = list(entries)
-            for key in entries.keys() & self._places.keys():
-                self._copies.setdefault(key, []).append(self._places[key])
-            self._places.update((key, Place(segment, entry)) for key, entry in entries.items())
-            for key in entries.keys() & self._followers.keys():
-                segment.followers += self._followers[key]
-            if segment.after:
-                self._follows(segment.after)
-            if not segment.followers:
-                self._push(segment)
-
-    def _push(self, segment: Segment) -> None:
-        """It is a leaf now. In the order may also be others, and segments that have left: each is looked at when its
-        turn comes."""
-        heapq.heappush(self._order, (segment.used_ns, segment.name))
-        if len(self._order) > 2 * len(self._segments) + 100:
-            self._order = [(s.used_ns, name) for name, s in self._segments.items() if not s.followers]
-            heapq.heapify(self._order)
-
-    def _copies_of(self, key: str) -> list[Place]:
-        place = self._places.get(key)
-        return [] if place is None else [place, *self._copies.get(key, ())]
-
-    def _follows(self, key: str) -> None:
-        """One segment or reservation more comes after a key."""
-        self._followers[key] = self._followers.get(key, 0) + 1
-        for place in self._copies_of(key):
-            place.segment.followers += 1
-
-    def _follows_no_more(self, key: str, used_ns: int = 0) -> None:
-        left = self._followers[key] - 1
-        if left:
-            self._followers[key] = left
-        else:
-            del self._followers[key]
-        for place in self._copies_of(key):
-            segment = place.segment
-            segment.followers -= 1
-            segment.used_ns = max(segment.used_ns, used_ns)  # who used the one after it went through it
-            if not segment.followers:
-                self._push(segment)
-
-    def _drop(self, name: str) -> int:
-        """Out of the view. Returns: its values."""
-        segment = self._segments.pop(name, None)
-        if segment is None:
-            return 0
-        self._bytes -= segment.num_bytes
-        for key in segment.keys:
-            if self._copies and key in self._copies:
-                self._drop_copy(key, segment)
-            elif (place := self._places.get(key)) is not None and place.segment is segment:
-                del self._places[key]
-                self.lost += 1
-        if segment.after:
-            self._follows_no_more(segment.after, segment.used_ns)
-        return len(segment.keys)
-
-    def _drop_copy(self, key: str, segment: Segment) -> None:
-        left = [place for place in self._copies_of(key) if place.segment is not segment]
-        self._places[key] = left[0]
-        if len(left) == 1:
-            del self._copies[key]
-        else:
-            self._copies[key] = left[1:]
-
-    def _forget_key(self, key: str) -> None:
-        places = self._copies_of(key)
-        self._copies.pop(key, None)
-        for place in places:
-            place.segment.keys.remove(key)
-            place.segment.followers -= self._followers.get(key, 0)
-            if not place.segment.followers:
-                self._push(place.segment)
-        if places:
-            del self._places[key]
-            self.lost += 1
 
     def forget(self, segment: Segment) -> None:
         """Someone removed its file."""
         with self._lock:
-            if self._segments.get(segment.name) is segment:
-                self._drop(segment.name)
+            if self.view.segments.get(segment.name) is segment:
+                self.view.drop(segment.name)
 
     def touched(self, segment: Segment, fd: int) -> None:
         """Write the time of last use to disk, if what is there is old. Args: fd: of the segment."""
@@ -412,9 +284,11 @@ class Folder:
         with self._exclusive(deadline):
             lines: list[Line] = []
             promised: set[str] = set()
+            refused: set[str] = set()
             for want in wants:
-                line = self._reserve(want, shard, promised)
+                line = None if self._missing(want, promised, refused) else self._reserve(want, shard)
                 if line is None:
+                    refused.update(want.keys)
                     drafts.append(None)
                     continue
                 lines.append(line)
@@ -425,21 +299,25 @@ class Folder:
                 self.journal.append(lines)
             except OSError:
                 for line in lines:
-                    self._release(line.name)
+                    self.view.release(line.name)
                 raise
         return drafts
 
-    def _reserve(self, want: Want, shard: str, promised: set[str]) -> Line | None:
+    def _missing(self, want: Want, promised: Collection[str], refused: Collection[str]) -> bool:
+        """Whether what it comes after is not there. Counted as what that was, if it was in this call."""
+        if not want.after or want.after in self.view.places or want.after in promised:
+            return False
+        self.counters["refused" if want.after in refused else "gaps"] += len(want.keys)
+        return True
+
+    def _reserve(self, want: Want, shard: str) -> Line | None:
         """The reservation is held before room is made: what it comes after does not go for it."""
-        if want.after and want.after not in self._places and want.after not in promised:
-            self.counters["gaps"] += len(want.keys)
-            return None
         line = Line("R", shard + os.urandom(7).hex(), whole_blocks(want.file_bytes), self.journal.owner, want.after)
-        self._hold(line._replace(num_bytes=0))
+        self.view.hold(line._replace(num_bytes=0))
         if self._make_room(line.num_bytes):
-            self._hold(line)
+            self.view.hold(line)
             return line
-        self._release(line.name)
+        self.view.release(line.name)
         self.counters["refused"] += len(want.keys)
         return None
 
@@ -465,20 +343,20 @@ class Folder:
                     failed.append(draft)
             self.journal.append([Line("P", draft.name, draft.num_bytes) for draft, _ in there])
             for draft, entries in there:
-                self._add(Segment(draft.name, draft.num_bytes, now, now, draft.after), entries)
-                self._release(draft.name)
+                self.view.add(Segment(draft.name, draft.num_bytes, now, now, draft.after), entries)
+                self.view.release(draft.name)
             self._void += [Line("X", draft.name) for draft in failed]
         return failed
 
     def _may_publish(self, draft: Draft, keys: set[str], num_values: int) -> bool:
-        if draft.after and draft.after not in self._places and draft.after not in keys:
+        if draft.after and draft.after not in self.view.places and draft.after not in keys:
             self.counters["gaps"] += num_values
             return False
-        if draft.name in self._reserved or draft.name in self._segments:  # or others have published it for the dead
+        if draft.name in self.view.reserved or draft.name in self.view.segments:  # or others told of it
             return True
-        self._hold(Line("R", draft.name, 0, self.journal.owner, draft.after))
+        self.view.hold(Line("R", draft.name, 0, self.journal.owner, draft.after))
         if draft.final.exists() and self._make_room(draft.num_bytes):
-            self._hold(Line("R", draft.name, draft.num_bytes, self.journal.owner, draft.after))
+            self.view.hold(Line("R", draft.name, draft.num_bytes, self.journal.owner, draft.after))
             return True
         self.counters["refused"] += num_values
         return False
@@ -492,13 +370,13 @@ class Folder:
         """Remove values; a segment without any goes with its last one. Raises: StorageError."""
         with self._exclusive(deadline):
             for key in keys:
-                for place in self._copies_of(key):
+                for place in self.view.copies_of(key):
                     if len(place.segment.keys) == 1:
                         self._remove(place.segment)
                     else:
                         self._kill(place)
-                if key in self._places:
-                    self._forget_key(key)
+                if key in self.view.places:
+                    self.view.forget(key)
                     self._tell(Line("K", key))
 
     def _kill(self, place: Place) -> None:
@@ -516,7 +394,7 @@ class Folder:
     def clear(self, deadline: Deadline) -> None:
         """Remove every published segment."""
         with self._exclusive(deadline):
-            for segment in list(self._segments.values()):
+            for segment in list(self.view.segments.values()):
                 self._remove(segment)
 
     # ---- room; all below under ``_exclusive`` ------------------------------------------------------------------------
@@ -527,23 +405,22 @@ class Folder:
             self._read_new()
             if self.journal.due:
                 with contextlib.suppress(OSError):  # a full disk: later
-                    self.journal.replace(list(self._reserved.values()))
+                    self.journal.replace(list(self.view.reserved.values()))
             if self._void and self._tell(*self._void):
                 for line in self._void:
-                    self._release(line.name)
+                    self.view.release(line.name)
                 self._void.clear()
             if time.monotonic() >= self._settle_at_s:
                 self._settle_dead()
             yield
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Remove leaves, the least recently used first, until num_bytes fit. False: they cannot."""
-        if self.max_bytes is None:
-            return True
-        if num_bytes > self.max_bytes:
-            return False
+        """Remove leaves, the least recently used first, until num_bytes fit. False: they cannot, and all that there is
+        stays: what is refused must not have cost others their place."""
         if self._over(num_bytes):
             self._settle_dead()
+        if num_bytes and (over := self._over(num_bytes)) and not self.view.can_free(over):
+            return False
         kept: list[Segment] = []
         while self._over(num_bytes):
             segment = self._oldest()
@@ -556,38 +433,28 @@ class Folder:
             else:
                 kept.append(segment)
         for segment in kept:
-            self._push(segment)
+            self.view.push(segment)
         return not self._over(num_bytes)
 
-    def _over(self, num_bytes: int) -> bool:
-        reserved = sum(line.num_bytes for line in self._reserved.values())
-        return self.max_bytes is not None and self._bytes + reserved + num_bytes > self.max_bytes
+    def _over(self, num_bytes: int) -> int:
+        """Bytes that are too many with num_bytes more."""
+        if self.max_bytes is None:
+            return 0
+        return max(0, self.view.num_bytes + self.view.reserved_bytes() + num_bytes - self.max_bytes)
 
     def _oldest(self) -> Segment | None:
-        """The leaf that was used least recently; it leaves the order."""
-        while self._order:
-            used_ns, name = heapq.heappop(self._order)
-            segment = self._segments.get(name)
-            if segment is None or segment.followers:
-                continue
+        """The leaf that was used least recently, by whatever process; it leaves the order."""
+        while (segment := self.view.pop_leaf()) is not None:
             try:
-                segment.used_ns = max(segment.used_ns, os.stat(self.path(name)).st_mtime_ns)  # others use it, too
+                used_ns = os.stat(self.path(segment.name)).st_mtime_ns
             except FileNotFoundError:
-                self._drop(name)
+                self.view.drop(segment.name)
                 continue
-            if segment.used_ns == used_ns:
+            if used_ns <= segment.used_ns:
                 return segment
-            heapq.heappush(self._order, (segment.used_ns, name))
-        return self._oldest_of_a_ring()
-
-    def _oldest_of_a_ring(self) -> Segment | None:
-        """No leaf is left: all that is there comes before what is being written, or someone has put values that come
-        after each other."""
-        if any(line.after for line in self._reserved.values()):
-            return None
-        if any(not segment.followers for segment in self._segments.values()):  # a leaf that cannot be removed
-            return None
-        return min(self._segments.values(), key=lambda segment: segment.used_ns, default=None)
+            segment.used_ns = used_ns
+            self.view.push(segment)
+        return self.view.oldest_of_a_ring()
 
     def _remove(self, segment: Segment) -> bool:
         try:
@@ -597,7 +464,7 @@ class Folder:
         except OSError:
             self.counters["io_errors"] += 1
             return False
-        self._drop(segment.name)
+        self.view.drop(segment.name)
         self._tell(Line("D", segment.name))
         return True
 
@@ -613,13 +480,13 @@ class Folder:
     def _settle_dead(self) -> None:
         """End the reservations of processes that died."""
         self._settle_at_s = time.monotonic() + SETTLE_S
-        for name, line in list(self._reserved.items()):
+        for name, line in list(self.view.reserved.items()):
             if self.journal.alive(line.owner):
                 continue
             (self.root / "tmp" / f"{line.owner}-{name}").unlink(missing_ok=True)
-            if name not in self._segments:
+            if name not in self.view.segments:
                 self._read(name)  # it died between the rename and telling
-            self._release(name)
-            published = self._segments.get(name)
+            self.view.release(name)
+            published = self.view.segments.get(name)
             self._tell(Line("X", name) if published is None else Line("P", name, published.num_bytes))
             self.counters["orphans"] += 1

@@ -49,7 +49,7 @@ def before(key: str) -> str | None:
 def assert_closed(storage: FileStorage) -> int:
     """Each value is there with all before it. Returns: values."""
     storage.stats()  # news of others
-    there = set(storage.folder._places)
+    there = set(storage.folder.view.places)
     orphans = sorted(key for key in there if (previous := before(key)) is not None and previous not in there)
     assert not orphans, f"{orphans[:5]} of {len(there)} without what comes before"
     assert all(get(storage, *sorted(there), size=SIZE))
@@ -107,7 +107,7 @@ def test_what_is_being_written_keeps_what_comes_before_it(folder: Path) -> None:
         assert drafts[0] is not None
         assert put(theirs, "z") == [True]
         assert put(theirs, "big", size=2 * SEGMENT) == [False]  # it waits for nobody, and breaks no chain
-        assert present(mine, "first", "x", "z") == [True, False, False]
+        assert present(mine, "first", "x", "z") == [True, False, True], "what is refused has cost nobody its place"
         assert theirs.stats()["refused"] == 1
         mine.folder.give_up([draft for draft in drafts if draft], Deadline(None, ""))
         put(mine, "told")
@@ -133,6 +133,49 @@ def test_a_chain_longer_than_the_budget_keeps_its_beginning(storage: FileStorage
     assert put(storage, "other") == [True]
     assert present(storage, *keys[:8]) == [True] * 6 + [False] * 2
     assert disk_bytes(folder) <= 4 * SEGMENT
+
+
+def test_a_prompt_longer_than_the_budget_is_written_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tail is asked for at every hit, at once and node by node: nothing is written or removed for it again."""
+    written: list[int] = []
+    pwritev = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda *call: (written.append(pwritev(*call)), written[-1])[1])
+    prompt = [f"k{page}" for page in range(64)]
+    with FileStorage(folder, max_bytes=8 * SEGMENT, segment_bytes=2 * SIZE) as storage:
+        assert put_chain(storage, prompt) == [True] * 16 + [False] * 48
+        assert (storage.stats()["refused"], storage.stats()["gaps"]) == (48, 0), "all of it for want of room"
+        once = sum(written)
+        assert once <= 8 * SEGMENT
+        for _ in range(20):
+            assert put_chain(storage, prompt) == [True] * 16 + [False] * 48
+            for page in range(16, 20):  # as the controller would, a node at a time
+                assert put_chain(storage, prompt[page : page + 1], after=prompt[page - 1]) == [False]
+        assert sum(written) == once
+        assert storage.stats()["evicted_segments"] == 0 == storage.lost()
+        assert storage.stats()["gaps"] == 20 * 3, "of nodes after one that is not there"
+        assert put(storage, "other") == [True]  # and it keeps nobody out: its end makes room, as any other's
+        assert present(storage, *prompt[:16], "other") == [True] * 14 + [False] * 2 + [True]
+        assert put_chain(storage, prompt[14:], after=prompt[13]) == [True] * 2 + [False] * 48  # once: "other" is older
+        assert put_chain(storage, prompt[14:], after=prompt[13]) == [True] * 2 + [False] * 48
+        assert sum(written) <= once + 2 * SEGMENT
+        assert present(storage, "other") == [False]
+    assert disk_bytes(folder) <= 8 * SEGMENT
+
+
+def test_a_tail_that_cannot_fit_does_not_drive_others_out(folder: Path) -> None:
+    """What could be removed is less than what is asked for: nothing is."""
+    with FileStorage(folder, max_bytes=8 * SEGMENT, segment_bytes=4 * SEGMENT) as storage:
+        head = [f"k{page}" for page in range(6)]
+        for page, key in enumerate(head):
+            assert put_chain(storage, [key], after=head[page - 1] if page else "") == [True]
+        assert put(storage, "a") == put(storage, "b") == [True]
+        big = [[value("tail", 3 * SEGMENT)]]
+        for _ in range(3):
+            assert storage.put_each(["tail"], big, after=head[-1]).tolist() == [False]
+        assert storage.stats()["evicted_segments"] == 0
+        assert present(storage, *head, "a", "b") == [True] * 8
+        assert storage.put_each(["tail"], [[value("tail", 2 * SEGMENT - 500)]], after=head[-1]).tolist() == [True]
+        assert present(storage, *head, "a", "b") == [True] * 6 + [False] * 2
 
 
 def test_values_without_what_comes_before_are_not_taken(folder: Path) -> None:
@@ -176,11 +219,11 @@ def test_copies_of_a_value_are_one_for_those_after_it(folder: Path) -> None:
         assert put_chain(mine, ["b"], after="a") == [True]
         for store in stores:
             assert store.stats()["segments"] == 3
-            assert sorted(s.followers for s in store.folder._segments.values()) == [0, 1, 1]
-        first = next(iter(mine.folder._segments.values()))
+            assert sorted(s.followers for s in store.folder.view.segments.values()) == [0, 1, 1]
+        first = next(iter(mine.folder.view.segments.values()))
         mine.folder.path(first.name).unlink()
         for store in stores:
-            store.folder.forget(store.folder._segments[first.name])
+            store.folder.forget(store.folder.view.segments[first.name])
             assert get(store, "a", "b", size=SIZE) == [True, True]  # the other copy
             assert store.lost() == 0
         mine.delete_many(["a"])
