@@ -67,7 +67,12 @@ sanitize: $(BUILT) ## the C programs under ASan + UBSan, TSan and valgrind
 
 soak: $(BUILT) ## hours of churn: the whole stack, HiRadixCache beside the original, the tree (SOAK_STEPS, SOAK_SEEDS, SOAK_OPS)
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000}
+	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-20000000} --files
+	$(PY) -m tests.hicache.soak --steps $${SOAK_STEPS:-10000000}
 	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads
+	$(PY) -m tests.controller.soak --steps $${SOAK_STEPS:-2000000} --threads --files
+	$(PY) -m tests.hicache.soak --steps $${SOAK_STEPS:-1000000} --threads
+	! nvidia-smi -L >/dev/null 2>&1 || for path in kernel direct; do $(PY) -m tests.hicache.soak --steps $${SOAK_STEPS:-1000000} --cuda $$path || exit 1; done
 	$(PY) -m tests.hicache.compare --seeds 0:$${SOAK_SEEDS:-500}
 	$(PY) -m tests.oracle.fuzz --ops $${SOAK_OPS:-20000000}
 

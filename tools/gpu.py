@@ -11,6 +11,7 @@ Uses the Python that runs it, and installs nothing into it. Builds in place, the
     nvrtc      the copies again, kernels compiled at run time
     sanitizer  compute-sanitizer on each family: memcheck, racecheck, synccheck
     stack      the whole stack's random runs over the mover for GPUs, every byte that is served checked
+    cache      the same through HiRadixCache over engine pools of both kinds, by both io backends
     demo       radixkv demo --device cuda: a real model through all tiers and a restart, logits compared bit by bit
     overlap    bench/bench_overlap.py: load_back under compute, layer by layer; time to first token
     bench      bench/bench_kernels.py
@@ -22,12 +23,12 @@ What is missing:
     CuPy, numpy               nothing can run, and it says so
     Cython, setuptools        nothing can be built: it says so, unless radixkv has been built in place for this Python
     pytest, hypothesis        checks, sanitizer and bench run, the others are "not run" in the result
-    torch                     its check is "absent" in the result; demo and overlap are "not run"
+    torch                     its check is "absent" in the result; cache, demo and overlap are "not run"
     transformers, rich        demo is "not run"
     compute-sanitizer, nvcc   that step fails; without nvcc all kernels are compiled at run time
 --wheels (default .whl, if it is there): a folder of wheels for this Python, unpacked in front of the path of the
 steps: what it lacks, or has too old. Where a command may take 10 minutes, two do: `--budget 570 --steps
-build,checks,stack,demo,overlap,tests,paths` and `--budget 570 --steps build,nvrtc,sanitizer,bench`.
+build,checks,stack,cache,demo,overlap,tests,paths` and `--budget 570 --steps build,nvrtc,sanitizer,bench`.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ NEEDED = ("cupy", "numpy")
 TO_BUILD = {"Cython": 3, "setuptools": 77}
 """And the first major version that does."""
 TO_TEST = ("pytest", "hypothesis")
-STEPS = ("build", "checks", "stack", "demo", "overlap", "tests", "paths", "nvrtc", "sanitizer", "bench")
+STEPS = ("build", "checks", "stack", "cache", "demo", "overlap", "tests", "paths", "nvrtc", "sanitizer", "bench")
 NEEDS = {
     "tests": TO_TEST, "paths": TO_TEST, "nvrtc": TO_TEST, "demo": ("torch", "transformers", "rich"),
-    "overlap": ("torch",),
+    "overlap": ("torch",), "cache": ("torch",),
 }  # fmt: skip
 REQUIRE = {"RADIXKV_REQUIRE_GPU": "1"}
 TAIL_LINES = 40
@@ -96,6 +97,10 @@ def commands(step: str, quick: bool, folder: Path) -> list[tuple[list[str], dict
     if step == "stack":
         soak = [*python, "-m", "tests.controller.soak", "--seed", "1", "--steps", "10000" if quick else "50000"]
         paths = ("kernel", "engine")
+        return [([*soak, "--cuda", path, "--json", str(folder / f"{step}-{path}.json")], {}) for path in paths]
+    if step == "cache":
+        soak = [*python, "-m", "tests.hicache.soak", "--seed", "1", "--steps", "5000" if quick else "20000"]
+        paths = ("kernel", "direct")
         return [([*soak, "--cuda", path, "--json", str(folder / f"{step}-{path}.json")], {}) for path in paths]
     if step == "demo":
         demo = [*python, "-m", "radixkv", "demo", "--device", "cuda"]

@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
-from ..errors import GroupError
+from ..errors import GroupError, InvalidArgumentError
 
-__all__ = ["LocalGroup", "TorchGroup"]
+__all__ = ["LocalGroup", "TorchGroup", "compare_ranks"]
 
 PAD = 64
 """Vectors are padded to multiples of this: ranks that disagree a little find out, where a collective would hang."""
+
+
+WORDS, WORD_BYTES = 1024, 7
+"""What ranks that differ tell each other: so much text each, as so many integers below any that stands for nothing."""
+NOTHING = (1 << 63) - 1
+
+Agree: TypeAlias = Callable[[Sequence[int]], list[int]]
+"""The element-wise minimum over the ranks."""
+
+
+def compare_ranks(agree: Agree, rank: int, size: int, mine: Mapping[str, object]) -> None:
+    """One collective, and one more (agreed on by then) if ranks differ, so that all can say in what.
+
+    Raises: InvalidArgumentError: "ranks differ in max_writes: 4.0 (rank 0, 2), 8.0 (rank 1)"; GroupError.
+    """
+    if size == 1:
+        return
+    text = "\n".join(f"{name}\t{value!r}" for name, value in sorted(mine.items()))
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
+    low, high = agree([number, -number])
+    if low == -high:
+        return
+    told = _tell(agree, rank, size, text)
+    theirs = [dict(line.partition("\t")[::2] for line in other.splitlines()) for other in told]
+    differences = []
+    for name in sorted(set().union(*theirs)):
+        ranks: dict[str, list[str]] = {}
+        for number, fields in enumerate(theirs):
+            ranks.setdefault(fields.get(name, "nothing"), []).append(str(number))
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} (rank {', '.join(numbers)})" for value, numbers in ranks.items())
+            differences.append(f"{name}: {values}")
+    raise InvalidArgumentError(f"ranks differ in {'; '.join(differences)}")
+
+
+def _tell(agree: Agree, rank: int, size: int, text: str) -> list[str]:
+    """The texts of all ranks, by a minimum: each fills its own part of the vector."""
+    data = text.encode()[: WORDS * WORD_BYTES].ljust(WORDS * WORD_BYTES, b"\0")
+    values = [NOTHING] * (WORDS * size)
+    values[WORDS * rank : WORDS * (rank + 1)] = [
+        int.from_bytes(data[at : at + WORD_BYTES], "big") for at in range(0, len(data), WORD_BYTES)
+    ]
+    told = agree(values)
+    parts = [told[WORDS * at : WORDS * (at + 1)] for at in range(size)]
+    return [b"".join(word.to_bytes(WORD_BYTES, "big") for word in part).rstrip(b"\0").decode(errors="ignore")
+            for part in parts]  # fmt: skip
 
 
 class LocalGroup:

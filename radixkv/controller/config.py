@@ -136,12 +136,9 @@ class ControllerConfig:
     def _default_threshold(self) -> int:
         return 1 if self.write_policy == "write_through" else 3
 
-    def fingerprint(self) -> int:
-        """An int32 that is the same in every process for equal settings: ranks compare it."""
-        import zlib
-
-        text = repr([(field.name, _plain(getattr(self, field.name))) for field in fields(self)])
-        return zlib.crc32(text.encode()) & 0x7FFFFFFF
+    def settings(self) -> dict[str, Any]:
+        """By name, such that equal ones have the same repr: ranks compare them."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
 def _plain(value: Any) -> Any:

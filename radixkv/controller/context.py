@@ -18,7 +18,10 @@ from .lanes import FailedProgress, FailedTicket
 from .ledger import NO_PAGES, Ledger
 from .workers import FailedJob
 
-__all__ = ["Context", "Where"]
+__all__ = ["HEADER", "Context", "Where"]
+
+HEADER = 10
+"""Values at the front of each vector that ranks agree on: where a rank is, and the counts of its tree, both ways."""
 
 
 class Where(IntEnum):
@@ -61,8 +64,9 @@ class Context:
 
     def begin_backup(self, device_pages: PageIds, host_pages: PageIds) -> Ticket:
         """Ask for a copy to the host. A mover that refuses is a copy that failed: ranks must not part here."""
+        assert self._mover is not None, "there is no host tier"
         try:
-            return self.mover.backup(device_pages, host_pages)
+            return self._mover.backup(device_pages, host_pages)
         except Exception as error:
             return FailedTicket(error)
 
@@ -102,19 +106,28 @@ class Context:
         return self.last_op_id
 
     def agree(self, where: Where, values: Sequence[int]) -> list[int]:
-        """The element-wise minimum over the ranks, after a check that they are at the same place.
+        """The element-wise minimum over the ranks, after a check that they are at the same place with the same tree.
 
         Raises: GroupError.
         """
         if self.group.size == 1:
             return list(values)
         here = self.last_op_id * 16 + where
-        low, high, *agreed = self.group.min([here, -here, *values])
+        tree = self.tree.stats()
+        mine = [tree.nodes, tree.evictable_tokens, tree.protected_tokens, tree.host_tokens]
+        low, high, *agreed = self.group.min([here, -here, *mine, *(-number for number in mine), *values])
+        lows, highs, agreed = agreed[: len(mine)], agreed[len(mine) : 2 * len(mine)], agreed[2 * len(mine) :]
         if low != -high:
             raise GroupError(
                 f"rank {self.group.rank} is at {where.name} after {self.last_op_id} operations, others at "
                 f"{Where(low % 16).name} after {low // 16} and {Where(-high % 16).name} after {-high // 16}: "
                 "they have made different calls"
+            )
+        if any(least != -most for least, most in zip(lows, highs, strict=True)):
+            ranges = [f"{least} .. {-most}" for least, most in zip(lows, highs, strict=True)]
+            raise GroupError(
+                f"rank {self.group.rank} is at {where.name} with another tree than others (nodes, evictable, protected "
+                f"and host tokens): {mine}, in the group {', '.join(ranges)}; an allocation may have failed on one rank"
             )
         return agreed
 
@@ -129,13 +142,25 @@ class Context:
     # ---- eviction that copies nothing --------------------------------------------------------------------------------
     def evicted_from_device(self, pages: PageIds, dropped_host_pages: PageIds = NO_PAGES) -> int:
         """Pages that an eviction has returned: to the pools. Returns: device tokens."""
-        self.ledger.free_device(pages)
+        tokens = self.left_device(pages, dropped_host_pages)
+        self.free_device([pages])
+        return tokens
+
+    def left_device(self, pages: PageIds, dropped_host_pages: PageIds = NO_PAGES) -> int:
+        """As evicted_from_device, but device pages are not free until ``free_device``. Returns: device tokens."""
+        self.ledger.left_device(pages)
         tokens = len(pages) * self.page_size
         self._count_evicted("device", tokens)
         if len(dropped_host_pages):
             self.ledger.free_host(dropped_host_pages)
             self._count_evicted("host", len(dropped_host_pages) * self.page_size)
         return tokens
+
+    def free_device(self, parts: Sequence[PageIds]) -> None:
+        """Give device pages back that have left the tree."""
+        pages = self.join([part for part in parts if len(part)])
+        if len(pages):
+            self.ledger.device.free(pages)
 
     def evict_host(self, num_tokens: int) -> int:
         """Free host pages of host-only leaves. Returns: tokens."""
@@ -148,11 +173,10 @@ class Context:
 
     def reserve_host(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
         """Take host pages, after one eviction if there are too few."""
-        reserve = self.ledger.host.alloc_pages
-        pages = reserve(num_pages, for_copy)
+        pages = self.ledger.reserve(num_pages, for_copy)
         if pages is None and not self.ledger.is_holding:
             self.evict_host(num_pages * self.page_size)
-            pages = reserve(num_pages, for_copy)
+            pages = self.ledger.reserve(num_pages, for_copy)
         return pages
 
     def _count_evicted(self, tier: Literal["device", "host"], num_tokens: int) -> None:

@@ -11,7 +11,7 @@ An operation owns its pages from its start until it is settled, and is settled b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import InvalidArgumentError, StateError
@@ -19,7 +19,7 @@ from ..key import NamespacePart
 from ..tree.base import BaseRadixTree, InsertResult, MatchResult, Tokens
 from ..tree.tokens import read_tokens
 from ..types import PageIds
-from .agree import LocalGroup
+from .agree import LocalGroup, compare_ranks
 from .base import (
     Attribution,
     ControllerStats,
@@ -59,7 +59,7 @@ class Controller:
     In a group every rank makes the same calls in the same order with the same arguments; then every rank has the same
     tree. Which collectives run follows from what has been agreed before, never from a rank's own state: one in each
     poll, one in finish_prefetch while the prefetch is in flight, one a round of an eviction that writes back, one in
-    reset, all_can and the constructor.
+    reset, all_can and the constructor (two if ranks differ).
 
     Args:
         tree: empty; nobody else changes it from now on.
@@ -69,8 +69,10 @@ class Controller:
         storage: a PageStore; see attach_storage.
         group: None for one rank.
         listener: is told what happened.
+        alike: what else all ranks must have the same, by name; compared by its repr.
         clock: seconds; only differences count.
-    Raises: InvalidArgumentError if things do not fit together, or ranks differ in page size, capacities or settings.
+    Raises: InvalidArgumentError if things do not fit together, or ranks differ in what all must have the same (page
+        size, capacities, kind of KV, layers, settings, ``alike``): it names what, and who has what. GroupError.
     """
 
     layer_counter: LayerCounter
@@ -88,6 +90,7 @@ class Controller:
         group: Group | None = None,
         config: ControllerConfig | None = None,
         listener: Listener | None = None,
+        alike: Mapping[str, object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         config = config or ControllerConfig()
@@ -120,23 +123,22 @@ class Controller:
         self._writes.backed_up = self._policy.backed_up
         self._stores.back_up = self._writes.begin
         self._settler = Settler(context, self._writes, self._loads, self._stores, self._prefetches, self._drains)
-        self._compare_ranks()
+        self._compare_ranks(geometry, alike or {})
         if storage is not None:
             self.attach_storage(storage)
 
-    def _compare_ranks(self) -> None:
+    def _compare_ranks(self, geometry: Any, alike: Mapping[str, object]) -> None:
         """Raise InvalidArgumentError unless all ranks are alike."""
         context = self._context
         ledger = context.ledger
-        mine = {
+        mine: dict[str, object] = {
             "page size": context.page_size, "device pages": ledger.device.capacity,
-            "host pages": ledger.host.num_pages if ledger.has_host else 0, "settings": context.config.fingerprint(),
+            "host pages": ledger.host.num_pages if ledger.has_host else 0, "eviction policy": context.tree.policy,
         }  # fmt: skip
-        values = list(mine.values())
-        agreed = context.agree(Where.MAKE, [*values, *(-value for value in values)])
-        for name, value, low, high in zip(mine, values, agreed, agreed[len(mine) :], strict=False):
-            if low != -high:
-                raise InvalidArgumentError(f"ranks differ in {name}: {value} here, {low} .. {-high} in the group")
+        if geometry is not None:
+            mine |= {"kind of KV": geometry.kind, "layers": geometry.num_layers}
+        mine |= {**context.config.settings(), **alike}
+        compare_ranks(lambda values: context.agree(Where.MAKE, values), context.group.rank, context.group.size, mine)
 
     @property
     def tree(self) -> BaseRadixTree:
@@ -182,16 +184,12 @@ class Controller:
         The caller frees the duplicates. Args: backup: False: start nothing. Raises: as tree.insert; nothing has
         changed then.
         """
-        context = self._context
-        ledger = context.ledger
-        adopting = None
-        if ledger.backup_pages:  # some node may be host-only, and adopt pages of the caller
-            adopting = context.tree.peek(tokens, extra_key, cache_salt)
-        result = context.tree.insert(tokens, page_ids, match, extra_key, cache_salt, priority)
-        if adopting is not None and adopting.host_num_tokens:
-            first = adopting.num_tokens // context.page_size
-            host_pages = adopting.host_page_ids()
-            ledger.adopted(read_tokens(page_ids, "page_ids")[first : first + len(host_pages)], host_pages)
+        result = self._context.tree.insert(tokens, page_ids, match, extra_key, cache_salt, priority)
+        host_pages = result.adopted_host_page_ids
+        if len(host_pages):
+            first = result.prefix_tokens // self._context.page_size
+            device_pages = read_tokens(page_ids, "page_ids")[first : first + len(host_pages)]
+            self._context.ledger.adopted(device_pages, host_pages)
         if backup:
             self._policy.start_due(result.node)
         return result

@@ -157,22 +157,25 @@ class CopyLane:
     def put(self, ticket: CopyTicket) -> None:
         """Run it after all others; fail it if the lane is closed."""
         with self._lock:
-            error = self._add([ticket])
-        if error is not None:
-            ticket.fail(error)
+            closed = self._closed
+            if not closed:
+                self._waiting.append(ticket)
+                self._wake()
+        if closed:
+            ticket.fail(StateError("the mover is closed"))
 
-    def _add(self, tickets: Sequence[Any]) -> StateError | None:
-        """Queue tickets, under the lock. Returns: why not, if nothing was queued. The next ones may fare better."""
-        if self._closed:
-            return StateError("the mover is closed")
+    def _wake(self) -> None:
+        """The thread goes on with what waits, under the lock; it fails if there can be no thread. What comes next may
+        fare better."""
         if self._thread is None:
             try:
                 self._thread = start_thread(self._work, self._name)
             except StateError as error:
-                return error
-        self._waiting.extend(tickets)
+                waiting = list(self._waiting)
+                self._waiting.clear()
+                self._fail(waiting, error)
+                return
         self._changed.notify()
-        return None
 
     def _work(self) -> None:
         while True:
@@ -181,13 +184,21 @@ class CopyLane:
                     if self._closed:
                         return
                     self._changed.wait()
-                tickets = self._next()
-            error = _error_of(partial(self._run, tickets))
-            if error is not None:
-                for ticket in tickets:
-                    ticket.begin_once()
-                    if not ticket.done():
-                        ticket.end(error)
+            self._turn()
+
+    def _turn(self) -> None:
+        """Copy what is next, if it is there still. What breaks beside the copies fails them, and nothing else."""
+        with self._lock:
+            tickets = self._next() if self._waiting else []
+        error = _error_of(partial(self._run, tickets))
+        if error is not None:
+            self._fail(tickets, error)
+
+    def _fail(self, tickets: Sequence[CopyTicket], error: BaseException) -> None:
+        for ticket in tickets:
+            ticket.begin_once()
+            if not ticket.done():
+                ticket.end(error)
 
     def _next(self) -> list[Any]:
         """What is copied next, off the queue."""
@@ -219,9 +230,11 @@ class PageTicket(CopyTicket):
         self.lane, self.src_pages, self.dst_pages = lane, src_pages, dst_pages
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        if not self._done:
-            self.lane.flush()
-        return super().wait(timeout_s)
+        if self._done:
+            return True
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self.lane.awaited(self, until_s)
+        return self._done or super().wait(None if until_s is None else max(0.0, until_s - time.monotonic()))
 
 
 class PageLane(CopyLane):
@@ -268,7 +281,17 @@ class PageLane(CopyLane):
             with self._lock:
                 self._begin()
 
+    def awaited(self, ticket: PageTicket, until_s: float | None) -> None:
+        """Somebody waits for a ticket until then (of time.monotonic)."""
+        self.flush()
+
     def _begin(self) -> None:
+        self._line_up()
+        if self._waiting:
+            self._wake()
+
+    def _line_up(self) -> None:
+        """Put what was taken on into the queue."""
         tickets, self._taken_on, self._pages_taken_on = self._taken_on, [], 0
         if not tickets:
             return
@@ -280,10 +303,7 @@ class PageLane(CopyLane):
             return
         for ticket in tickets:
             ticket.after = mark
-        error = self._add(tickets)
-        if error is not None:
-            for ticket in tickets:
-                ticket.fail(error)
+        self._waiting.extend(tickets)
 
     def _next(self) -> list[PageTicket]:
         tickets = [self._waiting.popleft()]

@@ -53,6 +53,16 @@ class LayerCounter:
         """Index of the last batch begun; -1 if there was none."""
         return self._latest
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether some batch has not been settled."""
+        return bool(self._batches)
+
+    def outcome(self, index: int) -> bool | None:
+        """Whether a batch succeeded; None until it has been settled."""
+        with self._lock:
+            return None if index in self._batches else index not in self._failed
+
     def next_producer(self) -> int:
         """The index that the next batch will have."""
         return self._latest + 1

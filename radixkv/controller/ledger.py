@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from ..pool.page_ops import clear_pairs, pairs_of, set_pairs
+from ..pool.page_ops import set_pairs
 from ..pool.states import HostSlots, MemoryStateInt
 from ..types import PageIds
 from .base import DevicePages
@@ -48,20 +48,14 @@ class Ledger:
         """Take device pages; None if there are too few."""
         return self.device.alloc(num_pages)
 
-    def free_device(self, pages: PageIds) -> None:
+    def left_device(self, pages: PageIds) -> None:
         """Device pages have left the tree: their host copies are backups now."""
-        if len(pages):
-            if self._host is not None:
-                self.unpair(pages)
-            self.device.free(pages)
+        if self._host is not None and len(pages):
+            self.unpair(pages)
 
     def unpair(self, pages: PageIds) -> None:
         """The host copies of these device pages, where they have one, are backups now."""
-        host = pairs_of(self._host_of, pages)
-        if len(host):
-            self.host.move_pages(host, _BACKUP, "become a backup", _SYNCED)
-            clear_pairs(self._host_of, pages)
-            self.backup_pages += len(host)
+        self.backup_pages += self.host.move_values(self._host_of, pages, _BACKUP, "become a backup", _SYNCED)
 
     # ---- host --------------------------------------------------------------------------------------------------------
     @property
@@ -77,7 +71,8 @@ class Ledger:
     def reserve(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
         """Take host pages, for bytes that come from storage, or by a copy from the device; None if there are too
         few."""
-        return self.host.alloc_pages(num_pages, for_copy)
+        assert self._host is not None, "there is no host tier"
+        return self._host.alloc_pages(num_pages, for_copy)
 
     def end_write(self, device_pages: PageIds, pages: PageIds) -> None:
         """The copy is done: both tiers hold the bytes."""

@@ -1,19 +1,116 @@
-"""L3: copies between host memory and a device whose memory is host memory too, on two threads."""
+"""L3: copies between host memory and a device whose memory is host memory too: on two threads, and by who waits."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..pool.layout import KVView
 from ..transfer.cpu import CpuTransfer, Progress
 from ..types import PageIds
 from .lanes import CopyLane, CopyTicket, PageLane, PageTicket
 
-__all__ = ["CpuMover"]
+__all__ = ["CpuMover", "SharedLane"]
+
+
+class _Rest(PageTicket):
+    """What is left of tickets that have begun together."""
+
+    def __init__(self, lane: PageLane, tickets: Sequence[PageTicket], src_pages: PageIds, dst_pages: PageIds) -> None:
+        super().__init__(lane, src_pages, dst_pages)
+        self._tickets = tickets
+
+    def end(self, error: BaseException | None) -> None:
+        super().end(error)
+        for ticket in self._tickets:
+            ticket.seconds += self.seconds / len(self._tickets)
+            ticket.end(error)
+
+
+class SharedLane(PageLane):
+    """A PageLane in which whoever waits for a copy does it himself, if the thread does none just now.
+
+    To hand it over and to be woken takes longer than most copies, and who waits has nothing else to do. He stops when
+    his time is up, and then the thread does the rest; what fails it tries again, one by one. There is one copy at a
+    time, in order, whoever does it.
+
+    Args: copy_until: (source pages, destination pages, until) copies from the first page on until then (of
+        time.monotonic; it may take somewhat longer), and says how many it has copied.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        copy: Callable[[PageIds, PageIds, list[Any]], None],
+        copy_until: Callable[[PageIds, PageIds, float | None], int],
+    ) -> None:
+        super().__init__(name, copy)
+        self._copy_until = copy_until
+        self._copying = threading.Lock()
+
+    def _turn(self) -> None:
+        with self._copying:
+            super()._turn()
+
+    def awaited(self, ticket: PageTicket, until_s: float | None) -> None:
+        """See PageLane: copy until it is done, or the time is up."""
+        if not self._copying.acquire(blocking=False):
+            self.flush()
+            return
+        try:
+            helps = until_s is None or time.monotonic() < until_s
+            while helps and not ticket.done():
+                with self._lock:
+                    self._line_up()
+                    tickets = self._next() if self._waiting else []
+                helps = bool(tickets) and self._help(tickets, until_s)
+        finally:
+            self._copying.release()
+            if not ticket.done() or self._waiting:
+                with self._lock:
+                    self._begin()
+
+    def _help(self, tickets: list[PageTicket], until_s: float | None) -> bool:
+        """Copy tickets of the queue, here. Returns: False: the thread has to go on with them."""
+        begun = [ticket for ticket in tickets if ticket.begin_once()]
+        if not begun:
+            return True
+        src_pages, dst_pages = begun[0].src_pages, begun[0].dst_pages
+        if len(begun) > 1:
+            src_pages = np.concatenate([ticket.src_pages for ticket in begun])
+            dst_pages = np.concatenate([ticket.dst_pages for ticket in begun])
+        began_s = time.perf_counter()
+        rests = []
+        try:
+            copied = self._copy_until(src_pages, dst_pages, until_s)
+            if copied < len(src_pages):
+                rests = [_Rest(self, begun, src_pages[copied:], dst_pages[copied:])]
+        except Exception as error:
+            if len(begun) == 1:
+                begun[0].end(error)
+                return True
+            rests = [_Rest(self, [ticket], ticket.src_pages, ticket.dst_pages) for ticket in begun]
+        except BaseException:  # who waits is interrupted, which is nothing to the copy
+            with self._lock:
+                self._waiting.appendleft(_Rest(self, begun, src_pages, dst_pages))
+            raise
+        seconds = (time.perf_counter() - began_s) / len(begun)
+        for ticket in begun:
+            ticket.seconds = seconds
+            if not rests:
+                ticket.end(None)
+        with self._lock:
+            self._waiting.extendleft(reversed(rests))
+        return not rests
 
 
 class CpuMover:
-    """A Mover over the CPU path: one thread for backups, one for loads, each started with its first copy.
+    """A Mover over the CPU path: one thread for backups, one for loads, each started with its first copy. Who waits for
+    a backup copies it himself, as long as he has time.
 
     What computes on such a device must have written the pages when ``backup`` is called.
 
@@ -27,7 +124,11 @@ class CpuMover:
         self._to_host = transfer.route(device_view, host_view)
         self._to_device = transfer.route(host_view, device_view)
         self._num_layers = transfer.geometry.num_layers
-        self._writes = PageLane("radixkv-write", lambda src, dst, _: self._to_host.copy(src, dst))
+        self._writes = SharedLane(
+            "radixkv-write",
+            lambda src, dst, _: self._to_host.copy(src, dst),
+            lambda src, dst, until_s: self._to_host.copy_until(src, dst, until_s),
+        )
         self._loads = CopyLane("radixkv-load")
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> PageTicket:

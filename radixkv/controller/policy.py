@@ -6,7 +6,6 @@ import contextlib
 
 from ..errors import HandleError
 from ..types import ROOT
-from .config import WRITING
 from .context import Context
 from .stores import Stores
 from .writes import Writes
@@ -19,22 +18,25 @@ class WritePolicies:
 
     def __init__(self, context: Context, writes: Writes, stores: Stores) -> None:
         self.context, self.writes, self.stores = context, writes, stores
+        self._on_hits = context.config.write_policy != "write_back" and context.ledger.has_host
+        """Whether hits are what sends nodes to the host."""
+        self._hits = context.config.hits_to_host, context.config.hits_to_storage
 
     @property
     def hits_to_host(self) -> int:
         """Hits from which a node is copied to the host, now."""
         config = self.context.config
         if not config.adaptive_thresholds:
-            return config.hits_to_host
-        return self._adapted(config.hits_to_host, len(self.writes.operations), config.max_writes)
+            return self._hits[0]
+        return self._adapted(self._hits[0], len(self.writes.operations), config.max_writes)
 
     @property
     def hits_to_storage(self) -> int:
         """Hits from which a node goes to storage, now."""
         config = self.context.config
         if not config.adaptive_thresholds:
-            return config.hits_to_storage
-        return self._adapted(config.hits_to_storage, len(self.stores.operations), config.max_stores)
+            return self._hits[1]
+        return self._adapted(self._hits[1], len(self.stores.operations), config.max_stores)
 
     def _adapted(self, threshold: int, in_flight: int, limit: int) -> int:
         """A threshold under pressure. All of it follows from agreed state."""
@@ -49,21 +51,18 @@ class WritePolicies:
 
     def start_due(self, node: int) -> None:
         """A path has been hit: start what its nodes are due for."""
-        context = self.context
-        if node == ROOT or context.config.write_policy == "write_back" or not context.ledger.has_host:
+        if node == ROOT or not self._on_hits:
             return
-        for part in context.tree.due(node, "host", self.hits_to_host, WRITING):
-            self.writes.begin(part)
+        self.writes.begin_due(node, self.hits_to_host)
         if self.stores.edge is not None:
             for part in self.stores.due(node, self.hits_to_storage):
                 self.stores.begin(part)
 
     def hit(self, node: int) -> None:
         """See Controller.hit."""
-        context = self.context
-        if node == ROOT or context.config.write_policy == "write_back" or not context.ledger.has_host:
+        if node == ROOT or not self._on_hits:
             return
-        info = context.tree.node_info(node)
+        info = self.context.tree.node_info(node)
         if info.host_page_ids is None:
             if info.hit_count + 1 >= self.hits_to_host:
                 self.writes.begin(node)

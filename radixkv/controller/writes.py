@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import GroupError
+from ..tree.base import EvictResult
 from ..types import ROOT, BackupRequest, PageIds
 from .base import Outcome, Ticket
 from .config import WRITING
@@ -24,28 +25,36 @@ class Writes:
         self.backed_up: Callable[[int], None] = lambda node: None
         """Is told of each node that has got its host copy; an eviction tells at its end."""
         self._written_back: list[int] = []
+        self._freed: list[PageIds] = []
+        """Device pages that an eviction has freed so far."""
 
     # ---- write-through -----------------------------------------------------------------------------------------------
     def begin(self, node: int) -> int:
         """See Controller.backup."""
-        context, tree = self.context, self.context.tree
-        if node == ROOT or not context.ledger.has_host:
+        if node == ROOT or not self.context.ledger.has_host:
             return 0
-        pages = tree.begin_write(node, WRITING)
-        if pages is None:
-            return 0
-        host_pages = None
-        if len(self.operations) < context.config.max_writes:
-            host_pages = context.reserve_host(len(pages), for_copy=True)
+        pages = self.context.tree.begin_write(node, WRITING)
+        return 0 if pages is None else self._begin(node, pages)
+
+    def begin_due(self, node: int, min_hits: int) -> None:
+        """Begin what a path is due for."""
+        for part, pages in self.context.tree.begin_writes(node, min_hits, WRITING):
+            self._begin(part, pages)
+
+    def _begin(self, node: int, pages: PageIds) -> int:
+        """Begin the copy of a node that the tree has locked and marked for it, or undo that. Returns: tokens."""
+        context, config = self.context, self.context.config
+        num_pages = len(pages)
+        host_pages = context.reserve_host(num_pages, True) if len(self.operations) < config.max_writes else None
         if host_pages is None:
-            tree.mark(node, clear=WRITING)
-            tree.unlock(node)
+            context.tree.mark(node, clear=WRITING)
+            context.tree.unlock(node)
             context.counts["refused_backups"] += 1
             return 0
         ticket = context.begin_backup(pages, host_pages)
-        timeout_s, op_id = context.config.write_timeout_s, context.next_op_id()
+        timeout_s, op_id = config.write_timeout_s, context.next_op_id()
         self.operations.append(WriteOp(op_id, context.clock(), timeout_s, node, pages, host_pages, ticket))
-        return len(pages) * context.page_size
+        return num_pages * context.page_size
 
     def settle(self, op: WriteOp, status: int) -> bool:
         """The copy has ended on all ranks, or is overdue. Returns: whether the node has its host copy now."""
@@ -85,6 +94,8 @@ class Writes:
         try:
             return self._evict_in_rounds(num_tokens)
         finally:
+            freed, self._freed = self._freed, []
+            self.context.free_device(freed)
             nodes, self._written_back = self._written_back, []
             for node in nodes:
                 self.backed_up(node)
@@ -93,7 +104,7 @@ class Writes:
         context, freed = self.context, 0
         while freed < num_tokens:
             result = context.tree.evict(num_tokens - freed, backup=True)
-            freed += context.evicted_from_device(result.page_ids, result.host_page_ids)
+            freed += self._left_device(result)
             if not result.to_backup:
                 break
             moved = self._write_back(result.to_backup)
@@ -143,7 +154,13 @@ class Writes:
             context.counts["dropped_nodes"] += 1
             context.counts["dropped_tokens"] += result.num_tokens
             context.finished("write_back", "dropped", len(result.page_ids), 0.0, context.clock())
-        return context.evicted_from_device(result.page_ids, result.host_page_ids)
+        return self._left_device(result)
+
+    def _left_device(self, result: EvictResult) -> int:
+        """Pages of a result are no longer in the tree; those of the device are freed at the end. Returns: device
+        tokens."""
+        self._freed.append(result.page_ids)
+        return self.context.left_device(result.page_ids, result.host_page_ids)
 
     def _count_write_back(self, ticket: Ticket, num_pages: int, arrived: bool, started_s: float) -> None:
         context = self.context

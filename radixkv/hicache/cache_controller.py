@@ -22,7 +22,8 @@ from .config import HiCacheConfig
 from .hashes import get_hash_str, hex_of
 from .indices import AllocatorPages, Indices
 
-__all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "LoadCacheEvent", "PrefetchOperation", "storage_of"]
+__all__ = ["IO_BACKENDS", "HiCacheController", "LayerDoneCounter", "LoadCacheEvent", "PrefetchOperation"]
+__all__ += ["backend_name", "storage_of"]
 
 IO_BACKENDS: dict[str, PathName | None] = {"kernel": "kernel", "direct": "engine", "auto": None}
 """On a GPU: by kernels, by copy engines, or for each copy by what was measured to be faster (not known there)."""
@@ -41,6 +42,7 @@ class LayerDoneCounter:
 
     def __init__(self, layers: LayerCounter) -> None:
         self._layers = layers
+        self._adopted = 0
 
     @property
     def num_layers(self) -> int:
@@ -62,8 +64,17 @@ class LayerDoneCounter:
         return self._layers.next_producer() + 1
 
     def set_consumer(self, index: int) -> None:
-        """Choose the batch of loads that ``wait_until`` waits for. 0 or below: none."""
-        self._layers.set_consumer(max(index, 0) - 1)
+        """Choose the batch of loads that ``wait_until`` waits for. 0 or below: none, but what a request has adopted."""
+        if self._adopted:
+            arrived = self._layers.outcome(self._adopted - 1)
+            if arrived is not None:  # if it has not, it is being loaded again, or has been dropped
+                self._adopted = 0 if arrived or not self._layers.in_flight else self._layers.latest + 1
+        self._layers.set_consumer(max(index, self._adopted, 0) - 1)
+
+    def adopt(self) -> None:
+        """A running request has gone over to pages that are being loaded for another one (it had computed the same, and
+        the cache keeps one of the two): until they are there, whatever is computed next waits for them."""
+        self._adopted = self._layers.latest + 1
 
     def wait_until(self, threshold: int) -> None:
         """Wait until layer ``threshold`` (counted from 0) is in place. On a GPU the current stream waits, not the
@@ -148,6 +159,8 @@ class PrefetchOperation:
 class HiCacheController:
     """The controller, its mover, its group and its storage, for one device pool and one host pool.
 
+    Args: storage: the backend that will be attached, by name, if any; all ranks must mean the same.
+
     Attributes (those that engines touch): layer_done_counter, load_cache_event, write_policy, io_backend,
     mem_pool_host, mem_pool_device, mem_pool_device_allocator, page_size, and the properties. ``core`` is the
     controller itself.
@@ -165,6 +178,7 @@ class HiCacheController:
         tp_group: Any,
         io_backend: str,
         config: HiCacheConfig,
+        storage: str = "none",
     ) -> None:
         if io_backend not in IO_BACKENDS:
             raise InvalidArgumentError(f"io backend {io_backend!r} is none of {', '.join(IO_BACKENDS)}")
@@ -179,7 +193,7 @@ class HiCacheController:
         try:
             self.core = Controller(
                 tree, device_pages, host_pool, mover, group=self._group, config=config.control,
-                listener=config.listener, clock=config.clock,
+                listener=config.listener, alike=config.alike() | {"storage": storage}, clock=config.clock,
             )  # fmt: skip
         except BaseException:
             mover.close()
@@ -248,6 +262,11 @@ class HiCacheController:
             self._loads_in_flight = True
         return index + 1
 
+    def adopt_loading(self) -> None:
+        """See LayerDoneCounter.adopt."""
+        self.start_loads()
+        self.layer_done_counter.adopt()
+
     # ---- storage -----------------------------------------------------------------------------------------------------
     def attach_storage(self, backend: Any) -> None:
         """Use a storage backend from now on: a name, a Storage, or an engine's HiCacheStorage. All ranks or none.
@@ -314,6 +333,13 @@ class HiCacheController:
         if storage is not None and ended:
             self._part_from(storage)
         return ended
+
+
+def backend_name(backend: Any) -> str:
+    """What is meant, in a word that all ranks say alike."""
+    if backend is None or isinstance(backend, str):
+        return str(backend).lower()
+    return type(backend).__name__
 
 
 def storage_of(backend: Any, config: HiCacheConfig) -> tuple[Storage, bool]:

@@ -20,7 +20,8 @@ MODEL_VARIABLE = "RADIXKV_MODEL"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiCacheConfig:
-    """All ranks of a group need the same.
+    """Of a group each rank has its own host_pool, first_head, storage_options, events, page_hashes, copy_threads,
+    listener and clock; all else must be the same on all ranks, which the constructor compares.
 
     Args:
         control: thresholds, policies, limits and deadlines of the controller. write_policy and prefetch_policy are
@@ -56,6 +57,11 @@ class HiCacheConfig:
     copy_threads: int | None = None
     listener: Listener | None = None
     clock: Callable[[], float] = time.monotonic
+
+    def alike(self) -> dict[str, object]:
+        """What all ranks must have the same, besides ``control``."""
+        model = self.model or os.environ.get(MODEL_VARIABLE, "")
+        return {"model": model, "model_extra": self.model_extra, "group_timeout_s": float(self.group_timeout_s)}
 
     def model_name(self) -> str:
         """The model. Raises: InvalidArgumentError if nobody has said it."""

@@ -24,12 +24,12 @@ from ..pool.arrays import Array
 from ..pool.foreign import view_of_engine_pool
 from ..pool.host import HostKVCache, MHATokenToKVPoolHost, MLATokenToKVPoolHost
 from ..pool.layout import Layout
-from ..tree.base import InsertResult
+from ..tree.base import MatchResult as TreeMatch
 from ..tree.core import RadixTree
 from ..types import ROOT, PageIds
 from .attribution import Attributions
 from .base import MatchResult, Request
-from .cache_controller import HiCacheController, PrefetchOperation
+from .cache_controller import HiCacheController, PrefetchOperation, backend_name
 from .config import HiCacheConfig
 from .hashes import last_hash, node_hashes, page_hash_for
 from .node import TreeNode
@@ -112,7 +112,7 @@ class HiRadixCache(OngoingNames, RadixCache):
         try:
             self.cache_controller = HiCacheController(
                 tree, self._pages, self.kv_cache, found, self.token_to_kv_pool_host, tp_cache_group,
-                hicache_io_backend, config,
+                hicache_io_backend, config, backend_name(hicache_storage_backend),
             )  # fmt: skip
         except BaseException:
             self.token_to_kv_pool_host.close()
@@ -158,10 +158,11 @@ class HiRadixCache(OngoingNames, RadixCache):
         return self.config.control.hits_to_storage
 
     # ---- a request ---------------------------------------------------------------------------------------------------
-    def _insert(self, key: Any, pages: PageIds, extra_key: Any, cache_salt: Any) -> InsertResult:
-        self._children = None
-        tokens = tokens_of(key)  # the controller reads them several times
-        return self._core.insert(tokens, pages, None, extra_key, cache_salt)
+
+    def _adopt(self, req: Any, prefix: Array, mine: PageIds, found: TreeMatch) -> int:
+        if found.loading_tokens:
+            self.cache_controller.adopt_loading()
+        return super()._adopt(req, prefix, mine, found)
 
     # ---- device and host ---------------------------------------------------------------------------------------------
     def evict(self, num_tokens: int) -> int:
@@ -274,7 +275,7 @@ class HiRadixCache(OngoingNames, RadixCache):
         """Poll until nothing is left. What is left follows from agreed state, so all ranks poll as often."""
         end_s = time.monotonic() + self.config.control.copy_timeout_s
         while left():
-            if time.monotonic() > end_s:
+            if not self._core.all_can(time.monotonic() <= end_s):  # else a rank would poll once more, alone
                 raise StateError(f"{left()} {what} after {self.config.control.copy_timeout_s} s")
             time.sleep(POLL_S)
             self._core.poll()

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import InvalidArgumentError
 from ..pool.arrays import Array, Library, parse_device
 from ..types import PageIds
-from .slots import pages_of, slots_of
+from .slots import pages_at, pages_of, slots_of
 
 __all__ = ["AllocatorPages", "Indices", "NumberedPages"]
 
@@ -33,10 +33,11 @@ class Indices:
         self.device = device
         self.library: Library = library or ("torch" if importlib.util.find_spec("torch") else "numpy")
         self._on_cpu = parse_device(device) == "cpu"
+        self._int64: Any = None  # torch's
         if self.library == "torch":
             import torch
 
-            self._from_numpy = torch.from_numpy
+            self._from_numpy, self._int64 = torch.from_numpy, torch.int64
             self._offsets = torch.arange(page_size, dtype=torch.int64, device=device)
         self.none = self.of_pages(np.zeros(0, np.int32))
         """No slots. One array for all: nobody may write to it."""
@@ -57,17 +58,16 @@ class Indices:
         Raises: InvalidArgumentError if there are too few, or they are not whole pages, each in ascending order.
         """
         on_cpu = getattr(indices, "is_cpu", None)
-        given = indices.numpy() if on_cpu else indices if on_cpu is False else np.asarray(indices)
-        have = len(given)
+        if on_cpu is not False:
+            wanted = -1 if num_pages is None else num_pages
+            if on_cpu and indices.dtype is self._int64 and indices.ndim == 1 and indices.is_contiguous():
+                return pages_at(indices.data_ptr(), indices.numel(), self.page_size, wanted)
+            return pages_of(indices.numpy() if on_cpu else np.asarray(indices), self.page_size, wanted)
+        have = len(indices)
         wanted = have if num_pages is None else num_pages * self.page_size
         if wanted > have or wanted % self.page_size:
             raise InvalidArgumentError(f"{have} slots for {wanted} tokens in pages of {self.page_size}")
-        if not wanted:
-            return np.zeros(0, np.int32)  # of an empty list the dtype is anything
-        if on_cpu is False:
-            return self._pages_on_gpu(given[: wanted : self.page_size])
-        array = given if wanted == have else given[:wanted]
-        return pages_of(array if array.flags.c_contiguous else array.copy(), self.page_size)
+        return self._pages_on_gpu(indices[: wanted : self.page_size])
 
     def _pages_on_gpu(self, starts: Any) -> PageIds:
         """The pages that begin at these slots."""

@@ -76,32 +76,48 @@ def slots_of(const int32_t[::1] page_ids, int64_t page_size):
     return out
 
 
-def pages_of(cnp.ndarray slots, int64_t page_size):
-    """The pages that whole runs of slots are: a new int32 array [len(slots) // page_size].
-
-    Args: slots: int32 or int64 [n], contiguous; n is a multiple of page_size.
-    Raises: InvalidArgumentError, naming the place, unless they are whole pages, each in ascending order; ArgumentTypeError.
-    """
-    cdef cnp.npy_intp n, pages
+cdef object read_pages(const void *slots, bint wide, int64_t n, int64_t page_size, Py_ssize_t num_pages):
+    """The pages of n int64 (or int32) slots, see pages_of."""
+    cdef cnp.npy_intp pages
     cdef Py_ssize_t wrong
-    if slots.ndim != 1 or not cnp.PyArray_IS_C_CONTIGUOUS(slots) or not cnp.PyArray_ISALIGNED(slots):
-        raise ArgumentTypeError(f"slots are contiguous and one-dimensional, not {slots.ndim}-d or strided")
-    n = cnp.PyArray_DIM(slots, 0)
-    if n % page_size:
+    cdef int64_t slot
+    if num_pages < 0 and n % page_size:
         raise InvalidArgumentError(f"{n} slots are no whole pages of {page_size}")
-    pages = n // page_size
+    pages = n // page_size if num_pages < 0 else num_pages
+    if pages * page_size > n:
+        raise InvalidArgumentError(f"{n} slots for {pages * page_size} tokens in pages of {page_size}")
     out = cnp.PyArray_EMPTY(1, &pages, cnp.NPY_INT32, 0)
-    if cnp.PyArray_TYPE(slots) == cnp.NPY_INT64:
-        wrong = narrow(<const int64_t *>cnp.PyArray_DATA(slots), pages, page_size, <int32_t *>cnp.PyArray_DATA(out))
-    elif cnp.PyArray_TYPE(slots) == cnp.NPY_INT32:
-        wrong = narrow(<const int32_t *>cnp.PyArray_DATA(slots), pages, page_size, <int32_t *>cnp.PyArray_DATA(out))
+    if wide:
+        wrong = narrow(<const int64_t *>slots, pages, page_size, <int32_t *>cnp.PyArray_DATA(out))
     else:
-        raise ArgumentTypeError(f"slots are int32 or int64, not {slots.dtype}")
+        wrong = narrow(<const int32_t *>slots, pages, page_size, <int32_t *>cnp.PyArray_DATA(out))
     if wrong >= 0:
+        slot = (<const int64_t *>slots)[wrong] if wide else (<const int32_t *>slots)[wrong]
         raise InvalidArgumentError(
-            f"slot {slots[wrong]} at position {wrong} is not where a whole page of {page_size} has it: pages are handed over "
+            f"slot {slot} at position {wrong} is not where a whole page of {page_size} has it: pages are handed over "
             "whole, each in ascending order from a multiple of the page size")
     return out
+
+
+def pages_of(cnp.ndarray slots, int64_t page_size, Py_ssize_t num_pages=-1):
+    """The pages that whole runs of slots are: a new int32 array [len(slots) // page_size], or of the first num_pages.
+
+    Args: slots: int32 or int64 [n]; n is a multiple of page_size, or enough for num_pages.
+    Raises: InvalidArgumentError, naming the place, unless they are whole pages, each in ascending order; ArgumentTypeError.
+    """
+    cdef int kind = cnp.PyArray_TYPE(slots)
+    if slots.ndim != 1:
+        raise ArgumentTypeError(f"slots are one-dimensional, not {slots.ndim}-d")
+    if kind != cnp.NPY_INT64 and kind != cnp.NPY_INT32 and cnp.PyArray_SIZE(slots):     # of an empty list it is anything
+        raise ArgumentTypeError(f"slots are int32 or int64, not {slots.dtype}")
+    if not cnp.PyArray_IS_C_CONTIGUOUS(slots) or not cnp.PyArray_ISALIGNED(slots):
+        slots = cnp.PyArray_GETCONTIGUOUS(slots)
+    return read_pages(cnp.PyArray_DATA(slots), kind == cnp.NPY_INT64, cnp.PyArray_SIZE(slots), page_size, num_pages)
+
+
+def pages_at(size_t address, int64_t n, int64_t page_size, Py_ssize_t num_pages=-1):
+    """As pages_of, of n int64 slots at an address, which is taken on trust: to make an array of a tensor costs more than the rest."""
+    return read_pages(<const void *>address, True, n, page_size, num_pages)
 
 
 def tokens_of(object tokens):

@@ -31,6 +31,7 @@ PageBytes = npt.NDArray[np.uint8]
 _BEYOND = 2.0**63
 """Bytes and slots that no machine has: they are refused for that, whatever is asked beyond."""
 
+_RESERVED, _PROTECTED = MemoryStateInt.RESERVED, MemoryStateInt.PROTECTED
 _WRITTEN = (MemoryStateInt.PROTECTED, MemoryStateInt.SYNCED, MemoryStateInt.BACKUP)
 
 
@@ -152,7 +153,8 @@ class HostKVCache(HostSlots):
         """As of HostSlots. Raises: StateError once the pool is closed."""
         if self._kv is None or self.arena.closed:
             raise StateError("the host pool is closed")
-        return super().alloc_pages(num_pages, for_copy)
+        with self.lock:  # HostSlots.alloc_pages, without the call: it is made for every backup
+            return self._allocator.alloc(num_pages, _PROTECTED if for_copy else _RESERVED)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
     def _shaped(self, data: PageBytes) -> PageBytes:

@@ -55,9 +55,16 @@ cdef int inside(const int32_t *ids, Py_ssize_t n, Py_ssize_t capacity) except -1
 
 
 # ---- allocation ----
+cdef enum:
+    SEEN = 0x80     # of an id that this call frees, until it is done
+
+
 def take(cnp.ndarray stack, Py_ssize_t stack_len, Py_ssize_t from_stack, Py_ssize_t fresh, Py_ssize_t from_fresh,
-         cnp.ndarray in_use):
-    """The topmost from_stack ids of a stack and the from_fresh ids from ``fresh`` on, marked in use: a new int32 array."""
+         cnp.ndarray in_use, uint8_t mark=1):
+    """The topmost from_stack ids of a stack and the from_fresh ids from ``fresh`` on: a new int32 array.
+
+    Args: mark: 1 .. 127, what in_use has for them from now on.
+    """
     cdef cnp.npy_intp n = from_stack + from_fresh
     cdef Py_ssize_t i
     cdef uint8_t *used = bytes_of(in_use)
@@ -71,12 +78,12 @@ def take(cnp.ndarray stack, Py_ssize_t stack_len, Py_ssize_t from_stack, Py_ssiz
     for i in range(from_fresh):
         out[from_stack + i] = <int32_t>(fresh + i)
     for i in range(n):
-        used[out[i]] = 1
+        used[out[i]] = mark
     return ids
 
 
 def give_back(page_ids, cnp.ndarray in_use, cnp.ndarray stack, Py_ssize_t stack_len):
-    """Mark ids as not in use and push them. Returns: how many.
+    """Mark ids as not in use (0) and push them. Returns: how many.
 
     Raises: PageOwnershipError for an id outside, one that is not in use, or one given twice; ArgumentTypeError.
     """
@@ -88,13 +95,14 @@ def give_back(page_ids, cnp.ndarray in_use, cnp.ndarray stack, Py_ssize_t stack_
         return 0
     inside(at, n, cnp.PyArray_SIZE(in_use))
     for i in range(n):
-        if not used[at[i]]:
+        if used[at[i]] == 0 or used[at[i]] & SEEN:
+            twice = used[at[i]] != 0
             for k in range(i):
-                used[at[k]] = 1
-            for k in range(i):
-                if at[k] == at[i]:
-                    raise PageOwnershipError(f"page {at[i]} is given twice in one call")
-            raise PageOwnershipError(f"page {at[i]} is freed twice: it is not in use")
+                used[at[k]] &= ~<uint8_t>SEEN
+            raise PageOwnershipError(
+                f"page {at[i]} is given twice in one call" if twice else f"page {at[i]} is freed twice: it is not in use")
+        used[at[i]] |= SEEN
+    for i in range(n):
         used[at[i]] = 0
     memcpy(ids_of(stack) + stack_len, at, 4 * n)
     return n
@@ -179,3 +187,24 @@ def clear_pairs(cnp.ndarray table, keys):
     for i in range(n):
         if 0 <= key[i] < size:
             out[key[i]] = -1
+
+
+def move_values(cnp.ndarray table, keys, cnp.ndarray states, unsigned int allowed, unsigned int to):
+    """``move`` of the values that keys have, and then they have none. Returns: how many; -1, and nothing changes, if a state is
+    no bit of ``allowed``."""
+    cdef cnp.ndarray k = int32_ids(keys)
+    cdef Py_ssize_t n = cnp.PyArray_SIZE(k), i, size = cnp.PyArray_SIZE(table), num_states = cnp.PyArray_SIZE(states), found = 0
+    cdef const int32_t *key = <const int32_t *>cnp.PyArray_DATA(k)
+    cdef int32_t *values = ids_of(table)
+    cdef uint8_t *state = bytes_of(states)
+    for i in range(n):
+        if 0 <= key[i] < size and values[key[i]] >= 0:
+            inside(&values[key[i]], 1, num_states)
+            if not (allowed >> state[values[key[i]]]) & 1:
+                return -1
+    for i in range(n):
+        if 0 <= key[i] < size and values[key[i]] >= 0:
+            state[values[key[i]]] = <uint8_t>to
+            values[key[i]] = -1
+            found += 1
+    return found

@@ -23,6 +23,9 @@ class SlotAllocator:
 
     Args:
         capacity: pages, >= 0. Costs 5 bytes a page.
+    Attributes:
+        states: uint8 [capacity], 0 for a free page, else as ``alloc`` has marked it; the owner may change it to other
+            values of 1 .. 127.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -32,7 +35,7 @@ class SlotAllocator:
         self._fresh = 0
         self._stack = np.zeros(capacity, np.int32)
         self._stack_len = 0
-        self._in_use = np.zeros(capacity, np.bool_)
+        self.states: npt.NDArray[np.uint8] = np.zeros(capacity, np.uint8)
 
     @property
     def available(self) -> int:
@@ -44,24 +47,27 @@ class SlotAllocator:
         """Pages handed out and not freed yet."""
         return self._fresh - self._stack_len
 
-    def alloc(self, num_pages: int) -> PageIds | None:
+    def alloc(self, num_pages: int, mark: int = 1) -> PageIds | None:
         """Take pages: one contiguous run while there is a fresh one, else freed pages, last freed first.
 
+        Args: mark: their state from now on.
         Returns: a new int32 array of num_pages ids, which the caller owns until ``free``; None (and nothing changes) if
             fewer are available.
         Raises: InvalidArgumentError if num_pages < 0.
         """
         if num_pages < 0:
             raise InvalidArgumentError(f"cannot allocate {num_pages} pages")
-        if num_pages > self.capacity - self._fresh + self._stack_len:
+        fresh, stacked = self._fresh, self._stack_len
+        never_used = self.capacity - fresh
+        if num_pages > never_used + stacked:
             return None
-        from_fresh = min(num_pages, self.capacity - self._fresh)
-        if from_fresh < num_pages:  # no run is long enough: keep the rest of the fresh one for a shorter call if we can
-            from_fresh = max(0, num_pages - self._stack_len)
-        from_stack = num_pages - from_fresh
-        ids = take(self._stack, self._stack_len, from_stack, self._fresh, from_fresh, self._in_use)
-        self._stack_len -= from_stack
-        self._fresh += from_fresh
+        from_stack = 0
+        if num_pages > never_used:  # no run is long enough: keep the rest of the fresh one for a shorter call if we can
+            from_stack = min(num_pages, stacked)
+        from_fresh = num_pages - from_stack
+        ids = take(self._stack, stacked, from_stack, fresh, from_fresh, self.states, mark)
+        self._stack_len = stacked - from_stack
+        self._fresh = fresh + from_fresh
         return ids
 
     def free(self, page_ids: npt.ArrayLike) -> None:
@@ -71,7 +77,7 @@ class SlotAllocator:
             ArgumentTypeError: not a one-dimensional array of integers.
             PageOwnershipError: an id outside the pool, one that is free already, or one given twice in this call.
         """
-        self._stack_len += give_back(page_ids, self._in_use, self._stack, self._stack_len)
+        self._stack_len += give_back(page_ids, self.states, self._stack, self._stack_len)
 
     def free_ids(self) -> PageIds:
         """All ids that are free now: a new int32 array, in no order. O(free)."""
@@ -82,7 +88,7 @@ class SlotAllocator:
         """Verify from scratch that each page is either free, once, or in use. O(capacity). Raises: IntegrityError."""
         if not 0 <= self._stack_len <= self._fresh <= self.capacity:
             raise IntegrityError(f"stack {self._stack_len}, fresh {self._fresh}, capacity {self.capacity}")
-        times = np.bincount(self.free_ids(), minlength=self.capacity) + self._in_use
+        times = np.bincount(self.free_ids(), minlength=self.capacity) + (self.states != 0)
         wrong = np.flatnonzero(times != 1)
         if wrong.size:
             raise IntegrityError(f"page {wrong[0]} is free or in use {times[wrong[0]]} times over")

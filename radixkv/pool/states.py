@@ -40,8 +40,7 @@ class MemoryStateInt(IntEnum):
 
 
 _IDLE, _RESERVED, _PROTECTED, _SYNCED, _BACKUP = MemoryStateInt
-_ANY = sum(1 << state for state in MemoryStateInt)
-_ANY_BUT_PROTECTED = _ANY & ~(1 << _PROTECTED)
+_ANY_BUT_PROTECTED = sum(1 << state for state in MemoryStateInt) & ~(1 << _PROTECTED)
 
 
 def _bits(states: tuple[MemoryStateInt, ...]) -> int:
@@ -73,7 +72,7 @@ class HostSlots:
         """Make every page IDLE, whatever it was. No copy may be in flight."""
         with self.lock:
             self._allocator = SlotAllocator(self.num_pages)
-            self._state = np.zeros(self.num_pages, np.uint8)
+            self._state = self._allocator.states  # IDLE is 0: free
 
     def available_size(self) -> int:
         """Slots that can be allocated now."""
@@ -128,10 +127,7 @@ class HostSlots:
     def alloc_pages(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
         """As ``alloc``, in pages; PROTECTED at once if a copy is to write them. Returns: int32 ids, new."""
         with self.lock:
-            pages = self._allocator.alloc(num_pages)
-            if pages is not None:
-                page_ops.move(self._state, pages, _ANY, _PROTECTED if for_copy else _RESERVED)
-        return pages
+            return self._allocator.alloc(num_pages, _PROTECTED if for_copy else _RESERVED)
 
     def free_pages(self, pages: npt.NDArray[Any]) -> None:
         """As ``free``, in pages."""
@@ -140,7 +136,6 @@ class HostSlots:
             if at >= 0:
                 raise StateError(f"host page {pages[at]} is freed while a copy is in flight")
             self._allocator.free(pages)
-            page_ops.move(self._state, pages, _ANY, _IDLE)
 
     def move_pages(self, pages: npt.NDArray[Any], to: MemoryStateInt, verb: str, *allowed: MemoryStateInt) -> None:
         """Change the state of pages that the caller knows to be of this pool.
@@ -152,6 +147,16 @@ class HostSlots:
             at = page_ops.move(self._state, pages, _bits(allowed), to)
             if at >= 0:
                 self._refuse(pages, at, verb, allowed)
+
+    def move_values(
+        self, table: PageIds, keys: PageIds, to: MemoryStateInt, verb: str, *allowed: MemoryStateInt
+    ) -> int:
+        """move_pages of those that ``table`` has for ``keys`` (-1: none), and then it has none. Returns: how many."""
+        with self.lock:
+            moved = page_ops.move_values(table, keys, self._state, _bits(allowed), to)
+            if moved < 0:
+                self._check(page_ops.pairs_of(table, keys), verb, allowed)
+        return moved
 
     def states_of(self, pages: npt.NDArray[Any] | slice) -> npt.NDArray[np.uint8]:
         """The states of pages (slice(None): of all), a copy."""
@@ -235,13 +240,13 @@ class HostSlots:
     def check_integrity(self) -> None:
         """Verify that exactly the allocated pages have a state but IDLE. O(pages). Raises: IntegrityError."""
         with self.lock:
-            self._allocator.check_integrity()
             free = np.zeros(self.num_pages, np.bool_)
             free[self._allocator.free_ids()] = True
             wrong = np.flatnonzero(free != (self._state == _IDLE))
             if wrong.size:
                 page, state = wrong[0], MemoryStateInt(self._state[wrong[0]]).name
                 raise IntegrityError(f"host page {page} is {'free' if free[page] else 'allocated'} and {state}")
+            self._allocator.check_integrity()
 
     def _accessible(self, indices: Any, verb: str, *allowed: MemoryStateInt) -> npt.NDArray[np.int64]:
         """The pages of these slots, if each is in one of these states. Raises: StateError."""

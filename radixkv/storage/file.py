@@ -170,7 +170,7 @@ class FileStorage(Storage):
         except StorageError:
             raise
         except OSError as error:
-            return error
+            return OSError(*error.args)  # the frames of the one raised hold views, and the caller's hold it: a cycle
         return None
 
     def _place(self, pairs: Sequence[tuple[Draft, _Batch]], failures: list[OSError | None]) -> None:
@@ -193,7 +193,7 @@ class FileStorage(Storage):
                 if self.fsync:
                     fsync_folder(draft.final.parent.parent)
         except OSError as error:
-            return error
+            return OSError(*error.args)  # see _write
         return None
 
     def _publish(self, done: Sequence[tuple[Draft, _Batch]], failed: Sequence[Draft], deadline: Deadline) -> set[str]:

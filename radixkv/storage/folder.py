@@ -241,20 +241,30 @@ class Folder:
         except FileNotFoundError:
             return  # removed meanwhile
         except OSError:
-            return self.count("io_errors")
+            return self._add_unreadable(path)
         try:
             entries, after, damaged, file_bytes = read_index(fd)
             used_ns = os.fstat(fd).st_mtime_ns
         except TornSegmentError:
             self.count("torn")
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError:
+                self._add_unreadable(path)
         except OSError:
-            self.count("io_errors")
+            self._add_unreadable(path)
         else:
             self.count("torn", damaged)
             self.view.add(Segment(name, whole_blocks(file_bytes), used_ns, used_ns, after), entries)
         finally:
             os.close(fd)
+
+    def _add_unreadable(self, path: Path) -> None:
+        """It takes room, so it counts and goes in its turn; what is in it is not known until the next start."""
+        self.count("io_errors")
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found = os.stat(path)
+            self.view.add(Segment(path.name, whole_blocks(found.st_size), found.st_mtime_ns, found.st_mtime_ns), {})
 
     def forget(self, segment: Segment) -> None:
         """Someone removed its file."""

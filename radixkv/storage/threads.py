@@ -69,7 +69,10 @@ class DaemonPool:
             if not helper.cancel():
                 helper.result()
         if errors:
-            raise errors[0]
+            try:
+                raise errors[0]
+            finally:
+                errors.clear()  # else the error and this frame hold each other, and views of the caller's memory
         return [results[index] for index in range(len(tasks))]
 
     def shutdown(self, wait: bool = True) -> None:

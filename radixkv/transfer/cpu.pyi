@@ -1,12 +1,14 @@
 from typing import Literal
 
 from ..pool.layout import KVGeometry, KVView
+from ..types import PageIds
 from .base import Pages, Transfer
 from .loops import Loops
 from .plan import CopyPlan
 
 Store = Literal["auto", "cached", "stream"]
 STORES: dict[str, int]
+SLICE_BYTES: int
 
 class Progress:
     def __init__(self, num_layers: int) -> None: ...
@@ -39,6 +41,7 @@ class CpuRoute:
     layers: range
     def __init__(self, transfer: CpuTransfer, src: KVView, dst: KVView, layers: range | None = None) -> None: ...
     def copy(self, src_pages: Pages, dst_pages: Pages, progress: Progress | None = None) -> None: ...
+    def copy_until(self, src_pages: PageIds, dst_pages: PageIds, until_s: float | None = None) -> int: ...
 
 def run_loops(
     loops: Loops, num_layers: int, num_threads: int, store: Store, progress: Progress | None = None

@@ -11,6 +11,7 @@ cimport numpy as cnp
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from operator import index
+from time import monotonic
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from .loops import loops_of
 from .plan import overlap_of, plan_copy
 
 cnp.import_array()
+
+SLICE_BYTES = 4 << 20
+"""What ``copy_until`` copies between two looks at the clock: about a millisecond."""
 
 cdef extern from "copy.h" nogil:
     enum: RKV_COPY_MAX_LOOPS
@@ -305,6 +309,23 @@ cdef class CpuRoute:
         except BaseException as error:
             progress.fail(error)
             raise
+
+    def copy_until(self, src_pages, dst_pages, until_s=None):
+        """Copy pages from the first one on, in slices of 4 MiB (or a page), until ``time.monotonic()`` has reached until_s.
+
+        Args: src_pages, dst_pages: as ``copy``, arrays; until_s: None: all of them.
+        Returns: how many it has copied; at least a slice. Raises: as ``copy``, with earlier slices copied.
+        """
+        cdef Py_ssize_t total = len(src_pages), done = 0, step = max(1, SLICE_BYTES // self.transfer.geometry.page_bytes)
+        if until_s is None or total <= step or total != len(dst_pages):
+            self._copy(src_pages, dst_pages, None)
+            return total
+        while done < total:
+            self._copy(src_pages[done:done + step], dst_pages[done:done + step], None)
+            done = min(total, done + step)
+            if monotonic() >= until_s:
+                break
+        return done
 
     cdef int _copy(self, src_pages, dst_pages, Progress progress) except -1:
         cdef rkv_copy_route *route = &self.plain if progress is None else &self.by_layer

@@ -577,6 +577,16 @@ cdef inline void adopt_path(Tree *t, const Adding *a) noexcept nogil:
         i = next_
 
 
+cdef inline void write_adopted(const Tree *t, const Adding *a, int32_t *host_ids) noexcept nogil:
+    """Copy out the host ids of the nodes that are about to adopt, each to where its page is in the key."""
+    cdef uint32_t i = a.walk.node
+    cdef const Node *n = &t.nodes[i]
+    while not n.flags & DEVICE:
+        memcpy(host_ids + (n.end_page - n.num_pages), t.store.host + n.start, 4 * <size_t>n.num_pages)
+        i = n.parent
+        n = &t.nodes[i]
+
+
 cdef inline void write_duplicates(const Tree *t, const Adding *a, int32_t *duplicates) noexcept nogil:
     """Copy the duplicates out in key order, from the back; the tree still shows what it held before the insert."""
     cdef uint32_t i = a.walk.node, end = a.walk.pages, pages, k
@@ -650,8 +660,12 @@ cdef inline void walk_from_hint(Tree *t, Adding *a, const rkv_match *hint, uint6
 
 
 cdef inline rkv_status insert(Tree *t, const rkv_key *key, const int32_t *ids, uint64_t num_ids, const rkv_match *hint,
-                              int32_t priority, uint32_t tier, int32_t *duplicates, rkv_insert *out) noexcept nogil:
+                              int32_t priority, uint32_t tier, int32_t *duplicates, uint64_t *num_adopted,
+                              rkv_insert *out) noexcept nogil:
     """1. walk   2. reserve memory   3. claim the ids   4. split   5. path: stamps, hits, duplicates   6. adopt   7. tail
+
+    num_adopted: NULL, or how many pages behind the prefix were adopted; their host ids are written behind the duplicates, each to
+    where its page is in the key (a prefix has no more duplicates than pages).
 
           root                     root
            |                        |
@@ -697,6 +711,9 @@ cdef inline rkv_status insert(Tree *t, const rkv_key *key, const int32_t *ids, u
     if a.duplicates:
         write_duplicates(t, &a, duplicates)
     if tier == DEVICE:
+        if num_adopted != NULL and a.walk.pages > a.prefix_pages:
+            num_adopted[0] = a.walk.pages - a.prefix_pages
+            write_adopted(t, &a, duplicates)
         adopt_path(t, &a)
     if a.walk.pages < a.pages:
         add_tail(t, &a)

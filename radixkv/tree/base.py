@@ -82,6 +82,11 @@ class InsertResult(Protocol):
     def duplicate_page_ids(self) -> PageIds:
         """The caller's ids, in key order, at those positions where they differ from the tree's."""
 
+    @property
+    def adopted_host_page_ids(self) -> PageIds:
+        """The host pages of nodes that were host-only and have taken the caller's device pages: those of the same
+        number of pages from prefix_tokens on."""
+
 
 class InsertHostResult(Protocol):
     """What insert_host did."""
@@ -393,6 +398,14 @@ class BaseRadixTree(ABC):
         self.mark(node, set=marks)
         self.lock(node)
         return info.page_ids
+
+    def begin_writes(self, node: int, min_hits: int, marks: int) -> list[tuple[int, PageIds]]:
+        """``begin_write`` of all that is ``due`` for the host along a path, root side first, in one step.
+
+        Returns: each node with its device pages. Raises: as ``due`` and ``begin_write``.
+        """
+        begun = [(part, self.begin_write(part, marks)) for part in self.due(node, "host", min_hits, marks)]
+        return [(part, pages) for part, pages in begun if pages is not None]
 
     def host_pages(self, node: int) -> tuple[int, PageIds | None]:
         """A node's parent (ROOT for the first of a path), and its host pages, a new int32 array; None: it has none.

@@ -238,7 +238,8 @@ cdef public rkv_status rkv_tree_match_extend(rkv_tree *tree, const rkv_match *pr
 
 
 cdef rkv_status insert_tier(Tree *t, const rkv_key *key, const int32_t *ids, size_t num_pages, const rkv_match *hint,
-                            int32_t priority, uint32_t tier, int32_t *duplicates, rkv_insert *out) noexcept nogil:
+                            int32_t priority, uint32_t tier, int32_t *duplicates, uint64_t *num_adopted,
+                            rkv_insert *out) noexcept nogil:
     cdef rkv_status status
     if t == NULL:
         return no_tree()
@@ -248,7 +249,7 @@ cdef rkv_status insert_tier(Tree *t, const rkv_key *key, const int32_t *ids, siz
     if duplicates == NULL and num_pages > 0:
         return fail(RKV_ERR_ARGUMENT, b"insert: duplicates is NULL")
     rwlock_write(&t.lock)
-    status = insert(t, key, ids, num_pages, hint, priority, tier, duplicates, out)
+    status = insert(t, key, ids, num_pages, hint, priority, tier, duplicates, num_adopted, out)
     rwlock_release(&t.lock)
     return status
 
@@ -256,13 +257,13 @@ cdef rkv_status insert_tier(Tree *t, const rkv_key *key, const int32_t *ids, siz
 cdef public rkv_status rkv_tree_insert(rkv_tree *tree, const rkv_key *key, const int32_t *page_ids, size_t num_pages,
                                        const rkv_match *hint, int32_t priority, int32_t *duplicates,
                                        rkv_insert *out) noexcept nogil:
-    return insert_tier(<Tree *>tree, key, page_ids, num_pages, hint, priority, DEVICE, duplicates, out)
+    return insert_tier(<Tree *>tree, key, page_ids, num_pages, hint, priority, DEVICE, duplicates, NULL, out)
 
 
 cdef public rkv_status rkv_tree_insert_host(rkv_tree *tree, const rkv_key *key, const int32_t *host_page_ids, size_t num_pages,
                                             const rkv_match *hint, int32_t priority, int32_t *duplicates,
                                             rkv_insert *out) noexcept nogil:
-    return insert_tier(<Tree *>tree, key, host_page_ids, num_pages, hint, priority, HOST, duplicates, out)
+    return insert_tier(<Tree *>tree, key, host_page_ids, num_pages, hint, priority, HOST, duplicates, NULL, out)
 
 
 cdef enum:
@@ -994,6 +995,7 @@ _C_API = PyCapsule_New(<void *>rkv_get_api(RKV_ABI_VERSION), b"radixkv._C_API", 
 cdef enum:
     NOGIL_TOKENS = 65536            # calls about more tokens release it in any case
     NODES_AT_ONCE = 64              # of a path; a longer one takes a second walk
+    PAGES_AT_ONCE = 256             # of an insert; more take a malloc
 
 
 cdef int raise_status(rkv_status status) except -1:
@@ -1007,6 +1009,11 @@ cdef object int32_array(const int32_t *ids, uint64_t n):
     if n:
         memcpy(cnp.PyArray_DATA(array), ids, 4 * n)
     return array
+
+
+cdef object NO_IDS = np.zeros(0, np.int32)
+"""No page ids. Nobody can write to it, so one is enough."""
+cdef object ZERO = 0
 
 
 cdef int read_node(object node, rkv_node *out) except -1:
@@ -1120,11 +1127,23 @@ cdef class MatchResult:
                 f"device_node={self.device_node:#x}, host_node={self.host_node:#x})")
 
 
+cdef struct PagesOut:               # what an insert says of page ids
+    int32_t few[PAGES_AT_ONCE]
+    int32_t *ids                    # few, or memory of malloc
+    uint64_t num_adopted
+
+
+cdef inline void release_pages(PagesOut *pages) noexcept:
+    if pages.ids != pages.few:
+        free(pages.ids)
+
+
 cdef class InsertResult:
     """What insert did; see base.InsertResult."""
     cdef readonly int64_t prefix_tokens
     cdef readonly uint64_t node
     cdef readonly object duplicate_page_ids
+    cdef readonly object adopted_host_page_ids
 
     def __repr__(self):
         return f"InsertResult(prefix_tokens={self.prefix_tokens}, node={self.node:#x}, duplicates={len(self.duplicate_page_ids)})"
@@ -1393,16 +1412,14 @@ cdef class RadixTree:
 
     # ---- growth ----
 
-    cdef object add(self, object tokens, object page_ids, object match, object extra_key, object cache_salt, object priority,
-                    bint host, rkv_insert *out):
-        """insert and insert_host; returns the duplicates, a new int32 array."""
+    cdef int add(self, object tokens, object page_ids, object match, object extra_key, object cache_salt, object priority, bint host,
+                 rkv_insert *out, PagesOut *pages) except -1:
+        """insert and insert_host. pages: release_pages must follow, also after an exception."""
         cdef rkv_key key
         cdef TokenView view, ids
         cdef const rkv_match *hint = NULL
-        cdef int32_t small[64]
-        cdef int32_t *buffer = small
         cdef bytes namespace = None
-        cdef int64_t wanted = read_int64(priority, "priority")
+        cdef int64_t wanted = 0 if priority is ZERO else read_int64(priority, "priority")
         cdef rkv_status status
         if wanted < -0x80000000 or wanted > 0x7fffffff:
             raise InvalidArgumentError(f"priority is {wanted}, outside {-0x80000000} .. {0x7fffffff}")
@@ -1416,47 +1433,58 @@ cdef class RadixTree:
         try:
             self.make_key(&key, &view, tokens, namespace)
             read_tokens(page_ids, &ids)
-            if ids.n > 64:
-                buffer = <int32_t *>malloc(4 * ids.n)
-                if buffer == NULL:
-                    raise AllocationError(f"no memory for up to {ids.n} duplicate page ids")
+            if ids.n > PAGES_AT_ONCE:
+                pages.ids = <int32_t *>malloc(4 * ids.n)
+                if pages.ids == NULL:
+                    raise AllocationError(f"no memory for {ids.n} page ids")
             if self.try_lock(key.num_tokens):
-                status = insert(<Tree *>self.c, &key, ids.data, ids.n, hint, <int32_t>wanted, HOST if host else DEVICE, buffer, out)
+                status = insert(<Tree *>self.c, &key, ids.data, ids.n, hint, <int32_t>wanted, HOST if host else DEVICE, pages.ids,
+                                &pages.num_adopted, out)
                 self.release()
             else:
                 with nogil:
-                    status = self.add_pages(&key, &ids, hint, <int32_t>wanted, buffer, host, out)
+                    status = insert_tier(<Tree *>self.c, &key, ids.data, ids.n, hint, <int32_t>wanted, HOST if host else DEVICE,
+                                         pages.ids, &pages.num_adopted, out)
             if status != RKV_OK:
                 raise_status(status)
-            return int32_array(buffer, out.num_duplicates)
+            return 0
         finally:
-            if buffer != small:
-                free(buffer)
             release_tokens(&view)
             release_tokens(&ids)
-
-    cdef rkv_status add_pages(self, const rkv_key *key, const TokenView *ids, const rkv_match *hint, int32_t priority,
-                              int32_t *duplicates, bint host, rkv_insert *out) noexcept nogil:
-        if host:
-            return rkv_tree_insert_host(self.c, key, ids.data, ids.n, hint, priority, duplicates, out)
-        return rkv_tree_insert(self.c, key, ids.data, ids.n, hint, priority, duplicates, out)
 
     def insert(self, tokens, page_ids, match=None, extra_key=None, cache_salt=None, priority=0):
         """Insert a key with its device pages; see BaseRadixTree.insert."""
         cdef rkv_insert out
+        cdef PagesOut pages
         cdef InsertResult result = InsertResult.__new__(InsertResult)
-        result.duplicate_page_ids = self.add(tokens, page_ids, match, extra_key, cache_salt, priority, False, &out)
-        result.prefix_tokens = out.prefix_tokens
-        result.node = out.node
+        pages.ids = pages.few
+        pages.num_adopted = 0
+        try:
+            self.add(tokens, page_ids, match, extra_key, cache_salt, priority, False, &out, &pages)
+            result.prefix_tokens = out.prefix_tokens
+            result.node = out.node
+            result.duplicate_page_ids = int32_array(pages.ids, out.num_duplicates) if out.num_duplicates else NO_IDS
+            result.adopted_host_page_ids = NO_IDS
+            if pages.num_adopted:
+                result.adopted_host_page_ids = int32_array(pages.ids + out.prefix_tokens // self.c_page_size, pages.num_adopted)
+        finally:
+            release_pages(&pages)
         return result
 
     def insert_host(self, tokens, host_page_ids, match=None, extra_key=None, cache_salt=None, priority=0):
         """Insert pages that are on the host only; see BaseRadixTree.insert_host."""
         cdef rkv_insert out
+        cdef PagesOut pages
         cdef InsertHostResult result = InsertHostResult.__new__(InsertHostResult)
-        result.duplicate_host_page_ids = self.add(tokens, host_page_ids, match, extra_key, cache_salt, priority, True, &out)
-        result.prefix_tokens = out.prefix_tokens
-        result.node = out.node
+        pages.ids = pages.few
+        pages.num_adopted = 0
+        try:
+            self.add(tokens, host_page_ids, match, extra_key, cache_salt, priority, True, &out, &pages)
+            result.prefix_tokens = out.prefix_tokens
+            result.node = out.node
+            result.duplicate_host_page_ids = int32_array(pages.ids, out.num_duplicates) if out.num_duplicates else NO_IDS
+        finally:
+            release_pages(&pages)
         return result
 
     # ---- protection ----
@@ -1624,6 +1652,40 @@ cdef class RadixTree:
             return None if ids == NULL else int32_array(ids, n)
         finally:
             free(ids)
+
+    def begin_writes(self, node, min_hits, marks):
+        """Lock and mark what is due for the host along a path: (node, device pages) each; see BaseRadixTree.begin_writes."""
+        cdef rkv_node handle
+        cdef rkv_node due[NODES_AT_ONCE]
+        cdef uint32_t mask = read_marks(marks, "marks")
+        cdef int64_t hits = read_int64(min_hits, "min_hits")
+        cdef int32_t *ids[NODES_AT_ONCE]
+        cdef uint64_t pages[NODES_AT_ONCE]
+        cdef size_t n = 0, begun = 0, k
+        cdef rkv_status status
+        if hits < 0:
+            raise InvalidArgumentError(f"min_hits is {hits}, less than 0")
+        read_node(node, &handle)
+        self.hold()
+        status = list_locked(<Tree *>self.c, handle, LIST_DUE_FOR_HOST, hits, mask, due, NODES_AT_ONCE, &n)
+        while status == RKV_OK and begun < n:
+            ids[begun] = NULL
+            status = begin_write_locked(<Tree *>self.c, due[begun], mask, &ids[begun], &pages[begun])
+            begun += 1
+        self.release()
+        try:
+            if status == RKV_ERR_CAPACITY:      # a deep path that is due as a whole: node by node
+                return self.begin_one_by_one(handle, hits, mask)
+            if status != RKV_OK:
+                raise_status(status)
+            return [(due[k], int32_array(ids[k], pages[k])) for k in range(begun)]
+        finally:
+            for k in range(begun):
+                free(ids[k])
+
+    cdef list begin_one_by_one(self, rkv_node node, int64_t min_hits, uint32_t marks):
+        begun = [(part, self.begin_write(part, marks)) for part in self.due(node, "host", min_hits, marks)]
+        return [(part, pages) for part, pages in begun if pages is not None]
 
     def host_pages(self, node):
         """A node's parent and its host pages, None if it has none; see BaseRadixTree.host_pages."""

@@ -191,11 +191,13 @@ class ReferenceTree(BaseRadixTree):
         steps = self._cut(steps)
         self._tick_and_stamp(steps)
         at = 0
+        adopted: list[int] = []
         for node, used in steps:
             node.priority = max(node.priority, priority)
             if node.pages is not None:
                 node.hit_count += 1
             else:
+                adopted += node.host_pages or []
                 self._enter_device(node, ids[at // self.page_size : (at + used) // self.page_size])
             at += used
         end = steps[-1].node if steps else None
@@ -203,7 +205,7 @@ class ReferenceTree(BaseRadixTree):
             end = self._grow(end, namespace, key[at:], priority, hit_count=1)
             self._enter_device(end, ids[at // self.page_size :])
         duplicates = [mine for mine, here in zip(ids, present, strict=False) if mine != here]
-        return InsertResult(len(present) * self.page_size, end.handle if end else ROOT, duplicates)
+        return InsertResult(len(present) * self.page_size, end.handle if end else ROOT, duplicates, adopted)
 
     def insert_host(
         self,

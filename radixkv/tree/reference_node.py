@@ -255,12 +255,13 @@ class MatchResult:
 class InsertResult:
     """See base.InsertResult."""
 
-    __slots__ = ("duplicate_page_ids", "node", "prefix_tokens")
+    __slots__ = ("adopted_host_page_ids", "duplicate_page_ids", "node", "prefix_tokens")
 
-    def __init__(self, prefix_tokens: int, node: int, duplicates: list[int]) -> None:
+    def __init__(self, prefix_tokens: int, node: int, duplicates: list[int], adopted: list[int]) -> None:
         self.prefix_tokens = prefix_tokens
         self.node = node
         self.duplicate_page_ids = id_array(duplicates)
+        self.adopted_host_page_ids = id_array(adopted)
 
     def __repr__(self) -> str:
         return f"InsertResult(prefix_tokens={self.prefix_tokens}, node={self.node:#x}, " \

@@ -18,7 +18,7 @@ from radixkv import RadixTree
 from radixkv.controller import Controller, ControllerConfig, CpuMover, Polled
 from radixkv.controller.base import Digests
 from radixkv.controller.lanes import CopyTicket
-from radixkv.controller.workers import Job, work_on
+from radixkv.controller.workers import Job, let_go, work_on
 from radixkv.errors import GroupError
 from radixkv.pool.arena import ArenaConfig
 from radixkv.pool.host import HostKVCache, HostPoolConfig
@@ -33,6 +33,8 @@ from radixkv.types import ROOT, PageIds
 
 GEOMETRY = KVGeometry(kind="mha", num_layers=2, num_heads=1, head_bytes=16, page_size=4)
 P = GEOMETRY.page_size
+POISON = 0xEE
+"""Every byte of pages that were just handed out."""
 NOTHING_THERE = {MemoryStateInt.IDLE, MemoryStateInt.RESERVED}
 
 
@@ -62,13 +64,26 @@ class DeviceMemory(SlotAllocator):
         if self.refuse:
             self.refuse -= 1
             return None
-        return super().alloc(num_pages)
+        pages = super().alloc(num_pages)
+        if pages is not None:
+            self.data[pages] = POISON
+        return pages
+
+
+class PoisonedHost(HostKVCache):
+    """Pages that are handed out hold nothing right by accident. page_first."""
+
+    def alloc_pages(self, num_pages: int, for_copy: bool = False) -> PageIds | None:
+        pages = super().alloc_pages(num_pages, for_copy)
+        if pages is not None:
+            self.kv_buffer[:, pages] = POISON
+        return pages
 
 
 def host_cache(num_pages: int) -> HostKVCache:
     """A host pool that does not mind how little memory the machine has."""
     config = HostPoolConfig(headroom_bytes=0, arena=ArenaConfig(huge_pages="none"))
-    return HostKVCache(GEOMETRY, num_pages * P, "page_first", config=config)
+    return PoisonedHost(GEOMETRY, num_pages * P, "page_first", config=config)
 
 
 class ScriptedTicket(CopyTicket):
@@ -91,13 +106,15 @@ class ScriptedMover:
     """A Mover that copies when told: ``step()`` runs the oldest copy. ``instant``: each at once. ``begins``: a copy
     begins at once, so that it cannot be cancelled, and ends with its step. ``fail``: what a copy of a kind raises."""
 
-    def __init__(self, device: DeviceMemory, host: HostKVCache) -> None:
-        transfer = CpuTransfer(GEOMETRY, 1)
+    def __init__(self, device: Any, host: HostKVCache) -> None:
+        """Args: device: a DeviceMemory, or anything with ``view`` and ``free_ids``."""
+        transfer = CpuTransfer(host.geometry, 1)
         self._device, self._host = device, host
         self._to_host = transfer.route(device.view(), host.view())
         self._to_device = transfer.route(host.view(), device.view())
         self.waiting: list[tuple[str, ScriptedTicket]] = []
         self.instant = self.begins = False
+        self.ticket: Callable[..., ScriptedTicket] = ScriptedTicket
         self.fail: Callable[[str], BaseException | None] = lambda kind: None
 
     def backup(self, device_pages: PageIds, host_pages: PageIds) -> CopyTicket:
@@ -109,7 +126,7 @@ class ScriptedMover:
             states = set(self._host.states_of(host_pages).tolist())
             assert states == {MemoryStateInt.PROTECTED}, f"a copy writes host pages in states {states}"
 
-        return self._put("backup", ScriptedTicket(copy), check)
+        return self._put("backup", self.ticket(copy), check)
 
     def flush(self) -> None:
         """Copies begin when the test says."""
@@ -123,10 +140,10 @@ class ScriptedMover:
             free = set(device_pages.tolist()) & set(self._device.free_ids().tolist())
             assert not free, f"a copy writes device pages {free}, which are free"
 
-        return self._put("load", ScriptedTicket(copy, progress.fail), check)
+        return self._put("load", self.ticket(copy, progress.fail), check)
 
     def new_progress(self) -> Progress:
-        return Progress(GEOMETRY.num_layers)
+        return Progress(self._host.geometry.num_layers)
 
     def _raise(self, kind: str) -> None:
         error = self.fail(kind)
@@ -217,6 +234,7 @@ class ScriptedEdge:
             del self.waiting[at]
             job.end()
         except Exception as error:
+            let_go(error)
             del self.waiting[at]
             job.end(error)
         job.cancelled = cancelled
@@ -296,16 +314,20 @@ def launch(tmp_path: Path, size: int, module: str = "tests.controller.rank", **j
         )
         for rank in range(size)
     ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300) for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     failed = [errors[-3000:] for rank, (_, errors) in zip(ranks, outputs, strict=True) if rank.returncode]
     assert not failed, min(failed, key=lambda errors: "closed by peer" in errors)
     return [json.loads(out.splitlines()[-1]) if out.strip() else {} for out, _ in outputs]
 
 
-def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "test") -> PageStore:
-    """Pages of a host pool in a storage of its own, or a given one."""
+def page_store(host: HostKVCache, storage: Storage | None = None, model: str = "test", **more: Any) -> PageStore:
+    """Pages of a host pool in a storage of its own, or a given one. more: of PageStore."""
     namespace = PageNamespace.of_geometry(host.geometry, host.page_dims, model=model, dtype="uint8")
-    return PageStore(storage or MemoryStorage(), namespace, host_page_parts(host))
+    return PageStore(storage or MemoryStorage(), namespace, host_page_parts(host), **more)
 
 
 class Stack:
@@ -315,7 +337,7 @@ class Stack:
     def __init__(
         self, device_pages: int = 32, host_pages: int = 64, *, tree: Any = None, threads: bool = False,
         storage: Any = None, group: Any = None, listener: Any = None, clock: Callable[[], float] | None = None,
-        gpu: Any = None, **config: Any,
+        gpu: Any = None, model: str = "test", **config: Any,
     ) -> None:  # fmt: skip
         self.device: Any = DeviceMemory(device_pages) if gpu is None else gpu.device_memory(device_pages)
         self.host = host_cache(host_pages) if gpu is None else gpu.host_cache(host_pages)
@@ -333,7 +355,7 @@ class Stack:
                "storage_batch_pages": 2} | config
         )  # fmt: skip
         self.edge: Any = None
-        self.pages = page_store(self.host, None if storage is True else storage) if storage else None
+        self.pages = page_store(self.host, None if storage is True else storage, model, **more) if storage else None
         if self.pages is not None and not threads:
             self.edge = ScriptedEdge(self.pages, self.config, self.host)
         self.controller = Controller(

@@ -11,9 +11,12 @@ import argparse
 import contextlib
 import hashlib
 import json
+import random
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,56 @@ LAST_LAYER = GEOMETRY.num_layers - 1
 POLICIES = ("write_through", "write_through_selective", "write_back")
 
 
+class Driver:
+    """Random steps, each drawn by its weight from ``ACTIONS``."""
+
+    ACTIONS: tuple[tuple[Any, float], ...]
+    settings: Mapping[str, Any]
+    place = 0
+    """Of runs with the same seed, side by side."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.random = np.random.default_rng([seed, self.place] if self.place else seed)
+        random.seed(seed)  # how long a breaker stays open
+        self.trouble, self.at = 0.0, 0
+        self.done: Counter[str] = Counter()
+
+    def chance(self, share: float) -> bool:
+        return bool(self.random.random() < share)
+
+    def act(self, action: Any) -> None:
+        """One step."""
+        action(self)
+
+    def run(self, steps: int) -> None:
+        """That many random steps, then an orderly end."""
+        self.steps(steps)
+        with self.told():
+            self.end()
+
+    def steps(self, steps: int) -> None:
+        """That many random steps."""
+        weights = np.array([weight for _, weight in self.ACTIONS])
+        with self.told():
+            for action in self.random.choice(len(self.ACTIONS), steps, p=weights / weights.sum()):
+                self.act(self.ACTIONS[action][0])
+                self.at += 1
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """What is raised says where."""
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"seed {self.seed}.{self.place}, at step {self.at}; settings {self.settings}")
+            raise
+
+    def end(self) -> None:
+        """Come to rest, and let go of everything."""
+        raise NotImplementedError
+
+
 class Unreliable(Storage):
     """Another storage, that fails, loses and damages as ``chance`` says; see the base class."""
 
@@ -48,12 +101,7 @@ class Unreliable(Storage):
         return bool(self.random.random() < self.chance)
 
     def put_many(self, keys: Any, parts: Any, *, timeout_s: float | None = None) -> Any:
-        if self._fails():
-            raise StorageError("no connection")
-        flags = self.inner.put_many(keys, parts, timeout_s=timeout_s)
-        if self._fails():
-            flags[self.random.integers(len(flags))] = False
-        return flags
+        return self.put_each(keys, parts, timeout_s=timeout_s)
 
     def put_each(self, keys: Any, parts: Any, prepare: Any = None, *, after: Any = None, timeout_s: Any = None) -> Any:
         if self._fails():
@@ -123,7 +171,7 @@ class Request:
     pages: list[PageIds] = field(default_factory=list)
 
 
-class Soak:
+class Soak(Driver):
     """One run, on one rank.
 
     What the engine does is drawn alike on all ranks (``random``); when copies and storage calls end, how, and what the
@@ -136,16 +184,15 @@ class Soak:
     def __init__(
         self, seed: int, tree: str = "core", storage: Storage | None = None, group: Any = None, shared: bool = False
     ) -> None:
-        self.random = np.random.default_rng(seed)
+        super().__init__(seed)
         self.group, self.shared = group or LocalGroup(), shared
         self.local = np.random.default_rng([seed, self.group.rank])
         self.rank_salt = b"" if shared else bytes([self.group.rank])
         self.tree_name = tree
         self.storage = Unreliable(storage or MemoryStorage(), np.random.default_rng([seed, self.group.rank, 1]))
         self.now_s = 0.0
-        self.trouble, self.at = 0.0, 0
         self.copy_speed = self.storage_speed = 1.0
-        self.done: Counter[str] = Counter()
+        self.model = "test"
         self.served_pages = 0
         self.segments = [self.random.integers(0, 50, int(n) * P) for n in self.random.integers(1, 4, 6)]
         self.requests: list[Request] = []
@@ -172,7 +219,7 @@ class Soak:
         tree = RadixTree(P, page_hash=page_hash) if self.tree_name == "core" else ReferenceTree(P)
         self.stack = Stack(
             self.device_pages, self.host_pages, tree=tree, storage=self.storage, clock=lambda: self.now_s,
-            group=self.group, **self.settings,
+            group=self.group, model=self.model, **self.settings,
         )  # fmt: skip
         self.stack.mover.fail = self.copy_error
         self.controller = self.stack.controller
@@ -180,9 +227,6 @@ class Soak:
 
     def copy_error(self, kind: str) -> BaseException | None:
         return TransferError("the copy failed") if self.local.random() < self.trouble else None
-
-    def chance(self, share: float) -> bool:
-        return bool(self.random.random() < share)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
     def new_request(self) -> None:
@@ -202,7 +246,8 @@ class Soak:
                 getattr(self, f"do_{request.step}")(request)
 
     def content(self, request: Request, pages: int | None = None) -> np.ndarray[Any, Any]:
-        return content_of(request.tokens, pages, self.rank_salt + encode_namespace(None, request.salt))
+        salt = self.rank_salt + self.model.encode() + encode_namespace(None, request.salt)
+        return content_of(request.tokens, pages, salt)
 
     def verify(self, request: Request, pages: PageIds) -> None:
         """These are the first pages of the prompt: every byte."""
@@ -390,19 +435,9 @@ class Soak:
         (evict_host, 0.5), (some_node, 2), (refuse, 0.5), (change_trouble, 0.5), (machine, 0.5), (reset, 0.1),
         (reattach, 0.1), (restart, 0.05), (check, 3),
     )  # fmt: skip
-    WEIGHTS = np.array([weight for _, weight in ACTIONS]) / sum(weight for _, weight in ACTIONS)
-
-    def run(self, steps: int) -> None:
-        """That many random steps, then an orderly end."""
-        try:
-            for action in self.random.choice(len(self.ACTIONS), steps, p=self.WEIGHTS):
-                self.ACTIONS[action][0](self)
-                self.at += 1
-            self.finish()
-            self.stack.close()
-        except BaseException as error:
-            error.add_note(f"at step {self.at}; settings {self.settings}")
-            raise
+    def end(self) -> None:
+        self.finish()
+        self.stack.close()
 
     def finish(self) -> None:
         """All requests end; then everything must come to rest, and every page back."""
@@ -456,7 +491,7 @@ class ThreadedSoak(Soak):
         settings = self.settings | {"copy_timeout_s": 30.0, "settle_timeout_s": 30.0}
         self.stack = Stack(
             self.device_pages, self.host_pages, tree=tree, threads=True, storage=self.storage,
-            clock=lambda: self.now_s, gpu=self.gpu, **settings,
+            clock=lambda: self.now_s, gpu=self.gpu, model=self.model, **settings,
         )  # fmt: skip
         self.controller = self.stack.controller
         self.requests = []
@@ -487,7 +522,6 @@ class ThreadedSoak(Soak):
           ("copy", "call_storage", "machine", "reattach")),
         (copy, 40), (reattach, 0.1),
     )  # fmt: skip
-    WEIGHTS = np.array([weight for _, weight in ACTIONS]) / sum(weight for _, weight in ACTIONS)
 
 
 def main() -> None:
@@ -496,6 +530,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first run")
     parser.add_argument("--steps-each", type=int, default=5_000, help="of a run, before the next seed")
     parser.add_argument("--tree", choices=["core", "reference"], default="core")
+    parser.add_argument("--files", action="store_true", help="storage in a folder, which outlives the processes on it")
     parser.add_argument("--cuda", choices=["kernel", "engine", "auto"], help="on GPU 0, copied by this path")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--threads", action="store_true", help="with the real threads; a seed does not name a run then")
@@ -508,15 +543,15 @@ def main() -> None:
     began_s, seed, left, served = time.time(), options.seed, options.steps, 0
     while left > 0:
         steps = min(left, options.steps_each)
-        soak = ThreadedSoak(seed, gpu) if options.threads or gpu else Soak(seed, options.tree)
         try:
-            soak.run(steps)
+            served += run_one(options, gpu, seed, steps)
         except BaseException:
             again = f"python -m tests.controller.soak --seed {seed} --steps {steps} --steps-each {steps}"
             more = f"--cuda {options.cuda}" if gpu else f"--tree {options.tree}"
+            more += " --files" * options.files + " --threads" * options.threads
             print(f"seed {seed} fails; again: {again} {more}", file=sys.stderr)
             raise
-        seed, left, served = seed + 1, left - steps, served + soak.served_pages
+        seed, left = seed + 1, left - steps
         if gpu is not None:
             gpu.free()
     seconds = time.time() - began_s
@@ -526,6 +561,23 @@ def main() -> None:
                    "copies": None if gpu is None else gpu.copies}  # fmt: skip
         options.json.write_text(json.dumps(figures))
     print(f"{options.steps} steps, seeds {options.seed} .. {seed - 1}: {served} pages verified, {seconds:.1f} s")
+
+
+def run_one(options: Any, gpu: Any, seed: int, steps: int) -> int:
+    """One seed. Returns: pages served."""
+    threads = options.threads or gpu is not None
+    if not options.files:
+        soak = ThreadedSoak(seed, gpu) if threads else Soak(seed, options.tree)
+        soak.run(steps)
+        return soak.served_pages
+    from .soak_files import ThreadedFileSoak, soak_on_files
+
+    with tempfile.TemporaryDirectory(prefix="radixkv-soak-", ignore_cleanup_errors=True) as folder:
+        if not threads:
+            return soak_on_files(seed, steps, Path(folder), options.tree)["served"]
+        soak = ThreadedFileSoak(seed, Path(folder), gpu)
+        soak.run(steps)
+        return soak.served_pages
 
 
 if __name__ == "__main__":

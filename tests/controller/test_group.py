@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import threading
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from radixkv.controller import LocalGroup, TorchGroup
+from radixkv.controller.agree import compare_ranks
 from radixkv.errors import GroupError, InvalidArgumentError, LoadError, TransferError
 from radixkv.storage import MemoryStorage
 from radixkv.tree.page_hash import sha256_chain
@@ -230,10 +232,25 @@ def test_ranks_that_were_made_differently_are_refused() -> None:
     def run(group: ThreadGroup) -> None:
         with pytest.raises(InvalidArgumentError, match="ranks differ in host pages: "):
             Stack(group=group, host_pages=16 + group.rank)
-        with pytest.raises(InvalidArgumentError, match="ranks differ in settings"):
-            Stack(group=group, load_back_threshold=group.rank)
+        wrong = "load_back_threshold: 0.0 (rank 0), 1.0 (rank 1); max_writes: 1.0 (rank 0), 2.0 (rank 1)"
+        with pytest.raises(InvalidArgumentError, match=re.escape(f"ranks differ in {wrong}")):
+            Stack(group=group, load_back_threshold=group.rank, max_writes=group.rank + 1)
 
     on_ranks(2, run)
+
+
+def test_who_of_many_ranks_differs_is_named() -> None:
+    def run(group: ThreadGroup) -> int:
+        mine = {"model": "a" * 60, "write_policy": "write_back" if group.rank == 2 else "write_through"}
+        with pytest.raises(InvalidArgumentError) as told:
+            compare_ranks(group.min, group.rank, group.size, mine)
+        assert str(told.value) == "ranks differ in write_policy: 'write_through' (rank 0, 1, 3), 'write_back' (rank 2)"
+        with pytest.raises(InvalidArgumentError, match=r"ranks differ in more: 1 \(rank 0\), nothing \(rank 1, 2, 3\)"):
+            compare_ranks(group.min, group.rank, group.size, {} if group.rank else {"more": 1})
+        compare_ranks(group.min, group.rank, group.size, {"model": "a"})
+        return group.calls
+
+    assert on_ranks(4, run) == [5] * 4
 
 
 def test_a_rank_that_makes_other_calls_is_found_out() -> None:
@@ -244,6 +261,21 @@ def test_a_rank_that_makes_other_calls_is_found_out() -> None:
             stack.mover.run()
         with pytest.raises((GroupError, AssertionError)):
             [stack.controller.poll() for _ in range(2)]
+
+    on_ranks(2, run)
+
+
+def test_a_rank_with_another_tree_is_found_out() -> None:
+    """An allocation failed on rank 1 alone, so that it has evicted."""
+
+    def run(group: ThreadGroup) -> None:
+        stack = Stack(group=group, device_pages=8)
+        stack.compute(prompt(1, 4))
+        stack.settle()
+        stack.device.refuse = group.rank
+        assert stack.controller.alloc_pages(2) is not None
+        with pytest.raises(GroupError, match="another tree than others"):
+            stack.controller.poll()
 
     on_ranks(2, run)
 

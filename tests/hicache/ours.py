@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from radixkv.controller import WRITING, ControllerConfig
+from radixkv.controller.context import HEADER
 from radixkv.controller.operations import RUNNING
 from radixkv.hicache import (
     HiCacheConfig,
@@ -42,6 +43,12 @@ class ValvedRoute:
         elif progress is not None:
             progress.begin(self._num_layers)
             progress.advance(self._num_layers)
+
+    def copy_until(self, src_pages: Any, dst_pages: Any, until_s: float | None = None) -> int:
+        """None before the valve opens."""
+        if not self._valve.passes(self._kind, until_s):
+            return 0
+        return self._route.copy_until(src_pages, dst_pages, until_s) if self._copies else len(src_pages)
 
 
 class ValvedStorage(Storage):
@@ -173,7 +180,7 @@ class OurSide(Side):
 
             @staticmethod
             def min(values: Sequence[int]) -> list[int]:
-                return [*values[:2], *(min(value, RUNNING) for value in values[2:])]  # the first two: where it is
+                return [*values[:HEADER], *(min(value, RUNNING) for value in values[HEADER:])]
 
         context = self.core._context
         context.group, own = Group(), context.group

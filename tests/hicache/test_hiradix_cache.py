@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from radixkv.controller import Attribution, ControllerConfig
-from radixkv.errors import HandleError, InvalidArgumentError, StateError, StorageError, UnsupportedLayoutError
+from radixkv.errors import (
+    HandleError,
+    InvalidArgumentError,
+    LoadError,
+    StateError,
+    StorageError,
+    TransferError,
+    UnsupportedLayoutError,
+)
 from radixkv.hicache import (
     HiCacheConfig,
     HiRadixCache,
@@ -31,7 +39,7 @@ from radixkv.storage import MemoryStorage
 
 from ..controller.kit import on_ranks
 from .kit import CONFIG, allocator_of, device_pool, hiradix_cache, settle, take
-from .scheduler import Bytes
+from .scheduler import Bytes, Req
 
 MANY = 10**6
 
@@ -848,3 +856,40 @@ def test_pages_of_another_size_than_the_allocators_are_refused(page_size: int) -
         hiradix_cache(64, page_size, allocator=allocator)
     with pytest.raises(InvalidArgumentError, match="in the allocator"):
         RadixCache(None, allocator, page_size)
+
+
+def test_who_goes_over_to_pages_that_are_being_loaded_waits_for_them() -> None:
+    """A request has computed what another one loads meanwhile. The cache keeps the latter's pages, and the load fails:
+    the next step of the former, which loads nothing itself, must not read them."""
+    cache = hiradix_cache(64, 4, load_back_threshold=1)
+    tokens = list(range(100, 116))
+    cache.insert(tokens, take(cache, 16))
+    settle(cache)
+    cache.evict(16)
+    rows, own = cache.req_to_token_pool, take(cache, 16)
+    req = Req("a", tokens, fill_ids=tokens, req_pool_idx=rows.alloc(1)[0], last_node=cache.root_node)
+    rows.write((req.req_pool_idx, slice(0, 16)), own.to(torch.int32))
+    mover, counter = cache.cache_controller.core._context.mover, cache.cache_controller.layer_done_counter
+    load, fail = mover.load, [True]
+
+    def load_or_fail(*arguments: Any) -> Any:
+        if fail.pop() if fail else False:
+            raise TransferError("a broken link")
+        return load(*arguments)
+
+    mover.load = load_or_fail
+    found = cache.match_prefix(tokens)
+    cache.init_load_back(found.last_host_node, 16)
+    cache.cache_unfinished_req(req)
+    assert req.prefix_indices.tolist() != own.tolist()
+    counter.set_consumer(0)  # decode
+    with pytest.raises(LoadError, match="a broken link"):
+        counter.wait_until(0)
+    cache.check_hicache_events()  # it is in use, so it is loaded again
+    counter.set_consumer(0)
+    counter.wait_until(2)
+    settle_loads(cache)
+    counter.set_consumer(0)
+    assert counter.consumer_index == 0
+    cache.check_integrity()
+    cache.close()

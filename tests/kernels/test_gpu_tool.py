@@ -109,7 +109,7 @@ def test_without_pytest_the_rest_runs(gpu: ModuleType, tmp_path: Path, monkeypat
         gpu.main()
     found = json.loads(result.read_text())
     assert ended.value.code == 0
-    assert list(found["steps"]) == ["checks", "stack", "overlap", "sanitizer", "bench"]
+    assert list(found["steps"]) == ["checks", "stack", "cache", "overlap", "sanitizer", "bench"]
     assert found["not_run"]["tests"] == "no no_such_pytest"
     assert "has been built before" in found["not_run"]["build"]
     monkeypatch.setattr(gpu, "ROOT", tmp_path)

@@ -360,6 +360,8 @@ class Driver:
         self.same("prefix_tokens", a.prefix_tokens, b.prefix_tokens)
         field = "duplicate_page_ids" if name == "insert" else "duplicate_host_page_ids"
         duplicates = self.same_ids(field, getattr(a, field), getattr(b, field))
+        if name == "insert":
+            self.same_ids("adopted_host_page_ids", a.adopted_host_page_ids, b.adopted_host_page_ids)
         kept = set(ids) - set(duplicates)  # the tree owns these now, before the call it did not own the fresh ones
         pool.put([page for page in fresh if page not in kept])
         return self.same_node(a.node, b.node)

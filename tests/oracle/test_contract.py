@@ -439,6 +439,7 @@ def test_a_partly_covered_evicted_node_is_split_first(kit: Kit) -> None:
     node = evicted(kit, "abcd", [1, 2, 3, 4], [11, 12, 13, 14])
     result = kit.insert("abxy", [5, 6, 7, 8])
     assert (result.prefix_tokens, result.duplicate_page_ids.tolist()) == (0, [])
+    assert result.adopted_host_page_ids.tolist() == [11, 12]
     assert kit.shape() == {"ab": ([5, 6], [11, 12]), "abcd": (None, [13, 14]), "abxy": ([7, 8], None)}
     assert kit.node("abcd") == node
     assert {path: kit.info(path).hit_count for path in kit.shape()} == {"ab": 1, "abcd": 1, "abxy": 1}
@@ -450,6 +451,7 @@ def test_adoption_below_a_device_part(kit: Kit) -> None:
     kit.insert_host("abcd", [91, 12, 13, 14])
     result = kit.insert("abcde", [8, 2, 3, 4, 5])
     assert (kit.pages(result.prefix_tokens), result.duplicate_page_ids.tolist()) == (1, [8])
+    assert result.adopted_host_page_ids.tolist() == [12, 13, 14]
     assert kit.shape() == {
         "a": ([1], None), "abc": ([2, 3], [12, 13]), "abcd": ([4], [14]), "abcde": ([5], None)
     }  # fmt: skip

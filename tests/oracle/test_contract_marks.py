@@ -368,6 +368,30 @@ def test_begin_write_locks_and_marks_what_lacks_a_host_copy(kit: Kit) -> None:
         kit.tree.begin_write(node, 256)
 
 
+def test_begin_writes_begins_what_is_due_on_a_path(kit: Kit) -> None:
+    chain(kit, "ab", "abc", "abcd")
+    kit.tree.set_host(kit.node("ab"), [7, 8])
+    node = kit.node("abcd")
+    assert kit.tree.begin_writes(node, 99, 1) == []
+    begun = kit.tree.begin_writes(node, 1, 1)
+    assert [part for part, _ in begun] == [kit.node("abc"), node]
+    assert [pages.tolist() for _, pages in begun] == [[3], [4]]
+    assert kit.tree.begin_writes(ROOT, 1, 1) == []
+    assert [(kit.info(key).lock_ref, kit.info(key).marks) for key in ("ab", "abc", "abcd")] == [(2, 0), (2, 1), (1, 1)]
+    assert kit.tree.begin_writes(node, 1, 1) == []  # all are marked
+    with pytest.raises(InvalidArgumentError):
+        kit.tree.begin_writes(node, -1, 1)
+
+
+def test_begin_writes_of_a_path_deeper_than_it_takes_at_once(kit: Kit) -> None:
+    key = "".join(chr(ord("a") + at % 26) for at in range(80))
+    node = kit.insert(key, list(range(80))).node
+    for left in range(79, 0, -1):
+        node = kit.tree.split_at(node, left * kit.page_size)
+    begun = kit.tree.begin_writes(kit.match(key).device_node, 1, 1)
+    assert [pages.tolist() for _, pages in begun] == [[page] for page in range(80)]
+
+
 def test_host_pages_are_those_of_node_info(kit: Kit) -> None:
     chain(kit, "ab", "abc")
     above, node = kit.node("ab"), kit.node("abc")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
+import mmap
 import os
 import signal
 import struct
@@ -861,3 +863,76 @@ def test_the_order_of_eviction_does_not_grow_with_time(storage: FileStorage) -> 
         put(storage, f"k{number}", size=1)
         storage.clear()
     assert len(storage.folder.view._order) < 200
+
+
+def test_a_segment_that_cannot_be_read_at_start_counts_against_the_budget(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files, for a moment: what nobody knows would stay on disk beside a whole budget of others."""
+    with FileStorage(folder, max_bytes=6 * 4096) as storage:
+        for number in range(6):
+            assert put(storage, f"old{number}") == [True]
+    with monkeypatch.context() as patch:
+        real = os.open
+
+        def fails(path: Any, *arguments: Any, **more: Any) -> int:
+            if "segments" in str(path):
+                raise OSError(errno.EMFILE, "too many open files")
+            return real(path, *arguments, **more)
+
+        patch.setattr(os, "open", fails)
+        storage = FileStorage(folder, max_bytes=6 * 4096)
+    with storage:
+        assert storage.stats()["io_errors"] == 6
+        assert storage.stats()["used_bytes"] == 6 * 4096
+        for number in range(8):
+            assert put(storage, f"new{number}") == [True]
+            assert disk_bytes(folder) <= 6 * 4096
+        assert get(storage, "new7") == [True]
+
+
+@pytest.mark.parametrize(("call", "errors"), [
+    ("pwritev", [OSError(errno.ENOSPC, "full")]), ("pwritev", [StorageTimeoutError("late")]),
+    ("rename", [FileNotFoundError(errno.ENOENT, "the shard's first"), OSError(errno.EIO, "and then")]),
+])  # fmt: skip
+def test_a_put_that_fails_lets_go_of_the_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str, errors: list[Exception]
+) -> None:
+    """Without waiting for the garbage collector: a host pool whose bytes somebody still sees cannot be closed."""
+
+    def fails(*_: Any) -> None:
+        error = next(coming)
+        raise type(error)(*error.args)
+
+    coming = iter(errors)
+    memory = mmap.mmap(-1, 4096)
+    gc.disable()
+    try:
+        with FileStorage(folder) as storage:
+            monkeypatch.setattr(os, call, fails)
+            with contextlib.suppress(StorageTimeoutError):
+                storage.put_many(["a"], [[memoryview(memory)[:100]]])
+            memory.close()  # BufferError: exported pointers exist
+    finally:
+        gc.enable()
+
+
+def test_a_torn_segment_that_cannot_be_removed_keeps_nobody_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FileStorage(folder) as storage:
+        put(storage, "torn")
+    (torn,) = (folder / "segments").glob("??/*")
+    os.truncate(torn, 100)
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path == torn:
+            raise PermissionError(errno.EACCES, "another user's", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with FileStorage(folder, max_bytes=2 * 4096) as storage:
+        assert {name: storage.stats()[name] for name in ("torn", "io_errors", "used_bytes")} == {
+            "torn": 1, "io_errors": 1, "used_bytes": 4096,
+        }  # fmt: skip
+        assert put(storage, "a") == [True]
+        assert get(storage, "a") == [True]

@@ -58,3 +58,25 @@ def test_tables_must_be_what_they_are_said_to_be() -> None:
     for states in (np.zeros(4, np.int32), np.zeros(8, np.uint8)[::2], np.zeros((2, 2), np.uint8)):
         with pytest.raises(ArgumentTypeError):
             page_ops.move(states, IDS, 1, 1)  # type: ignore[arg-type]
+
+
+def test_values_move_all_or_none_and_are_forgotten() -> None:
+    table, states = np.array([2, -1, 0, 1], np.int32), np.array([3, 3, 1], np.uint8)
+    assert page_ops.move_values(table, np.arange(4, dtype=np.int32), states, 1 << 3, 4) == -1  # page 2 is in state 1
+    assert (table.tolist(), states.tolist()) == ([2, -1, 0, 1], [3, 3, 1])
+    assert page_ops.move_values(table, np.array([1, 2, 3, 9], np.int32), states, 1 << 3, 4) == 2
+    assert (table.tolist(), states.tolist()) == ([2, -1, -1, -1], [4, 4, 1])
+    with pytest.raises(PageOwnershipError):
+        page_ops.move_values(np.array([7], np.int32), np.array([0], np.int32), states, 1 << 3, 4)
+
+
+def test_pages_are_taken_with_a_mark_of_the_owner() -> None:
+    in_use, stack = np.zeros(4, np.uint8), np.zeros(4, np.int32)
+    assert page_ops.take(stack, 0, 0, 0, 3, in_use, 2).tolist() == [0, 1, 2]
+    with pytest.raises(PageOwnershipError, match="given twice"):
+        page_ops.give_back([1, 1], in_use, stack, 0)
+    with pytest.raises(PageOwnershipError, match="freed twice"):
+        page_ops.give_back([2, 3], in_use, stack, 0)
+    assert in_use.tolist() == [2, 2, 2, 0]
+    assert page_ops.give_back([1], in_use, stack, 0) == 1
+    assert in_use.tolist() == [2, 0, 2, 0]

@@ -111,7 +111,7 @@ def corrupt_stack(slots: SlotAllocator) -> None:
 
 
 def corrupt_mark(slots: SlotAllocator) -> None:
-    slots._in_use[0] = False
+    slots.states[0] = 0
 
 
 def corrupt_counter(slots: SlotAllocator) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from radixkv.errors import InvalidArgumentError, PageOwnershipError, RadixKVError
 from radixkv.pool.layout import LAYOUTS, KVGeometry, KVView, Layout
+from radixkv.transfer import cpu
 from radixkv.transfer.base import PlannedRoute, Transfer
 from radixkv.transfer.cpu import CpuTransfer, Progress
 from radixkv.transfer.plan import CopyPlan, plan_copy
@@ -199,6 +200,21 @@ def test_views_are_checked_when_the_route_is_made() -> None:
         transfer.route(src.view, replace(dst.view, token_stride=1))
     route = transfer.route(src.view, dst.view, range(1, 3))
     assert (route.src, route.dst, route.layers) == (src.view, dst.view, range(1, 3))
+
+
+def test_a_copy_until_a_moment_goes_on_from_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = geometry("mha", layers=2, heads=1, head_bytes=8, page_size=4)
+    monkeypatch.setattr(cpu, "SLICE_BYTES", 3 * g.page_bytes)
+    src, dst = HostPool.make(g, "layer_first", 10, seed=6), HostPool.make(g, "page_first", 10)
+    route = CpuTransfer(g, num_threads=1).route(src.view, dst.view)
+    pages = np.arange(10, dtype=np.int32)
+    expected = expected_of(src, dst, [pages, pages[::-1].copy()])
+    backwards = pages[::-1].copy()
+    assert [route.copy_until(pages[at:], backwards[at:], 0.0) for at in (0, 3, 6, 9)] == [3, 3, 3, 1]
+    assert holds(dst, expected)
+    assert route.copy_until(pages, backwards) == 10
+    with pytest.raises(InvalidArgumentError):
+        route.copy_until(pages, backwards[1:], 0.0)
 
 
 def test_one_route_by_many_threads() -> None:

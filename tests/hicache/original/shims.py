@@ -72,6 +72,14 @@ class Valve:
         finally:
             del self._failing[kind]
 
+    def passes(self, kind: str, until_s: float | None) -> bool:
+        """As a call, for those who wait until then (of time.monotonic) only. Returns: whether they have passed."""
+        opened = self._open[kind]
+        if until_s is not None and not (opened.is_set() or opened.wait(max(0.0, until_s - time.monotonic()))):
+            return False
+        self(kind)
+        return True
+
     def __call__(self, kind: str) -> None:
         self.calls[kind] += 1
         if not self._open[kind].wait(self.HELD_S):
