@@ -228,6 +228,7 @@ class MetricsCollector:
         yield self._counter("prefetch_cancelled", "Prefetches cancelled", stats.prefetch_cancelled)
         yield self._counter("prefetch_abandoned", "Prefetches that nobody ended", stats.prefetch_abandoned)
         yield self._counter("stored_doubts", "Times that storage had lost pages", stats.stored_doubts)
+        yield self._counter("store_gaps", "Stores put off for want of what comes before", stats.store_gaps)
         queued = {"backup": stats.writes_in_flight, "load": stats.loads_in_flight, "store": stats.stores_in_flight,
                   "prefetch": stats.prefetches_in_flight}  # fmt: skip
         yield self._by("gauge", "queued_operations", "Operations in flight", "kind", queued.items())

@@ -198,8 +198,11 @@ class StorageEdge(Protocol):
         """Count the leading pages that exist, and read these; none if there are fewer than ``least``."""
         ...
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> StorageJob:
-        """Write pages until one fails. Args: again: most are there, so look first."""
+    def store(
+        self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False, after: bytes = b""
+    ) -> StorageJob:  # fmt: skip
+        """Write pages until one fails, which is an error. Args: again: most are there, so look first; after: the digest
+        of the page before them (b"": there is none): if it is not there, nothing is written, which is no error."""
         ...
 
     def lost(self) -> int:
@@ -258,7 +261,8 @@ class Load(NamedTuple):
 
 
 class Polled(NamedTuple):
-    """What one poll has settled, in operations."""
+    """What one poll has settled, in operations. revoked: prefetches of which storage had too little, stores of which it
+    did not have what comes before."""
 
     writes: int = 0
     loads: int = 0
@@ -297,11 +301,12 @@ class ControllerStats(NamedTuple):
     dropped_*: evicted under write_back with no room on the host, or because the copy failed. refused_*: not begun for
     want of room or capacity, or while storage is left alone; refused_loads: tails left on the host, for that or because
     they are too short, beyond the quota, or too dear. broken_loads: with nodes that failed load_attempts times, and
-    leave the host. stored_doubts: times that storage had lost values, so that marks were doubted. prefetch_failures:
-    look-ups and fetches that failed, or brought less than was found and not lost; prefetch_abandoned: ended by poll, as
-    nobody else did; prefetch_late_tokens: fetched, but in the tree by then. The plain *_tokens and requests add up what
-    ``attribute`` was told. stuck_pages: kept by operations that were given up but still run. prefetch_capacity_tokens:
-    as many in flight refuse another prefetch.
+    leave the host. stored_doubts: times that storage had lost values, so that marks were doubted. store_gaps: stores
+    put off, as storage did not have what comes before. prefetch_failures: look-ups and fetches that failed, or brought
+    less than was found and not lost; prefetch_abandoned: ended by poll, as nobody else did; prefetch_late_tokens:
+    fetched, but in the tree by then. The plain *_tokens and requests add up what ``attribute`` was told. stuck_pages:
+    kept by operations that were given up but still run. prefetch_capacity_tokens: as many in flight refuse another
+    prefetch.
     """
 
     backups: int = 0
@@ -324,6 +329,7 @@ class ControllerStats(NamedTuple):
     store_failures: int = 0
     refused_stores: int = 0
     stored_doubts: int = 0
+    store_gaps: int = 0
     prefetches: int = 0
     prefetch_tokens: int = 0
     prefetch_late_tokens: int = 0

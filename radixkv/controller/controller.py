@@ -123,6 +123,7 @@ class Controller:
         self._room.give_way = GiveWay(context, self._stores, self._prefetches, self._drains).evict
         self._policy = WritePolicies(context, self._writes, self._stores)
         self._writes.backed_up = self._policy.backed_up
+        self._stores.back_up = self._writes.begin
         self._settler = Settler(context, self._writes, self._loads, self._stores, self._prefetches, self._drains)
         self._compare_ranks(geometry, alike or {})
         if storage is not None:
@@ -263,7 +264,7 @@ class Controller:
         """Start to write a node's host pages to storage.
 
         Returns: an operation id; None if there is nothing to do (no storage, no host copy, stored, in flight), too many
-        are in flight, or storage is left alone after failures.
+        are in flight, storage is left alone after failures, or the node above is not stored: it follows that then.
         """
         return self._stores.begin(node)
 

@@ -32,6 +32,11 @@ class PathHashes:
         chain: Digests = sha256_chain(self.path_tokens(node), self._tree.page_size, start)[-len(digests) :]
         return chain
 
+    def before(self, node: int) -> bytes:
+        """Digest of the page before a node's own, b"" if there is none."""
+        parent = self._tree.node_info(node).parent
+        return b"" if parent == ROOT else self.own(parent)[-1].tobytes()
+
     def following(self, node: int, tokens: npt.NDArray[np.int32], namespace: bytes) -> Digests:
         """Digests of whole pages of tokens that follow a node's path. Args: namespace: that of the node, or, for ROOT,
         of the tokens."""

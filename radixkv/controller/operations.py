@@ -6,7 +6,7 @@ clock, no tree: who owns which pages, and at which stage.
                  |         ^ |
                  |         +-+  failed, and in use: copied again, some times; then BROKEN -> FAILED once nobody uses it
                  +-> CANCELLED
-    store     STORING -> DONE | PARTIAL | FAILED              host -> storage; the node's host pages are protected
+    store     STORING -> DONE | PARTIAL | FAILED | REVOKED    host -> storage; the node's host pages are protected
     prefetch  LOOKING_UP -> REVOKED | FETCHING                storage -> host; the last host node is protected. With
                                                               pages taken ahead the worker goes on by itself; the stage
                                                               says what is agreed
@@ -176,7 +176,7 @@ class StoreOp(Operation):
 
     __slots__ = ("host_pages", "job", "node")
     FIRST = Stage.STORING
-    MOVES = _moves(STORING="DONE PARTIAL FAILED CANCELLED")
+    MOVES = _moves(STORING="DONE PARTIAL FAILED REVOKED CANCELLED")
 
     def __init__(self, op_id: int, started_s: float, node: int, host_pages: PageIds, job: StorageJob) -> None:
         super().__init__(op_id, started_s)

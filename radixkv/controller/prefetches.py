@@ -3,8 +3,9 @@
     prefetch()          pages that are free are taken ahead, and a worker looks up and reads at once: a scheduler whose
                         batch is full does not poll until the request is due. Nothing is evicted for that: with too
                         little free only the look-up begins
-    poll(): looked up   too few on all ranks together: revoked. Pages that no rank needs are free. With none taken ahead
-                        they are taken now, by an eviction if need be, and the fetch begins
+    poll(): looked up   too few on all ranks together: revoked (failed, if storage did not answer on one of them). Pages
+                        that no rank needs are free. With none taken ahead they are taken now, by an eviction if need
+                        be, and the fetch begins
     poll(): fetched     agreed how many pages have arrived everywhere; they wait for finish_prefetch
     finish_prefetch()   by its policy, or because all is there: what has arrived enters the tree
     poll(): abandoned   nobody has finished or cancelled it for long: the same if all is there, else it is cancelled
@@ -118,17 +119,17 @@ class Prefetches:
         return True
 
     # ---- workers have ended ------------------------------------------------------------------------------------------
-    def settle(self, op: PrefetchOp, status: int) -> bool:
-        """The workers of all ranks have ended a look-up, or a fetch. Returns: False if it was revoked."""
+    def settle(self, op: PrefetchOp, status: int) -> None:
+        """The workers of all ranks have ended a look-up, or a fetch."""
         pages, success = read_pages_status(status)
         if op.stage is Stage.LOOKING_UP:
-            return self._looked_up(op, pages, success)
+            self._looked_up(op, pages, success)
+            return
         op.to(Stage.FETCHED)
         self._count(op, pages)
         self._judge(op, success)
         rest, op.host_pages, op.num_pages = op.host_pages[pages:], op.host_pages[:pages], pages
         self.context.ledger.free_host(rest)
-        return True
 
     def _judge(self, op: PrefetchOp, complete: bool) -> None:
         """Storage has brought all that it said it had and has not lost since, or failed."""
@@ -144,14 +145,14 @@ class Prefetches:
         op.counted_tokens = pages * self.context.page_size
 
     def _looked_up(self, op: PrefetchOp, pages: int, success: bool) -> bool:
-        """Returns: False if it was revoked."""
+        """Returns: False if that was the end of it."""
         if not success:
             self._judge(op, False)
         worth = self._trim(op, pages) if op.is_ahead else self._begin_fetch(op, pages)
         if not worth:
-            op.to(Stage.REVOKED)
+            op.to(Stage.REVOKED if success else Stage.FAILED)
             self._remove(op, "revoked" if success else "failed", 0)
-            self.context.counts["prefetch_revoked"] += 1
+            self.context.counts["prefetch_revoked"] += success
         return worth
 
     def _trim(self, op: PrefetchOp, pages: int) -> bool:

@@ -106,11 +106,14 @@ class Settler:
             settled = self.loads.settle(op, status)
             return [("loads", settled), ("failed", len(op.loads) if status != SUCCEEDED else 0)]
         if isinstance(op, StoreOp):
-            return [("stores", 1), ("failed", int(not self.stores.settle(op, status)))]
+            outcome = self.stores.settle(op, status)
+            return [("stores", 1), ("failed", int(outcome in ("partial", "failed"))),
+                    ("revoked", int(outcome == "revoked"))]  # fmt: skip
         if isinstance(op, PrefetchOp):
-            name = "prefetches" if op.stage is Stage.FETCHING else "revoked"
-            revoked = not self.prefetches.settle(op, status)
-            return [(name, int(name == "prefetches" or revoked))]
+            fetching = op.stage is Stage.FETCHING
+            self.prefetches.settle(op, status)
+            return [("prefetches", int(fetching)), ("revoked", int(op.stage is Stage.REVOKED)),
+                    ("failed", int(op.stage is Stage.FAILED))]  # fmt: skip
         self.drains.settle(op)
         return []
 

@@ -2,7 +2,8 @@
 
     look-ups -> one thread     fetches -> one thread (those that look first, too)     stores -> one thread
     A worker makes one call to storage for the job at the front, and puts it at the end of its queue if there is more to
-    do: a long job does not keep short ones waiting, and what is cancelled leaves the queue at once.
+    do: a long job does not keep short ones waiting, and what is cancelled leaves the queue at once. Stores are done one
+    after the other: the pages of a node follow those of the node above.
 
 Queues are bounded by the controller (max_prefetches, max_stores). A call to storage has a deadline.
 """
@@ -20,6 +21,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import numpy as np
 
 from ..errors import StateError, StorageError
+from ..storage.sealed import Prefix
 from ..types import PageIds
 from .base import BoolArray, Digests
 from .config import ControllerConfig
@@ -36,14 +38,17 @@ class PageStoreLike(Protocol):
     """What is needed of a PageStore."""
 
     def set_pages(
-        self, digests: Any, host_pages: Any, *, salt: bytes = b"", timeout_s: float | None = None
-    ) -> BoolArray: ...
+        self, digests: Any, host_pages: Any, *, salt: bytes = b"", timeout_s: float | None = None,
+        after: bytes | None = None,
+    ) -> BoolArray: ...  # fmt: skip
 
     def get_pages(
         self, digests: Any, host_pages: Any, *, salt: bytes = b"", timeout_s: float | None = None
     ) -> BoolArray: ...
 
-    def count_prefix(self, digests: Any, *, salt: bytes = b"", timeout_s: float | None = None) -> int: ...
+    def find_prefix(
+        self, digests: Any, *, salt: bytes = b"", timeout_s: float | None = None, touch: bool = False
+    ) -> Prefix: ...
 
     def lost(self) -> int: ...
 
@@ -61,13 +66,14 @@ class Job:
     """One task of a worker. A StorageJob. Written by one worker, read by any thread."""
 
     def __init__(
-        self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes, look_first: bool = False
-    ) -> None:
+        self, kind: JobKind, digests: Digests, host_pages: PageIds | None, salt: bytes, look_first: bool = False,
+        after: bytes = b"",
+    ) -> None:  # fmt: skip
         self.kind, self.digests, self.host_pages, self.salt = kind, digests, host_pages, salt
+        self.look_first, self.after = look_first, after
         self.least: int | None = None
         self.found: int | None = None
         self.lost_before: int | None = None
-        self.look_first = look_first
         self.pages = 0
         self.seconds = 0.0
         self.error: BaseException | None = None
@@ -188,7 +194,7 @@ class _Worker:
             with self._changed:
                 self._running = None
                 if more and not job.cancelled:
-                    self._waiting.append((job, work))
+                    (self._waiting.appendleft if job.kind == "store" else self._waiting.append)((job, work))
                     continue
             job.end(error)
 
@@ -247,9 +253,12 @@ class StorageWorkers:
         """Count the leading pages that exist, and read these; none if there are fewer than ``least``."""
         return self._put(Job.bring(digests, host_pages, salt, least))
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
-        """Write pages until one fails; again: those from the first that is missing."""
-        return self._put(Job("store", digests, host_pages, salt, again))
+    def store(
+        self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False, after: bytes = b""
+    ) -> Job:  # fmt: skip
+        """Write pages until one fails, none if the page before them is not there; again: those from the first that is
+        missing."""
+        return self._put(Job("store", digests, host_pages, salt, again, after))
 
     def lost(self) -> int:
         """See Storage.lost."""
@@ -283,21 +292,62 @@ def work_on(job: Job, store: PageStoreLike, config: ControllerConfig) -> Iterato
 
 def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
     """Returns: whether there is more to do."""
-    if job.host_pages is None or job.look_first:
-        job.pages = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
-        job.look_first = False
-        return job.host_pages is not None and job.pages < len(job.host_pages)
-    if job.kind == "fetch" and job.lost_before is None:
+    if job.host_pages is None:
+        job.pages = _find(job, store, config, job.digests)
+        return False
+    if job.kind == "store":
+        return _store(job, store, config, job.host_pages)
+    if job.lost_before is None:
         job.lost_before = store.lost()
     if job.least is not None and job.found is None:
-        job.found = store.count_prefix(job.digests, salt=job.salt, timeout_s=config.storage_timeout_s)
-        return job.reach > 0
-    call = store.get_pages if job.kind == "fetch" else store.set_pages
-    end = len(job.host_pages) if job.kind == "store" else job.reach
+        job.found = _find(job, store, config, job.digests)
+        return job.error is None and job.reach > 0
+    return _fetch(job, store, config, job.host_pages)
+
+
+def _find(job: Job, store: PageStoreLike, config: ControllerConfig, digests: Digests, touch: bool = False) -> int:
+    """How many leading pages are there; an error of the job if storage does not answer."""
+    found, answered = store.find_prefix(digests, salt=job.salt, timeout_s=config.storage_timeout_s, touch=touch)
+    if not answered:
+        job.error = StorageError("storage did not answer a look-up")
+    return found
+
+
+def _fetch(job: Job, store: PageStoreLike, config: ControllerConfig, host_pages: PageIds) -> bool:
+    end = job.reach
     part = slice(job.pages, min(job.pages + config.storage_batch_pages, end))
-    flags = call(job.digests[part], job.host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s)
-    done = len(flags) if flags.all() else int(np.argmin(flags))
-    job.pages += done
-    if done < len(flags) and job.kind == "fetch" and store.lost() == job.lost_before:
+    flags = store.get_pages(job.digests[part], host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s)
+    job.pages += _leading(flags)
+    if not flags.all() and store.lost() == job.lost_before:
         job.error = StorageError(f"{job.pages} of {end} pages came, and storage has not lost any")
-    return done == len(flags) and job.pages < end
+    return bool(flags.all()) and job.pages < end
+
+
+def _store(job: Job, store: PageStoreLike, config: ControllerConfig, host_pages: PageIds) -> bool:
+    if not job.pages and (job.look_first or job.after) and not _look(job, store, config):
+        return False
+    part = slice(job.pages, job.pages + config.storage_batch_pages)
+    after = job.digests[job.pages - 1].tobytes() if job.pages else job.after
+    flags = store.set_pages(
+        job.digests[part], host_pages[part], salt=job.salt, timeout_s=config.storage_timeout_s, after=after
+    )
+    job.pages += _leading(flags)
+    if not flags.all():
+        job.error = StorageError(f"{job.pages} of {len(host_pages)} pages were stored")
+    return bool(flags.all()) and job.pages < len(host_pages)
+
+
+def _leading(flags: BoolArray) -> int:
+    return len(flags) if flags.all() else int(np.argmin(flags))
+
+
+def _look(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
+    """Look for the page before those of a store, and for what is there already. Returns: whether to go on: the former
+    is there, and more is to be written. What is found counts as used: it is hit, though never read from storage."""
+    wanted = job.digests if job.look_first else job.digests[:0]
+    if job.after:
+        wanted = np.concatenate([np.frombuffer(job.after, np.uint8)[None], wanted])
+    found = _find(job, store, config, wanted, touch=True)
+    job.look_first = False
+    job.pages = max(0, found - bool(job.after))
+    return job.error is None and found >= bool(job.after) and job.pages < len(job.digests)

@@ -63,6 +63,9 @@ class Storage(ABC):
     name: str
     """Of the kind of backend, as the registry knows it: "file", "redis", ..."""
 
+    chained: bool = False
+    """Whether ``put_each`` heeds ``after``."""
+
     @abstractmethod
     def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
         """Write values: bool [len(keys)], whether each is stored now (also if it was there already).
@@ -80,16 +83,23 @@ class Storage(ABC):
         Args: parts: a scatter list of writable buffers for each key.
         """
 
-    def put_each(self, keys: Sequence[str], parts: Sequence[Parts], prepare: Callable[[Positions], None], *,
-                 timeout_s: float | None = None) -> BoolArray:  # fmt: skip
-        """put_many, but ``prepare(positions)`` completes the bytes of these values before they are looked at.
+    def put_each(self, keys: Sequence[str], parts: Sequence[Parts], prepare: Callable[[Positions], None] | None = None,
+                 *, after: str | None = None, timeout_s: float | None = None) -> BoolArray:  # fmt: skip
+        """put_many, with all that a store may make use of. By default, all is prepared and given to put_many.
 
-        A store that writes values one after the other calls it just before it writes them, so that a checksum and the
-        write go through memory once; then it is called from several threads at once, of positions that are not the
-        same. Values that were there already need not be prepared. What it raises, the call raises (an OSError may count
-        as a write that failed).
+        Args:
+            prepare: ``prepare(positions)`` completes the bytes of these values before they are looked at. A store that
+                writes values one after the other calls it just before it writes them, so that a checksum and the write
+                go through memory once; then it is called from several threads at once, of positions that are not the
+                same. Values that were there already need not be prepared. What it raises, the call raises (an OSError
+                may count as a write that failed).
+            after: the values are a chain, like the pages of a prompt: each is of no use without the one before it, the
+                first without the value of this key ("": it begins the chain). A store that is ``chained`` keeps every
+                chain whole from its beginning on: it makes room at the ends of chains, and does not take a value if the
+                one before it is not there. None: nothing is known of that.
         """
-        prepare(range(len(keys)))
+        if prepare is not None:
+            prepare(range(len(keys)))
         return self.put_many(keys, parts, timeout_s=timeout_s)
 
     def get_each(self, keys: Sequence[str], parts: Sequence[Parts], arrived: Callable[[Positions], None], *,
@@ -107,6 +117,11 @@ class Storage(ABC):
     @abstractmethod
     def exists_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
         """Look up keys: bool [len(keys)]. A later get may miss all the same (eviction, another process)."""
+
+    def touch_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
+        """Look up keys, and count what is there as used now, where the store makes room by use. By default only the
+        former."""
+        return self.exists_many(keys, timeout_s=timeout_s)
 
     @abstractmethod
     def delete_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:
@@ -126,8 +141,8 @@ class Storage(ABC):
 
     def lost(self) -> int:
         """How many values have gone since this store was made, for want of room or whatever reason, as far as it knows:
-        only whether it has changed matters. Costs nothing (no call to a server, no lock). 0 from a backend that is not
-        told when its server evicts."""
+        only whether it has changed matters. Answers at once: what must be asked for is asked in the background. 0 from
+        a backend whose server does not tell what it evicts."""
         return 0
 
     def register(self, memory: Buffer) -> None:  # noqa: B027  most backends have no use for it

@@ -3,27 +3,25 @@
 A batch becomes one or more *segments* (segment.py), files of up to ``segment_bytes`` with an index in front, because
 creating a file costs as much as writing 64 KiB to 1 MiB: with one file a value, batches of 64 KiB ran at 3 to 9 % of
 sequential I/O (bench/bench_storage.py). A segment is written to a temporary file and renamed into its place, so it is
-whole or not there. Values are evicted with their segment, least recently used first (folder.py).
+whole or not there. Values are evicted with their segment, least recently used first, but never before what was put
+after them in a chain (folder.py).
 
-Durability: see FileConfig.fsync. Whatever a crash of the machine leaves half written is found by the sums of the index
-and of the envelope, and is a miss.
+Durability: see FileStorage's fsync. Whatever a crash of the machine leaves half written is found by the sums of the
+index and of the envelope, and is a miss.
 
 stats: segments, values, used_bytes (on disk), reserved_bytes (being written); and counters: evicted_segments,
 evicted_values, orphans (left by processes that died), torn (segments and entries), refused (no room within max_bytes),
-no_room (the disk is full), io_errors (EIO, permissions, ...), short (values shorter than their index says).
+gaps (values of a chain not taken, as the one before is not there), no_room (the disk is full), io_errors (EIO,
+permissions, ...), short (values shorter than their index says).
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -42,20 +40,23 @@ from .base import (
     flat_parts,
 )
 from .batch import by_segment, copy_at, gather, runs
-from .folder import Draft, Folder, Segment
+from .disk import FULL, allocate, fsync_folder
+from .folder import Draft, Folder, Want
 from .segment import encode_index
 from .threads import DaemonPool
 from .vectors import CHUNK_BYTES, rest, vectors
+from .view import Segment
 
 __all__ = ["FileStorage"]
 
-T = TypeVar("T")
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 _Run: TypeAlias = tuple[int, int, list[int]]
 """Values that are read with one scatter list: offset in their segment, bytes of their parts, positions in the call."""
+
+
+def _nothing(positions: Positions) -> None:
+    """For calls that have nothing to do with each value."""
 
 
 class _Get(NamedTuple):
@@ -96,47 +97,52 @@ class FileStorage(Storage):
             self.folder = Folder(Path(path).absolute(), max_bytes, Deadline(None, "opening the folder"))
             if fsync:
                 for made in (self.folder.root / "segments", self.folder.root, self.folder.root.parent):
-                    _fsync_folder(made)
+                    fsync_folder(made)
         except StorageError:
             raise
         except OSError as error:
             raise StorageError(f"{path} cannot be used: {error}") from error
         self._segments = self.folder.root / "segments"
-        self._num_helpers = num_threads - 1
-        self._pool = DaemonPool(max(1, self._num_helpers), "radixkv-file")
+        self._pool = DaemonPool(num_threads - 1, "radixkv-file")
         self._pid: int | None = os.getpid()
 
     # ---- put ---------------------------------------------------------------------------------------------------------
     def put_many(self, keys: Sequence[str], parts: Sequence[Parts], *, timeout_s: float | None = None) -> BoolArray:
-        return self.put_each(keys, parts, _nothing, timeout_s=timeout_s)
+        return self.put_each(keys, parts, timeout_s=timeout_s)
 
-    def put_each(self, keys: Sequence[str], parts: Sequence[Parts], prepare: Callable[[Positions], None], *,
-                 timeout_s: float | None = None) -> BoolArray:  # fmt: skip
+    def put_each(self, keys: Sequence[str], parts: Sequence[Parts], prepare: Callable[[Positions], None] | None = None,
+                 *, after: str | None = None, timeout_s: float | None = None) -> BoolArray:  # fmt: skip
         check_pairs(keys, parts)
+        check_keys([after] if after else [])
         deadline = self._begin(timeout_s, "put_many")
         flags = np.array([place is not None for place in self.folder.find(keys, touch=True)], np.bool_)
+        before = dict(zip(reversed(keys), reversed([after, *keys[:-1]]), strict=True)) if after is not None else None
         new = {key: index for index, key in enumerate(keys) if not flags[index]}  # each key once
         if new:
             flat = flat_parts(parts)
             values = {key: _Value(index, flat[index], flat.sizes[index]) for key, index in new.items()}
-            stored = self._put(values, prepare, deadline)
+            batches = [
+                _Batch(some, values, before[some[0]] if before else "")
+                for some in _split(values, before, self.segment_bytes)
+            ]
+            stored = self._put(batches, prepare or _nothing, deadline)
             flags |= np.fromiter((key in stored for key in keys), np.bool_, len(keys))
         return flags
 
-    def _put(self, values: Mapping[str, _Value], prepare: Callable[[Positions], None], deadline: Deadline) -> set[str]:
-        """Write values as segments; returns the keys that are stored."""
-        batches = [_Batch(keys, values) for keys in self._split(values)]
+    def _put(self, batches: Sequence[_Batch], prepare: Callable[[Positions], None], deadline: Deadline) -> set[str]:
+        """Write segments; returns the keys that are stored."""
         try:
-            drafts = self.folder.reserve([batch.file_bytes for batch in batches], deadline)
+            drafts = self.folder.reserve([Want(b.file_bytes, b.after, b.entries.keys()) for b in batches], deadline)
         except StorageError:
             raise
         except OSError as error:
             self._count(error)
             return set()
-        self.folder.count("refused", sum(len(b.entries) for b, d in zip(batches, drafts, strict=True) if d is None))
         pairs = [(draft, batch) for draft, batch in zip(drafts, batches, strict=True) if draft is not None]
         try:
-            failures = self._run([partial(self._write, draft, batch, prepare, deadline) for draft, batch in pairs])
+            tasks = [partial(self._write, draft, batch, prepare, deadline) for draft, batch in pairs]
+            failures = self._pool.run_all(tasks)
+            self._place(pairs, failures)
         except BaseException:
             self._abandon([draft for draft, _ in pairs])
             raise
@@ -146,25 +152,13 @@ class FileStorage(Storage):
             self._count(failure)
         return self._publish(done, failed, deadline)
 
-    def _split(self, values: Mapping[str, _Value]) -> Iterator[list[str]]:
-        batch: list[str] = []
-        size = 0
-        for key, value in values.items():
-            more = value.num_bytes
-            if batch and size + more > self.segment_bytes:
-                yield batch
-                batch, size = [], 0
-            batch.append(key)
-            size += more
-        yield batch
-
     def _write(self, draft: Draft, batch: _Batch, prepare: Callable[[Positions], None],
                deadline: Deadline) -> OSError | None:  # fmt: skip
-        """Write a segment and rename it into its place. Returns what went wrong. Raises: StorageTimeoutError."""
+        """Write a segment, not yet in its place. Returns what went wrong. Raises: StorageTimeoutError."""
         try:
             fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                _allocate(fd, batch.file_bytes)
+                allocate(fd, batch.file_bytes)
                 at = 0
                 for positions, views in batch.runs(self.run_bytes):
                     prepare(positions)
@@ -173,25 +167,42 @@ class FileStorage(Storage):
                     os.fsync(fd)
             finally:
                 os.close(fd)
-            try:
-                os.rename(draft.temporary, draft.final)
-            except FileNotFoundError:
-                draft.final.parent.mkdir(mode=0o700, exist_ok=True)
-                os.rename(draft.temporary, draft.final)
-                if self.fsync:
-                    _fsync_folder(draft.final.parent.parent)
         except StorageError:
             raise
         except OSError as error:
             return OSError(*error.args)  # the frames of the one raised hold views, and the caller's hold it: a cycle
         return None
 
+    def _place(self, pairs: Sequence[tuple[Draft, _Batch]], failures: list[OSError | None]) -> None:
+        """Rename segments into their places, in their order: whenever the process dies, chains are whole."""
+        missing: set[str] = set()
+        for index, (draft, batch) in enumerate(pairs):
+            reachable = draft.after not in missing  # if not, publish will refuse it
+            if failures[index] is None and reachable:
+                failures[index] = self._rename(draft)
+            if failures[index] is not None or not reachable:
+                missing.update(batch.entries)
+
+    def _rename(self, draft: Draft) -> OSError | None:
+        try:
+            try:
+                os.rename(draft.temporary, draft.final)
+            except FileNotFoundError:
+                draft.final.parent.mkdir(mode=0o700, exist_ok=True)
+                os.rename(draft.temporary, draft.final)
+                if self.fsync:
+                    fsync_folder(draft.final.parent.parent)
+        except OSError as error:
+            return OSError(*error.args)  # see _write
+        return None
+
     def _publish(self, done: Sequence[tuple[Draft, _Batch]], failed: Sequence[Draft], deadline: Deadline) -> set[str]:
         try:
             if self.fsync and done:
-                _fsync_folder(done[0][0].final.parent)
+                fsync_folder(done[0][0].final.parent)
             _remove(failed)
-            self.folder.publish([(draft, batch.entries) for draft, batch in done], failed, deadline)
+            lost = self.folder.publish([(draft, batch.entries) for draft, batch in done], failed, deadline)
+            _remove(lost)
         except StorageError:
             self._abandon([draft for draft, _ in done])
             raise
@@ -199,7 +210,7 @@ class FileStorage(Storage):
             self._abandon([draft for draft, _ in done])
             self._count(error)
             return set()
-        return {key for _, batch in done for key in batch.entries}
+        return {key for draft, batch in done if draft not in lost for key in batch.entries}
 
     def _abandon(self, drafts: Sequence[Draft]) -> None:
         _remove(drafts)
@@ -219,7 +230,7 @@ class FileStorage(Storage):
         for segment, reads in by_segment(self.folder.find(keys, touch=True), get.found).items():
             joined = runs(reads, flat.sizes, self.run_bytes)
             tasks += [partial(self._read, segment, share, get) for share in _shares(joined)]
-        self._run(tasks)
+        self._pool.run_all(tasks)
         return np.array(get.sizes, np.int64)
 
     def _read(self, segment: Segment, runs: Iterable[_Run], get: _Get) -> None:
@@ -294,6 +305,11 @@ class FileStorage(Storage):
         self._begin(timeout_s, "exists_many")
         return np.array([place is not None for place in self.folder.find(keys)], np.bool_)
 
+    def touch_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
+        check_keys(keys)
+        self._begin(timeout_s, "touch_many")
+        return np.array(self.folder.touch(keys), np.bool_)
+
     def delete_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:
         check_keys(keys)
         self._guard(self.folder.delete, keys, self._begin(timeout_s, "delete_many"))
@@ -329,38 +345,8 @@ class FileStorage(Storage):
         except OSError as error:
             raise StorageError(f"{self.folder.root}: {error}") from error
 
-    def _run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Run tasks, and wait for all of them, whatever happens. Raises: one of their errors.
-
-        The caller works too, and waits only for helpers that are inside a task: on a busy machine they come late.
-        """
-        results: dict[int, T] = {}
-        errors: list[BaseException] = []
-        todo = deque(enumerate(tasks))
-
-        def work() -> None:
-            with suppress(IndexError):
-                while True:
-                    index, task = todo.popleft()
-                    try:
-                        results[index] = task()
-                    except BaseException as error:
-                        errors.append(error)
-
-        helpers = [self._pool.submit(work) for _ in range(min(self._num_helpers, len(tasks) - 1))]
-        work()
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
-        if errors:
-            try:
-                raise errors[0]
-            finally:
-                errors.clear()  # else the error and this frame hold each other, and views of the caller's memory
-        return [results[index] for index in range(len(tasks))]
-
     def _count(self, error: OSError) -> None:
-        self.folder.count("no_room" if error.errno in _FULL else "io_errors")
+        self.folder.count("no_room" if error.errno in FULL else "io_errors")
 
 
 class _Value(NamedTuple):
@@ -372,11 +358,12 @@ class _Value(NamedTuple):
 
 
 class _Batch:
-    """What goes into one segment."""
+    """What goes into one segment. after: the key that it comes after, "" if none."""
 
-    def __init__(self, keys: list[str], values: Mapping[str, _Value]) -> None:
+    def __init__(self, keys: list[str], values: Mapping[str, _Value], after: str) -> None:
+        self.after = after
         self._values = [values[key] for key in keys]
-        self._index, entries, self.file_bytes = encode_index(keys, [value.num_bytes for value in self._values])
+        self._index, entries, self.file_bytes = encode_index(keys, [value.num_bytes for value in self._values], after)
         self.entries = dict(zip(keys, entries, strict=True))
 
     def runs(self, most_bytes: int) -> Iterator[tuple[list[int], list[memoryview]]]:
@@ -393,8 +380,17 @@ class _Batch:
         yield positions, views
 
 
-def _nothing(positions: Positions) -> None:
-    """For calls that have nothing to do with each value."""
+def _split(values: Mapping[str, _Value], before: Mapping[str, str] | None, most_bytes: int) -> Iterator[list[str]]:
+    """Keys by segment: as many as fit, and of a chain, a run of it. Args: before: of a chain, the key before each."""
+    batch: list[str] = []
+    size = 0
+    for key, value in values.items():
+        if batch and (size + value.num_bytes > most_bytes or (before is not None and before[key] != batch[-1])):
+            yield batch
+            batch, size = [], 0
+        batch.append(key)
+        size += value.num_bytes
+    yield batch
 
 
 def _shares(runs: Iterable[_Run]) -> Iterator[list[_Run]]:
@@ -409,31 +405,6 @@ def _shares(runs: Iterable[_Run]) -> Iterator[list[_Run]]:
             share, num_bytes = [], 0
     if share:
         yield share
-
-
-@cache
-def _fallocate() -> Callable[[int, int, int, int], int]:
-    function: Callable[[int, int, int, int], int] = ctypes.CDLL(None, use_errno=True).fallocate
-    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]  # type: ignore[attr-defined]
-    return function
-
-
-def _allocate(fd: int, num_bytes: int) -> None:
-    """Take the blocks of a file at once: a quarter faster on ext4, and a full disk shows before anything is written.
-
-    Not os.posix_fallocate, which writes to every block where the file system cannot. Raises: OSError for a full disk;
-    any other failure costs nothing but the speed.
-    """
-    if _fallocate()(fd, 0, 0, num_bytes) != 0 and (code := ctypes.get_errno()) in _FULL:
-        raise OSError(code, os.strerror(code))
-
-
-def _fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove(drafts: Sequence[Draft]) -> None:

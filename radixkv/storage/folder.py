@@ -1,4 +1,4 @@
-"""L2: the folder of the file backend: which value is in which segment, whose turn it is to go, how much room is left.
+"""L2: the folder of the file backend on disk: room, publication, processes that share it and processes that died.
 
     root/FORMAT               what this folder is
     root/lock journal owners/ see journal.py
@@ -6,20 +6,22 @@
     root/tmp/OWNER-NAME       segments being written
 
 Life of a segment: ``reserve`` (room is found under the lock, others are removed for it) -> written to tmp -> renamed
-into its place -> ``publish`` (others are told) -> ... -> removed: least recently used first, when room is needed. The
-time of last use is the file's mtime, set every few seconds at most, so that it outlives processes and is common to all.
+into its place -> ``publish`` (others are told) -> ... -> removed when room is needed. Which one goes is in view.py: the
+leaf that was used least recently. The time of last use is the file's mtime, set every few seconds at most, so that it
+outlives processes and is common to all.
+
+What is refused has cost nobody its place: before anything is removed, it is known that enough can be. So a chain that
+is longer than the budget keeps its beginning, and asking for its tail again and again writes and removes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,36 +29,30 @@ from ..errors import StorageError
 from .base import Deadline
 from .journal import Journal, Line
 from .segment import Entry, TornSegmentError, kill_entry, read_index
+from .view import Place, Segment, View
 
-__all__ = ["Draft", "Folder", "Place", "Segment"]
+__all__ = ["Draft", "Folder", "Want"]
 
 FORMAT = "radixkv file storage 1\n"
 BLOCK_BYTES = 4096
 TOUCH_NS = 5_000_000_000
 """Recency on disk is at most this old. Within a process it is exact."""
 
-COUNTERS = ("evicted_segments", "evicted_values", "orphans", "torn", "short", "refused", "no_room", "io_errors")
+SETTLE_S = 10.0
+"""Between two looks for processes that have died with reservations."""
+
+COUNTERS = ("evicted_segments", "evicted_values", "orphans", "torn", "short", "refused", "gaps", "no_room", "io_errors")
 """What they count is in file.py."""
 
 _NAME = re.compile(r"[0-9a-f]{16}")
 
 
-@dataclass(slots=True, eq=False)
-class Segment:
-    """A published segment, as this process knows it. num_bytes: on disk, whole blocks."""
+class Want(NamedTuple):
+    """A segment that room is asked for: bytes of its file, the key that it comes after ("": none), its own keys."""
 
-    name: str
-    num_bytes: int
-    used_ns: int
-    disk_ns: int
-    keys: list[str] = field(default_factory=list)
-
-
-class Place(NamedTuple):
-    """Where a value is."""
-
-    segment: Segment
-    entry: Entry
+    file_bytes: int
+    after: str
+    keys: Collection[str]
 
 
 class Draft(NamedTuple):
@@ -64,6 +60,7 @@ class Draft(NamedTuple):
 
     name: str
     num_bytes: int
+    after: str
     temporary: Path
     final: Path
 
@@ -83,15 +80,10 @@ class Folder:
         self.root, self.max_bytes = root, max_bytes
         self.counters = dict.fromkeys(COUNTERS, 0)
         self._lock = threading.RLock()
-        self._segments: dict[str, Segment] = {}
-        self._places: dict[str, Place] = {}
-        self._reserved: dict[str, Line] = {}
+        self.view = View()
         self._void: list[Line] = []
         self._unread: dict[str, Line] = {}
-        self._order: list[tuple[int, str]] = []
-        self._bytes, self._closed = 0, False
-        self.lost = 0
-        """Values that have left the view, whoever removed them."""
+        self._closed, self._settle_at_s = False, 0.0
         self._make()
         self.journal = Journal(root)
         try:
@@ -150,12 +142,17 @@ class Folder:
     def close(self) -> None:
         """Write down recency, and leave."""
         with self._lock:
-            for segment in self._segments.values():
+            for segment in self.view.segments.values():
                 if segment.used_ns > segment.disk_ns:
                     with contextlib.suppress(OSError):
                         os.utime(self.path(segment.name), ns=(segment.used_ns, segment.used_ns))
             self._closed = True
             self.journal.leave()
+
+    @property
+    def lost(self) -> int:
+        """Values that have left the view, whoever removed them."""
+        return self.view.lost
 
     # ---- the view ----------------------------------------------------------------------------------------------------
     def path(self, name: str) -> Path:
@@ -168,8 +165,8 @@ class Folder:
             if not self._closed:
                 self._follow()
                 self._read_new()
-            now = {"segments": len(self._segments), "values": len(self._places), "used_bytes": self._bytes,
-                   "reserved_bytes": sum(line.num_bytes for line in self._reserved.values())}  # fmt: skip
+            now = {"segments": len(self.view.segments), "values": len(self.view.places),
+                   "used_bytes": self.view.num_bytes, "reserved_bytes": self.view.reserved_bytes()}  # fmt: skip
             return self.counters | now
 
     def count(self, name: str, more: int = 1) -> None:
@@ -182,13 +179,21 @@ class Folder:
         with self._lock:
             self._follow()
             self._read_new()
-            found = [self._places.get(key) for key in keys]
+            found = [self.view.places.get(key) for key in keys]
             if touch:
                 now = time.time_ns()
                 for place in found:
                     if place is not None:
                         place.segment.used_ns = now
             return found
+
+    def touch(self, keys: Iterable[str]) -> list[bool]:
+        """Which values are there. They count as used now, for other processes too."""
+        found = self.find(keys, touch=True)
+        for segment in {place.segment for place in found if place is not None}:
+            if segment.used_ns - segment.disk_ns > TOUCH_NS:
+                self._write_use(segment, self.path(segment.name))
+        return [place is not None for place in found]
 
     def _follow(self) -> None:
         try:
@@ -199,29 +204,30 @@ class Folder:
             self._look_again()
         for line in lines:
             self._note_reservation(line)
-            if line.kind == "P" and line.name not in self._segments and _NAME.fullmatch(line.name):
+            if line.kind == "P" and line.name not in self.view.segments and _NAME.fullmatch(line.name):
                 self._unread[line.name] = line
             elif line.kind == "D":
                 self._unread.pop(line.name, None)
-                self._drop(line.name)
+                self.view.drop(line.name)
             elif line.kind == "K":
                 self._read_new()  # it may be in one of them
-                self._forget_key(line.name)
+                self.view.forget(line.name)
 
     def _look_again(self) -> None:
         """News were missed: what is in the folder counts. Values that others deleted may be found once more."""
         self.journal.missed = False
-        self._reserved.clear()  # the newest file of the journal begins with those that still count
+        for name in list(self.view.reserved):  # the newest file of the journal begins with those that still count
+            self.view.release(name)
         there = {path.name for path in self._paths()}
-        for name in self._segments.keys() - there:
-            self._drop(name)
-        self._unread.update((name, Line("P", name)) for name in there - self._segments.keys())
+        for name in self.view.segments.keys() - there:
+            self.view.drop(name)
+        self._unread.update((name, Line("P", name)) for name in there - self.view.segments.keys())
 
     def _note_reservation(self, line: Line) -> None:
         if line.kind == "R" and _NAME.fullmatch(line.name):
-            self._reserved[line.name] = line
+            self.view.hold(line)
         elif line.kind in "PX":
-            self._reserved.pop(line.name, None)
+            self.view.release(line.name)
 
     def _read_new(self) -> None:
         while self._unread:
@@ -237,7 +243,7 @@ class Folder:
         except OSError:
             return self._add_unreadable(path)
         try:
-            entries, damaged, file_bytes = read_index(fd)
+            entries, after, damaged, file_bytes = read_index(fd)
             used_ns = os.fstat(fd).st_mtime_ns
         except TornSegmentError:
             self.count("torn")
@@ -249,7 +255,7 @@ class Folder:
             self._add_unreadable(path)
         else:
             self.count("torn", damaged)
-            self._add(Segment(name, whole_blocks(file_bytes), used_ns, used_ns), entries)
+            self.view.add(Segment(name, whole_blocks(file_bytes), used_ns, used_ns, after), entries)
         finally:
             os.close(fd)
 
@@ -258,95 +264,112 @@ class Folder:
         self.count("io_errors")
         with contextlib.suppress(OSError):  # removed meanwhile
             found = os.stat(path)
-            self._add(Segment(path.name, whole_blocks(found.st_size), found.st_mtime_ns, found.st_mtime_ns), {})
-
-    def _add(self, segment: Segment, entries: Mapping[str, Entry]) -> None:
-        with self._lock:
-            if segment.name in self._segments:
-                return
-            self._unread.pop(segment.name, None)
-            self._segments[segment.name] = segment
-            self._bytes += segment.num_bytes
-            segment.keys = list(entries)
-            self._places.update((key, Place(segment, entry)) for key, entry in entries.items())
-            heapq.heappush(self._order, (segment.used_ns, segment.name))
-            if len(self._order) > 2 * len(self._segments) + 100:  # of segments that have left
-                self._order = [(segment.used_ns, name) for name, segment in self._segments.items()]
-                heapq.heapify(self._order)
-
-    def _drop(self, name: str) -> int:
-        """Out of the view. Returns: its values."""
-        segment = self._segments.pop(name, None)
-        if segment is None:
-            return 0
-        self._bytes -= segment.num_bytes
-        for key in segment.keys:
-            if (place := self._places.get(key)) is not None and place.segment is segment:
-                del self._places[key]
-                self.lost += 1
-        return len(segment.keys)
-
-    def _forget_key(self, key: str) -> None:
-        place = self._places.pop(key, None)
-        if place is not None:
-            place.segment.keys.remove(key)
-            self.lost += 1
+            self.view.add(Segment(path.name, whole_blocks(found.st_size), found.st_mtime_ns, found.st_mtime_ns), {})
 
     def forget(self, segment: Segment) -> None:
         """Someone removed its file."""
         with self._lock:
-            if self._segments.get(segment.name) is segment:
-                self._drop(segment.name)
+            if self.view.segments.get(segment.name) is segment:
+                self.view.drop(segment.name)
 
     def touched(self, segment: Segment, fd: int) -> None:
         """Write the time of last use to disk, if what is there is old. Args: fd: of the segment."""
         if segment.used_ns - segment.disk_ns > TOUCH_NS:
-            segment.disk_ns = segment.used_ns
-            with contextlib.suppress(OSError):
-                os.utime(fd, ns=(segment.used_ns, segment.used_ns))
+            self._write_use(segment, fd)
+
+    @staticmethod
+    def _write_use(segment: Segment, file: int | Path) -> None:
+        segment.disk_ns = segment.used_ns
+        with contextlib.suppress(OSError):
+            os.utime(file, ns=(segment.used_ns, segment.used_ns))
 
     # ---- writing -----------------------------------------------------------------------------------------------------
-    def reserve(self, sizes: Sequence[int], deadline: Deadline) -> list[Draft | None]:
-        """Room for segments of these bytes, others removed if need be; None for those that there is no room for.
+    def reserve(self, wants: Sequence[Want], deadline: Deadline) -> list[Draft | None]:
+        """Room for segments, others removed if need be; None for those that there is no room for (counted as refused),
+        or whose key before is neither there nor in a segment before them (counted as gaps).
 
         All of a call lie in one shard, so that one fsync of the folder does for all. Raises: StorageError, OSError.
         """
         shard, drafts = os.urandom(1).hex(), list[Draft | None]()
         with self._exclusive(deadline):
-            lines = []
-            for size in sizes:
-                num_bytes = whole_blocks(size)
-                if not self._make_room(num_bytes):
+            lines: list[Line] = []
+            promised: set[str] = set()
+            refused: set[str] = set()
+            for want in wants:
+                line = None if self._missing(want, promised, refused) else self._reserve(want, shard)
+                if line is None:
+                    refused.update(want.keys)
                     drafts.append(None)
                     continue
-                name = shard + os.urandom(7).hex()
-                line = Line("R", name, num_bytes, self.journal.owner)
-                self._reserved[name] = line
                 lines.append(line)
-                temporary = self.root / "tmp" / f"{self.journal.owner}-{name}"
-                drafts.append(Draft(name, num_bytes, temporary, self.path(name)))
+                promised.update(want.keys)
+                temporary = self.root / "tmp" / f"{self.journal.owner}-{line.name}"
+                drafts.append(Draft(line.name, line.num_bytes, want.after, temporary, self.path(line.name)))
             try:
                 self.journal.append(lines)
             except OSError:
                 for line in lines:
-                    del self._reserved[line.name]
+                    self.view.release(line.name)
                 raise
         return drafts
 
+    def _missing(self, want: Want, promised: Collection[str], refused: Collection[str]) -> bool:
+        """Whether what it comes after is not there. Counted as what that was, if it was in this call."""
+        if not want.after or want.after in self.view.places or want.after in promised:
+            return False
+        self.counters["refused" if want.after in refused else "gaps"] += len(want.keys)
+        return True
+
+    def _reserve(self, want: Want, shard: str) -> Line | None:
+        """The reservation is held before room is made: what it comes after does not go for it."""
+        line = Line("R", shard + os.urandom(7).hex(), whole_blocks(want.file_bytes), self.journal.owner, want.after)
+        self.view.hold(line._replace(num_bytes=0))
+        if self._make_room(line.num_bytes):
+            self.view.hold(line)
+            return line
+        self.view.release(line.name)
+        self.counters["refused"] += len(want.keys)
+        return None
+
     def publish(self, written: Sequence[tuple[Draft, Mapping[str, Entry]]], given_up: Sequence[Draft],
-                deadline: Deadline) -> None:  # fmt: skip
+                deadline: Deadline) -> list[Draft]:  # fmt: skip
         """Tell everyone of segments that are in their place, and return the room of those that failed.
 
+        Returns: those that could not be published: this process was taken for dead and their room is gone, or the value
+            before theirs is. They are given up; the caller removes the files.
         Raises: StorageError, OSError; none is published then, and the caller removes the files and gives all up.
         """
         now = time.time_ns()
         with self._lock:
             self._void += [Line("X", draft.name) for draft in given_up]
         with self._exclusive(deadline):
-            self.journal.append([Line("P", draft.name, draft.num_bytes) for draft, _ in written])
+            there, failed = list[tuple[Draft, Mapping[str, Entry]]](), list[Draft]()
+            keys: set[str] = set()
             for draft, entries in written:
-                del self._reserved[draft.name]
-                self._add(Segment(draft.name, draft.num_bytes, now, now), entries)
+                if self._may_publish(draft, keys, len(entries)):
+                    there.append((draft, entries))
+                    keys.update(entries)
+                else:
+                    failed.append(draft)
+            self.journal.append([Line("P", draft.name, draft.num_bytes) for draft, _ in there])
+            for draft, entries in there:
+                self.view.add(Segment(draft.name, draft.num_bytes, now, now, draft.after), entries)
+                self.view.release(draft.name)
+            self._void += [Line("X", draft.name) for draft in failed]
+        return failed
+
+    def _may_publish(self, draft: Draft, keys: set[str], num_values: int) -> bool:
+        if draft.after and draft.after not in self.view.places and draft.after not in keys:
+            self.counters["gaps"] += num_values
+            return False
+        if draft.name in self.view.reserved or draft.name in self.view.segments:  # or others told of it
+            return True
+        self.view.hold(Line("R", draft.name, 0, self.journal.owner, draft.after))
+        if draft.final.exists() and self._make_room(draft.num_bytes):
+            self.view.hold(Line("R", draft.name, draft.num_bytes, self.journal.owner, draft.after))
+            return True
+        self.counters["refused"] += num_values
+        return False
 
     def give_up(self, drafts: Sequence[Draft], deadline: Deadline) -> None:
         """Return the room of segments that failed; told when the lock can be had next."""
@@ -357,15 +380,14 @@ class Folder:
         """Remove values; a segment without any goes with its last one. Raises: StorageError."""
         with self._exclusive(deadline):
             for key in keys:
-                place = self._places.get(key)
-                if place is None:
-                    continue
-                if len(place.segment.keys) == 1:
-                    self._remove(place.segment)
-                    continue
-                self._kill(place)
-                self._forget_key(key)
-                self._tell(Line("K", key))
+                for place in self.view.copies_of(key):
+                    if len(place.segment.keys) == 1:
+                        self._remove(place.segment)
+                    else:
+                        self._kill(place)
+                if key in self.view.places:
+                    self.view.forget(key)
+                    self._tell(Line("K", key))
 
     def _kill(self, place: Place) -> None:
         try:
@@ -382,7 +404,7 @@ class Folder:
     def clear(self, deadline: Deadline) -> None:
         """Remove every published segment."""
         with self._exclusive(deadline):
-            for segment in list(self._segments.values()):
+            for segment in list(self.view.segments.values()):
                 self._remove(segment)
 
     # ---- room; all below under ``_exclusive`` ------------------------------------------------------------------------
@@ -393,50 +415,56 @@ class Folder:
             self._read_new()
             if self.journal.due:
                 with contextlib.suppress(OSError):  # a full disk: later
-                    self.journal.replace(list(self._reserved.values()))
+                    self.journal.replace(list(self.view.reserved.values()))
             if self._void and self._tell(*self._void):
                 for line in self._void:
-                    self._reserved.pop(line.name, None)
+                    self.view.release(line.name)
                 self._void.clear()
+            if time.monotonic() >= self._settle_at_s:
+                self._settle_dead()
             yield
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Remove the least recently used until num_bytes fit. False: they cannot."""
-        if self.max_bytes is None:
-            return True
-        if num_bytes > self.max_bytes:
-            return False
+        """Remove leaves, the least recently used first, until num_bytes fit. False: they cannot, and all that there is
+        stays: what is refused must not have cost others their place."""
         if self._over(num_bytes):
             self._settle_dead()
+        if num_bytes and (over := self._over(num_bytes)) and not self.view.can_free(over):
+            return False
+        kept: list[Segment] = []
         while self._over(num_bytes):
             segment = self._oldest()
-            if segment is None:
-                return False
+            if segment is None or segment in kept:
+                break
             values = len(segment.keys)
             if self._remove(segment):
                 self.counters["evicted_segments"] += 1
                 self.counters["evicted_values"] += values
-        return True
+            else:
+                kept.append(segment)
+        for segment in kept:
+            self.view.push(segment)
+        return not self._over(num_bytes)
 
-    def _over(self, num_bytes: int) -> bool:
-        reserved = sum(line.num_bytes for line in self._reserved.values())
-        return self.max_bytes is not None and self._bytes + reserved + num_bytes > self.max_bytes
+    def _over(self, num_bytes: int) -> int:
+        """Bytes that are too many with num_bytes more."""
+        if self.max_bytes is None:
+            return 0
+        return max(0, self.view.num_bytes + self.view.reserved_bytes() + num_bytes - self.max_bytes)
 
     def _oldest(self) -> Segment | None:
-        while self._order:
-            used_ns, name = heapq.heappop(self._order)
-            segment = self._segments.get(name)
-            if segment is None:
-                continue
+        """The leaf that was used least recently, by whatever process; it leaves the order."""
+        while (segment := self.view.pop_leaf()) is not None:
             try:
-                segment.used_ns = max(segment.used_ns, os.stat(self.path(name)).st_mtime_ns)  # others use it, too
+                used_ns = os.stat(self.path(segment.name)).st_mtime_ns
             except FileNotFoundError:
-                self._drop(name)
+                self.view.drop(segment.name)
                 continue
-            if segment.used_ns == used_ns:
+            if used_ns <= segment.used_ns:
                 return segment
-            heapq.heappush(self._order, (segment.used_ns, name))
-        return None
+            segment.used_ns = used_ns
+            self.view.push(segment)
+        return self.view.oldest_of_a_ring()
 
     def _remove(self, segment: Segment) -> bool:
         try:
@@ -446,7 +474,7 @@ class Folder:
         except OSError:
             self.counters["io_errors"] += 1
             return False
-        self._drop(segment.name)
+        self.view.drop(segment.name)
         self._tell(Line("D", segment.name))
         return True
 
@@ -461,13 +489,14 @@ class Folder:
 
     def _settle_dead(self) -> None:
         """End the reservations of processes that died."""
-        for name, line in list(self._reserved.items()):
+        self._settle_at_s = time.monotonic() + SETTLE_S
+        for name, line in list(self.view.reserved.items()):
             if self.journal.alive(line.owner):
                 continue
-            del self._reserved[name]
             (self.root / "tmp" / f"{line.owner}-{name}").unlink(missing_ok=True)
-            if name not in self._segments:
+            if name not in self.view.segments:
                 self._read(name)  # it died between the rename and telling
-            published = self._segments.get(name)
+            self.view.release(name)
+            published = self.view.segments.get(name)
             self._tell(Line("X", name) if published is None else Line("P", name, published.num_bytes))
             self.counters["orphans"] += 1

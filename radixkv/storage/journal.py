@@ -3,7 +3,9 @@
     lock       flock'ed for microseconds, around every decision about room and every line; never during reads and writes
                of values. The kernel frees it when its holder dies.
     journal    lines, appended under the lock:
-                   R name bytes owner    room for a segment was reserved
+                   R name bytes owner after
+                                         room for a segment was reserved, whose values are of use only after that key
+                                         ("." if none): the segment with it must stay
                    P name bytes          it was published: the file is in its place
                    X name                it was given up
                    D name                it was removed
@@ -49,21 +51,23 @@ class Line(NamedTuple):
     name: str
     num_bytes: int = 0
     owner: str = ""
+    after: str = ""
 
     def encode(self) -> bytes:
         """With its newline."""
-        more = {"R": f" {self.num_bytes} {self.owner}", "P": f" {self.num_bytes}"}.get(self.kind, "")
-        return f"{self.kind} {self.name}{more}\n".encode("ascii")
+        more = {"R": f" {self.num_bytes} {self.owner} {self.after or '.'}", "P": f" {self.num_bytes}"}
+        return f"{self.kind} {self.name}{more.get(self.kind, '')}\n".encode("ascii")
 
     @classmethod
     def decode(cls, text: bytes) -> Line | None:
         """None for a line that is damaged or unknown."""
         fields = text.decode("ascii", "replace").split(" ")
-        if len(fields) != {"R": 4, "P": 3, "X": 2, "D": 2, "K": 2}.get(fields[0]):
+        if len(fields) != {"R": 5, "P": 3, "X": 2, "D": 2, "K": 2}.get(fields[0]):
             return None
         if len(fields) > 2 and not fields[2].isdecimal():
             return None
-        return cls(fields[0], fields[1], int(fields[2]) if len(fields) > 2 else 0, *fields[3:])
+        kind, name, num_bytes, owner, after = (*fields, *("0", "", ".")[len(fields) - 2 :])
+        return cls(kind, name, int(num_bytes), owner, "" if after == "." else after)
 
 
 class Journal:

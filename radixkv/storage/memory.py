@@ -84,6 +84,14 @@ class MemoryStorage(Storage):
             values = self._open()
             return np.fromiter((key in values for key in keys), np.bool_, len(keys))
 
+    def touch_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
+        found = self.exists_many(keys, timeout_s=timeout_s)
+        with self._lock:
+            for key in keys:
+                if key in self._open():
+                    self._open().move_to_end(key)
+        return found
+
     def delete_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:
         check_keys(keys)
         Deadline(timeout_s, self.name)

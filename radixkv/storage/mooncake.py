@@ -9,7 +9,8 @@ Server:   apt-get install libibverbs1
     MooncakeStorage(master="127.0.0.1:50051", segment_bytes=4 << 30)
 
 Values live in the segments that clients lend, this one too with ``segment_bytes`` above 0, and go with the client that
-lent them. The master evicts by itself from 90 % on. Register the host pool's arena (``register``): parts elsewhere (the
+lent them. The master evicts by itself from 90 % on, single values, and does not tell: ``lost`` is 0. Looking
+values up is all that touch_many does. Register the host pool's arena (``register``): parts elsewhere (the
 64-byte headers) are copied through registered slabs.
 
 Deadlines: look-ups and deletes leave in time. Mooncake itself moves the bytes of a put or a get, which therefore waits

@@ -20,7 +20,7 @@ from ..types import PageIds
 from .base import BoolArray, FlatParts, Storage, flat_parts
 from .breaker import Breaker, BreakerConfig
 from .namespace import PageNamespace
-from .sealed import PageCounters, SealedStore
+from .sealed import PageCounters, Prefix, SealedStore
 
 __all__ = ["PageParts", "PageStore", "host_page_parts"]
 
@@ -84,10 +84,21 @@ class PageStore:
         return [prefix + text[at : at + step] for at in range(0, len(text), step)]
 
     # ---- pages -------------------------------------------------------------------------------------------------------
-    def set_pages(self, digests: Digests, host_pages: PageIds, *, salt: bytes = b"",
-                  timeout_s: float | None = None) -> BoolArray:  # fmt: skip
-        """Store host pages: bool [pages], whether each is in storage now. Args: host_pages: int32 [pages]."""
-        return self._sealed.put(*self._batch(digests, host_pages, salt), timeout_s)
+    def set_pages(self, digests: Digests, host_pages: PageIds, *, salt: bytes = b"", timeout_s: float | None = None,
+                  after: bytes | None = None) -> BoolArray:  # fmt: skip
+        """Store host pages: bool [pages], whether each is in storage now.
+
+        Args:
+            host_pages: int32 [pages].
+            after: the pages follow each other in one prompt, and this is the digest of the page before them (b"": there
+                is none). Storage may then see to it that no page outlives the pages that it is reached by, and does not
+                take it without (Storage.put_each). None: nothing is known of that.
+        """
+        keys, payloads = self._batch(digests, host_pages, salt)
+        before = None if after is None else ""
+        if after:
+            before = self.keys(np.frombuffer(after, np.uint8)[None], salt)[0]
+        return self._sealed.put(keys, payloads, timeout_s, before)
 
     def get_pages(self, digests: Digests, host_pages: PageIds, *, salt: bytes = b"",
                   timeout_s: float | None = None) -> BoolArray:  # fmt: skip
@@ -99,7 +110,13 @@ class PageStore:
 
     def count_prefix(self, digests: Digests, *, salt: bytes = b"", timeout_s: float | None = None) -> int:
         """How many leading pages storage has, as far as it knows; get_pages may still miss some."""
-        return self._sealed.count_prefix(self.keys(digests, salt), timeout_s)
+        return self.find_prefix(digests, salt=salt, timeout_s=timeout_s).found
+
+    def find_prefix(self, digests: Digests, *, salt: bytes = b"", timeout_s: float | None = None,
+                    touch: bool = False) -> Prefix:  # fmt: skip
+        """count_prefix, and whether storage has answered. Args: touch: the pages count as used now, where storage makes
+        room by use."""
+        return self._sealed.find_prefix(self.keys(digests, salt), timeout_s, touch)
 
     def lost(self) -> int:
         """See Storage.lost."""

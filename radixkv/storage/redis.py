@@ -7,12 +7,17 @@ Client:   pip install radixkv[redis]     (redis-py, and hiredis, which reads rep
     RedisStorage(url="redis://127.0.0.1:6379/0")
 
 The budget is the server's: with ``allkeys-lru`` it evicts; without, what it has no room for is refused (and counted).
+It evicts single keys, of chains too. A put of what is there and touch_many count as use (TOUCH; all keys, as a chain is
+worth no more than its first gap). ``lost`` follows the server's own count of evicted and expired keys, those of others
+too, which is asked for in the background once a second; a restart counts as well, FLUSHALL does not.
 Values of up to 512 MiB. One copy on the way in and one on the way out, by redis-py's own buffers.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..errors import StorageError, StorageTimeoutError
@@ -20,6 +25,9 @@ from .base import require_package
 from .remote import RemoteStorage, Value
 
 __all__ = ["RedisStorage"]
+
+ASK_S = 1.0
+"""Between two questions to the server how much it has evicted."""
 
 
 class RedisStorage(RemoteStorage):
@@ -49,9 +57,32 @@ class RedisStorage(RemoteStorage):
             retry=retries.Retry(backoff.NoBackoff(), 1, lost),  # the server may have closed an idle one
         )
         self._client: Any = self._redis.Redis(connection_pool=pool)
+        self._ask_at_s, self._asking = 0.0, False
+        self._seen: tuple[object, ...] | None = None
+        self._lost = 0
+
+    def lost(self) -> int:
+        pool, now_s = self._pool, time.monotonic()
+        if pool is not None and not self._asking and now_s >= self._ask_at_s:
+            self._ask_at_s, self._asking = now_s + ASK_S, True
+            with suppress(StorageError):  # closed just now
+                pool.submit(self._ask_what_is_lost)
+        return self._lost
+
+    def _ask_what_is_lost(self) -> None:
+        try:
+            counts, server = self._client.info("stats"), self._client.info("server")
+            seen = (server.get("run_id"), counts.get("evicted_keys"), counts.get("expired_keys"))
+            if self._seen is not None and seen != self._seen:
+                self._lost += 1
+            self._seen = seen
+        except (self._redis.exceptions.RedisError, OSError):
+            pass  # whoever wants values will notice
+        finally:
+            self._asking = False
 
     def _put_chunk(self, keys: Sequence[str], values: Sequence[bytes]) -> Sequence[bool]:
-        there = self._exists_chunk(keys)
+        there = self._ask("touch", keys)
         pipe = self._client.pipeline(transaction=False)
         for key, value, exists in zip(keys, values, there, strict=True):
             if not exists:
@@ -66,9 +97,17 @@ class RedisStorage(RemoteStorage):
         return values
 
     def _exists_chunk(self, keys: Sequence[str]) -> Sequence[bool]:
+        return self._ask("exists", keys)
+
+    def _touch_chunk(self, keys: Sequence[str]) -> Sequence[bool]:
+        if self._client.touch(*keys) == len(keys):  # one command; which are missing it does not say
+            return [True] * len(keys)
+        return self._exists_chunk(keys)
+
+    def _ask(self, command: str, keys: Sequence[str]) -> list[bool]:
         pipe = self._client.pipeline(transaction=False)
         for key in keys:
-            pipe.exists(key)
+            getattr(pipe, command)(key)
         return [bool(answer) for answer in pipe.execute()]
 
     def _delete_chunk(self, keys: Sequence[str]) -> None:

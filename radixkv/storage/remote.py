@@ -66,6 +66,10 @@ class RemoteStorage(Storage):
     def _exists_chunk(self, keys: Sequence[str]) -> Sequence[bool]:
         """Look keys up."""
 
+    def _touch_chunk(self, keys: Sequence[str]) -> Sequence[bool]:
+        """Look keys up, and count them as used, where the server knows how."""
+        return self._exists_chunk(keys)
+
     @abstractmethod
     def _delete_chunk(self, keys: Sequence[str]) -> None:
         """Remove keys."""
@@ -115,10 +119,16 @@ class RemoteStorage(Storage):
         return sizes
 
     def exists_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
+        return self._look_up("exists_many", self._exists_chunk, keys, timeout_s)
+
+    def touch_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> BoolArray:
+        return self._look_up("touch_many", self._touch_chunk, keys, timeout_s)
+
+    def _look_up(self, what: str, chunk: Callable[[Sequence[str]], Sequence[bool]], keys: Sequence[str],
+                 timeout_s: float | None) -> BoolArray:  # fmt: skip
         check_keys(keys)
-        calls = [partial(self._exists_chunk, names) for names in self._names(keys)]
-        found = [flag for flags in self._run("exists_many", calls, timeout_s) for flag in flags]
-        return np.array(found, np.bool_)
+        calls = [partial(chunk, names) for names in self._names(keys)]
+        return np.array([flag for flags in self._run(what, calls, timeout_s) for flag in flags], np.bool_)
 
     def delete_many(self, keys: Sequence[str], *, timeout_s: float | None = None) -> None:
         check_keys(keys)

@@ -6,7 +6,8 @@ Client:   pip install radixkv[s3]
     S3Storage(bucket="kv", endpoint="http://127.0.0.1:9000", access_key_id=..., secret_access_key=...)
 
 Credentials and region that are not given come from the environment (AWS_ACCESS_KEY_ID, ...) or the instance, as
-object_store finds them. The bucket must exist. Budget and age are the bucket's lifecycle rules. A put asks first
+object_store finds them. The bucket must exist. Budget and age are the bucket's lifecycle rules, which go by
+the time of writing and tell nobody: ``lost`` is 0, and touch_many only looks up. A put asks first
 whether the object is there (HEAD), which costs a tenth of a PUT and saves the upload.
 """
 

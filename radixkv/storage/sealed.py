@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from .base import BoolArray, Deadline, Parts, Storage, flat_parts
 from .breaker import Breaker, BreakerConfig
 from .envelope import Check, Seal, Verdict, require_checksum
 
-__all__ = ["PageCounters", "SealedStore"]
+__all__ = ["PageCounters", "Prefix", "SealedStore"]
 
 Answer = TypeVar("Answer")
 
@@ -56,6 +57,14 @@ class PageCounters:
     bytes_written: int = 0
 
 
+class Prefix(NamedTuple):
+    """Leading values that are in storage. answered: False if storage failed, was left alone, or took too long: there
+    may be more."""
+
+    found: int
+    answered: bool
+
+
 class SealedStore:
     """Values under keys, each in an envelope. Thread-safe, as its storage is.
 
@@ -83,13 +92,15 @@ class SealedStore:
         with self._lock:
             return replace(self._counters)
 
-    def put(self, keys: Sequence[str], payloads: Sequence[Parts], timeout_s: float | None) -> BoolArray:
-        """Store values: bool [len(keys)], whether each is there now."""
+    def put(self, keys: Sequence[str], payloads: Sequence[Parts], timeout_s: float | None,
+            after: str | None = None) -> BoolArray:  # fmt: skip
+        """Store values: bool [len(keys)], whether each is there now. Args: after: of a chain; see Storage.put_each."""
         if not keys:
             return np.zeros(0, np.bool_)
         flat = flat_parts(payloads)
         seal = Seal(keys, flat)
-        flags = self._call(self.storage.put_each, keys, seal.parts(), seal.prepare, timeout_s=timeout_s)
+        put = partial(self.storage.put_each, after=after)
+        flags = self._call(put, keys, seal.parts(), seal.prepare, timeout_s=timeout_s)
         if flags is None:
             return np.zeros(len(keys), np.bool_)
         stored = int(flags.sum())
@@ -122,18 +133,22 @@ class SealedStore:
         flags = self._call(self.storage.exists_many, keys, timeout_s=timeout_s) if keys else None
         return np.zeros(len(keys), np.bool_) if flags is None else flags
 
-    def count_prefix(self, keys: Sequence[str], timeout_s: float | None) -> int:
-        """How many leading keys are there."""
-        deadline = Deadline(timeout_s, "count_prefix")
+    def find_prefix(self, keys: Sequence[str], timeout_s: float | None, touch: bool = False) -> Prefix:
+        """How many leading keys are there. Args: touch: they count as used now; see Storage.touch_many."""
+        deadline = Deadline(timeout_s, "find_prefix")
+        look_up = self.storage.touch_many if touch else self.storage.exists_many
         found, step = 0, _FIRST_LOOK_UP
-        while found < len(keys) and not deadline.passed():
-            flags = self.exists(keys[found : found + step], deadline.left_s())
+        while found < len(keys):
+            some = keys[found : found + step]
+            flags = None if deadline.passed() else self._call(look_up, some, timeout_s=deadline.left_s())
+            if flags is None:
+                return Prefix(found, False)
             leading = len(flags) if flags.all() else int(flags.argmin())
             found += leading
             if leading < len(flags):
                 break
             step *= 2
-        return found
+        return Prefix(found, True)
 
     def delete(self, keys: Sequence[str], timeout_s: float | None) -> bool:
         """Remove keys. Returns: whether storage did."""

@@ -3,7 +3,7 @@
     0      header, 64 bytes:  magic "RKVSEG\\0\\x1a", version u16, header bytes u16, u32 0, entries u32, key bytes u32,
                               file bytes u64, 16 zeros, 8 zeros, XXH3-64 of bytes 0 .. 55 as u64
     64     entries, 24 bytes each:  offset u64, bytes u64, key bytes u32, sum u32
-    ...    the keys, one after the other, ASCII
+    ...    the keys, one after the other, ASCII; the first may be ``KEY<AFTER``: all of them are of no use without AFTER
     ...    zeros up to a multiple of 64
     ...    the values, one after the other, as they were given
 
@@ -40,6 +40,9 @@ ALIGNMENT = 64
 then, a quarter faster."""
 assert (HEADER.itemsize, ENTRY.itemsize) == (HEADER_BYTES, ENTRY_BYTES)
 
+AFTER = "<"
+"""Between a segment's first key and the one it comes after; no character of keys."""
+
 _FIRST_READ = 16384
 """Bytes of a segment that are read at first: header and index of about 130 values."""
 
@@ -66,9 +69,14 @@ def _entry_sum(key: bytes, offset: int, num_bytes: int) -> int:
     return _sum64()(key, (offset * 0x9E3779B97F4A7C15 + num_bytes) & 0xFFFFFFFFFFFFFFFF) & 0xFFFFFFFF | 1
 
 
-def encode_index(keys: Sequence[str], sizes: Sequence[int]) -> tuple[bytes, list[Entry], int]:
-    """What comes before the values: (header, entries, keys, zeros as bytes; the entries; bytes of the whole file)."""
+def encode_index(keys: Sequence[str], sizes: Sequence[int], after: str = "") -> tuple[bytes, list[Entry], int]:
+    """What comes before the values: (header, entries, keys, zeros as bytes; the entries; bytes of the whole file).
+
+    Args: after: the key that the segment comes after, "" if none.
+    """
     names = [key.encode("ascii") for key in keys]
+    if after:
+        names[0] += (AFTER + after).encode("ascii")
     key_bytes = sum(map(len, names))
     end = HEADER_BYTES + ENTRY_BYTES * len(names) + key_bytes
     at = end + -end % ALIGNMENT
@@ -85,8 +93,9 @@ def encode_index(keys: Sequence[str], sizes: Sequence[int]) -> tuple[bytes, list
     return b"".join([header.tobytes(), np.array(rows, ENTRY).tobytes(), *names, zeros]), entries, at
 
 
-def read_index(fd: int) -> tuple[dict[str, Entry], int, int]:
-    """The index of a segment: (live entries by key, entries that are damaged, bytes of the file).
+def read_index(fd: int) -> tuple[dict[str, Entry], str, int, int]:
+    """The index of a segment: (live entries by key, the key that it comes after or "", number of damaged entries, bytes
+    of the file).
 
     Raises: TornSegmentError, OSError.
     """
@@ -99,7 +108,12 @@ def read_index(fd: int) -> tuple[dict[str, Entry], int, int]:
             raise TornSegmentError(f"the index ends after {len(head)} of {end} bytes")
         head += more
     rows = np.frombuffer(head, ENTRY, count, HEADER_BYTES)
-    return *_live(rows, head, HEADER_BYTES + count * ENTRY_BYTES, int(fields["file_bytes"])), int(fields["file_bytes"])
+    file_bytes = int(fields["file_bytes"])
+    named, damaged = _live(rows, head, HEADER_BYTES + count * ENTRY_BYTES, file_bytes)
+    first = next(iter(named), "")
+    key, mark, after = first.partition(AFTER)
+    entries = {key: named.pop(first), **named} if mark else named
+    return entries, after, damaged, file_bytes
 
 
 def _checked_header(head: bytes, file_bytes: int) -> np.void:

@@ -129,7 +129,7 @@ class HiCacheAdapter(HiCacheStorage):
         return bool(self._sealed.exists(self._names([key]), self.timeout_s)[0])
 
     def batch_exists(self, keys: list[str]) -> int:
-        return self._sealed.count_prefix(self._names(keys), self.timeout_s)
+        return self._sealed.find_prefix(self._names(keys), self.timeout_s).found
 
     def delete(self, key: str) -> None:
         """Remove a value."""

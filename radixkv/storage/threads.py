@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ..errors import StorageError
@@ -42,6 +44,36 @@ class DaemonPool:
                 self._threads.append(thread)
                 thread.start()
         return future
+
+    def run_all(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Run tasks, and wait for all of them, whatever happens. Raises: one of their errors.
+
+        The caller works too, and waits only for threads that are inside a task: on a busy machine they come late.
+        """
+        results: dict[int, T] = {}
+        errors: list[BaseException] = []
+        todo = deque(enumerate(tasks))
+
+        def work() -> None:
+            with suppress(IndexError):
+                while True:
+                    index, task = todo.popleft()
+                    try:
+                        results[index] = task()
+                    except BaseException as error:
+                        errors.append(error)
+
+        helpers = [self.submit(work) for _ in range(min(self._num_threads, len(tasks) - 1))]
+        work()
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+        if errors:
+            try:
+                raise errors[0]
+            finally:
+                errors.clear()  # else the error and this frame hold each other, and views of the caller's memory
+        return [results[index] for index in range(len(tasks))]
 
     def shutdown(self, wait: bool = True) -> None:
         """Cancel the calls that have not begun. Args: wait: until the threads have ended."""

@@ -198,8 +198,10 @@ class ScriptedEdge:
     def bring(self, digests: Digests, host_pages: PageIds, salt: bytes, least: int) -> Job:
         return self._put(Job.bring(digests, host_pages, salt, least))
 
-    def store(self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False) -> Job:
-        return self._put(Job("store", digests, host_pages, salt, again))
+    def store(
+        self, digests: Digests, host_pages: PageIds, salt: bytes, again: bool = False, after: bytes = b""
+    ) -> Job:  # fmt: skip
+        return self._put(Job("store", digests, host_pages, salt, again, after))
 
     def lost(self) -> int:
         return self.pages.lost()

@@ -101,12 +101,20 @@ class Unreliable(Storage):
         return bool(self.random.random() < self.chance)
 
     def put_many(self, keys: Any, parts: Any, *, timeout_s: float | None = None) -> Any:
+        return self.put_each(keys, parts, timeout_s=timeout_s)
+
+    def put_each(self, keys: Any, parts: Any, prepare: Any = None, *, after: Any = None, timeout_s: Any = None) -> Any:
         if self._fails():
             raise StorageError("no connection")
-        flags = self.inner.put_many(keys, parts, timeout_s=timeout_s)
+        flags = self.inner.put_each(keys, parts, prepare, after=after, timeout_s=timeout_s)
         if self._fails():
             flags[self.random.integers(len(flags))] = False
         return flags
+
+    def touch_many(self, keys: Any, *, timeout_s: float | None = None) -> Any:
+        if self._fails():
+            raise StorageError("no connection")
+        return self.inner.touch_many(keys, timeout_s=timeout_s)
 
     def get_many(self, keys: Any, parts: Any, *, timeout_s: float | None = None) -> Any:
         if self._fails():

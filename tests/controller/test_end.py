@@ -14,6 +14,7 @@ from radixkv.controller.workers import StorageWorkers
 from radixkv.errors import GroupError, LoadError, StateError, StorageError, TransferError
 from radixkv.storage import MemoryStorage, Storage
 from radixkv.storage.file import FileStorage
+from radixkv.storage.sealed import Prefix
 
 from .kit import GEOMETRY, ROOT, P, ScriptedEdge, Stack, ThreadGroup, content_of, page_store, prompt
 
@@ -314,8 +315,8 @@ def test_storage_jobs_end_however_the_backend_fails() -> None:
         def get_pages(self, *_: Any, **__: Any) -> Any:
             raise ZeroDivisionError("a defect of the backend")
 
-        def count_prefix(self, *_: Any, **__: Any) -> int:
-            return 2
+        def find_prefix(self, *_: Any, **__: Any) -> Prefix:
+            return Prefix(2, True)
 
     workers = StorageWorkers(Broken(), Stack().config)
     digests, pages = np.zeros((4, 32), np.uint8), np.arange(4, dtype=np.int32)
@@ -422,7 +423,7 @@ def test_no_kind_of_exception_ends_a_thread() -> None:
     pages.close()
 
     class Panics:
-        count_prefix = set_pages = get_pages = panic
+        find_prefix = set_pages = get_pages = panic
 
     workers = StorageWorkers(Panics(), Stack().config)
     jobs = [workers.look_up(np.zeros((4, 32), np.uint8), b"") for _ in range(2)]
@@ -509,7 +510,7 @@ def test_what_cannot_be_asked_for_has_failed() -> None:
     others = stack.host.alloc(stack.host.size)
     stack.edge.look_up = refuse
     assert stack.controller.prefetch("r", prompt(1, 4), ROOT)
-    assert stack.controller.poll().revoked == 1
+    assert stack.controller.poll().failed == 1
     stack.edge.look_up, stack.edge.fetch = look_up, refuse
     assert stack.controller.prefetch("r", prompt(1, 4), ROOT)
     stack.host.free(others)

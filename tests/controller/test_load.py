@@ -320,7 +320,8 @@ def test_a_load_that_always_fails_is_given_up() -> None:
 def test_what_fails_for_one_request_after_the_other_leaves_the_host() -> None:
     stack = Stack(load_attempts=2, storage=True)
     tokens = prompt(1, 4)
-    _, lower = on_host(stack, tokens[: 2 * P], tokens)
+    upper, lower = on_host(stack, tokens[: 2 * P], tokens)
+    stack.controller.store(upper)
     stack.controller.store(lower)  # which keeps it for a while
     stack.mover.fail = lambda kind: TransferError("the link is down")
     for _ in range(2):

@@ -81,15 +81,19 @@ def test_hits_drive_a_node_to_the_host_and_then_to_storage() -> None:
 
 
 @pytest.mark.parametrize("tree", ["with digests of its own", "hashed by path"])
-def test_a_child_stored_before_its_parent_has_the_hashes_of_its_whole_path(tree: str) -> None:
+def test_a_child_has_the_hashes_of_its_whole_path_and_is_stored_after_its_parent(tree: str) -> None:
     stack = make(tree=ReferenceTree(P)) if tree == "hashed by path" else make()
     tokens = prompt(1, 6)
-    stack.compute(tokens[: 3 * P])
+    parent = stack.compute(tokens[: 3 * P])
     child = stack.compute(tokens)
     stack.settle()
-    assert stack.controller.store(child) is not None
+    assert stack.controller.store(child) is None  # of no use there without its parent
     stack.settle()
-    assert keys_of(stack, tokens) == [False] * 3 + [True] * 3
+    assert keys_of(stack, tokens) == [False] * 6
+    assert stack.controller.store(parent) is not None
+    stack.settle()  # the child follows by itself
+    assert keys_of(stack, tokens) == [True] * 6
+    assert {info.marks for info in stack.tree.dump()} == {STORED}
     stack.check()
 
 
@@ -438,7 +442,7 @@ def test_failures_count_however_early_a_prefetch_is_ended() -> None:
     def broken(*rest: Any, **more: Any) -> int:
         raise RuntimeError("not of storage")
 
-    pages.count_prefix = broken  # type: ignore[method-assign]
+    pages.find_prefix = broken  # type: ignore[method-assign]
     for number in range(2):
         assert stack.controller.prefetch(f"r{number}", prompt(number, 4), ROOT)
         stack.edge.run()
@@ -707,7 +711,7 @@ def test_without_losses_marks_are_trusted() -> None:
         stack.compute(prompt(1, 3))
         stack.settle()
     puts = puts_of(stack)
-    stack.edge.pages.count_prefix = None  # type: ignore[method-assign, assignment]
+    stack.edge.pages.find_prefix = None  # type: ignore[method-assign, assignment]
     for _ in range(3):
         stack.compute(prompt(1, 3))
         stack.settle()

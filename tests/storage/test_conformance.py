@@ -285,3 +285,21 @@ def test_pages(storage: Storage) -> None:
     assert (store.counters.corrupt, store.counters.removed) == (1, 1)
     assert not storage.exists_many([key]).any()
     storage.unregister(host.data)
+
+
+def test_touching_looks_up(storage: Storage) -> None:
+    put(storage, {"a": 10, "b": 20})
+    assert storage.touch_many(["a", "none", "b", "a"]).tolist() == [True, False, True, True]
+    assert storage.touch_many(["b"]).dtype == np.bool_
+    assert storage.touch_many([]).tolist() == []
+
+
+def test_a_chain_is_stored_and_goes_on(storage: Storage) -> None:
+    keys = [f"c{number}" for number in range(6)]
+    values = [[value(key, 5000)] for key in keys]
+    assert storage.put_each(keys[:2], values[:2], after="").tolist() == [True, True]
+    assert storage.put_each(keys[1:5], values[1:5], after="c0").tolist() == [True] * 4
+    assert storage.put_each(keys[5:], values[5:], after="c4", timeout_s=30).tolist() == [True]
+    assert [get(storage, key, 5000) for key in keys] == [value(key, 5000) for key in keys]
+    if storage.chained:
+        assert storage.put_each(["x"], [[b"x"]], after="missing").tolist() == [False]

@@ -863,7 +863,7 @@ def test_the_order_of_eviction_does_not_grow_with_time(storage: FileStorage) -> 
     for number in range(300):
         put(storage, f"k{number}", size=1)
         storage.clear()
-    assert len(storage.folder._order) < 200
+    assert len(storage.folder.view._order) < 200
 
 
 def test_a_segment_that_cannot_be_read_at_start_counts_against_the_budget(

@@ -20,7 +20,7 @@ from radixkv.storage import Storage, create_storage
 from radixkv.storage.breaker import BreakerConfig
 
 from .kit import HostPages, digests, ids, page_store
-from .sites import MooncakeSite, RedisSite, S3Site, free_port, needed
+from .sites import MooncakeSite, RedisSite, S3Site, Server, accepts, free_port, needed, tool
 from .test_conformance import get, put
 
 
@@ -320,3 +320,62 @@ def test_a_plugin_that_nixl_does_not_have(tmp_path: Path) -> None:
     with pytest.raises((StorageError, InvalidArgumentError)):
         create_storage("nixl", path=tmp_path, plugin="UCX")
 
+
+
+# ---- what a Redis server evicts --------------------------------------------------------------------------------------
+@pytest.fixture
+def small_redis(tmp_path: Path) -> Iterator[Server]:
+    """Room for about two hundred values of 10,000 bytes."""
+    needed("redis")
+    program = tool("redis-server")
+    options = ["--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path), "--maxmemory", "4mb", "--maxmemory-policy",
+               "allkeys-lfu"]  # fmt: skip
+    server = Server(lambda port: [program, "--port", str(port), *options], accepts, tmp_path / "log")
+    yield server
+    server.kill()
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_redis_tells_what_it_evicts(small_redis: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radixkv.storage.redis.ASK_S", 0.0)
+    with redis_at(small_redis.port) as storage:
+        put(storage, {"a": 1000})
+        assert storage.lost() == 0
+        assert until(lambda: storage.lost() == 0 and storage._seen is not None)  # type: ignore[attr-defined]
+        before = storage.lost()
+        put(storage, {f"k{number}": 10_000 for number in range(800)})
+        assert until(lambda: storage.lost() > before)
+        told = storage.lost()
+        small_redis.kill()
+        for _ in range(20):
+            assert storage.lost() == told  # a dead server raises nothing, and says nothing
+        small_redis.start()
+        assert until(lambda: storage.lost() > told), "all is gone"
+    assert storage.lost() > 0  # closed: no more questions
+
+
+def test_redis_touches_what_is_there(small_redis: Server) -> None:
+    """TOUCH and a put of what is there count as use; EXISTS does not."""
+    import redis
+
+    client = redis.Redis(port=small_redis.port)
+
+    def uses(key: str) -> int:
+        return int(client.object("freq", f"radixkv.{key}"))
+
+    with redis_at(small_redis.port) as storage:
+        put(storage, {"a": 10, "b": 10, "c": 10})
+        new = uses("a")
+        assert storage.exists_many(["a", "b"]).all()
+        assert (uses("a"), uses("b")) == (new, new)
+        assert storage.touch_many(["a", "b"]).tolist() == [True, True]
+        assert storage.touch_many(["none", "b", "b"]).tolist() == [False, True, True]
+        put(storage, {"c": 10})
+        assert min(uses("a"), uses("b"), uses("c")) > new
+    client.close()
