@@ -301,7 +301,7 @@ def _one_call(job: Job, store: PageStoreLike, config: ControllerConfig) -> bool:
         job.lost_before = store.lost()
     if job.least is not None and job.found is None:
         job.found = _find(job, store, config, job.digests)
-        return job.error is None and job.reach > 0
+        return job.reach > 0  # what it has said it has is fetched, whether it has said all or not
     return _fetch(job, store, config, job.host_pages)
 
 

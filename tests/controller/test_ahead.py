@@ -296,7 +296,7 @@ def test_a_rank_whose_worker_refuses_fails_it_for_all() -> None:
         stack.edge.begins = True
         for _ in range(3):
             stack.edge.step()
-        assert stack.controller.poll().revoked == 1
+        assert stack.controller.poll().failed == 1
         stack.check()
         stack.settle()
         stack.check()

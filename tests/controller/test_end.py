@@ -505,7 +505,7 @@ def test_what_cannot_be_asked_for_has_failed() -> None:
 
     stack.edge.bring = refuse
     assert stack.controller.prefetch("r", prompt(1, 4), ROOT)
-    assert stack.controller.poll().revoked == 1
+    assert stack.controller.poll().failed == 1
     stack.edge.bring = bring
     others = stack.host.alloc(stack.host.size)
     stack.edge.look_up = refuse

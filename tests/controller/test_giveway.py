@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radixkv.controller.config import STORED
 from radixkv.errors import TransferError
 from radixkv.types import NodeInfo
 
@@ -15,6 +16,11 @@ from .kit import ROOT, P, ScriptedEdge, Stack, page_store, prompt
 
 def info_of(stack: Stack, tokens: Any) -> NodeInfo:
     return stack.tree.node_info(stack.controller.match(tokens).host_node)
+
+
+def mark_stored(stack: Stack, tokens: Any) -> None:
+    """As if a node that was fetched stood below: what follows it may be stored, whatever is above it."""
+    stack.tree.mark(stack.controller.match(tokens).device_node, set=STORED)
 
 
 def parent_without_a_copy(**options: Any) -> tuple[Stack, Any]:
@@ -30,6 +36,7 @@ def parent_without_a_copy(**options: Any) -> tuple[Stack, Any]:
     assert stack.controller.evict(2 * P) == 2 * P
     assert info_of(stack, tokens).page_ids is None
     assert info_of(stack, tokens[: 2 * P]).host_page_ids is None
+    mark_stored(stack, tokens)
     return stack, tokens
 
 
@@ -66,26 +73,25 @@ def test_a_store_goes_on_if_nothing_else_is_asked_for() -> None:
     assert stack.controller.evict(2 * P) == 2 * P  # of the other prompt, though it is younger
     assert stack.controller.stats().stores_in_flight == 1
     stack.settle()
-    assert stack.controller.stats().stores == 1
+    assert info_of(stack, tokens).host_page_ids is not None
     stack.check()
 
 
 def test_write_back_saves_what_is_above_a_store() -> None:
-    """With room on the host nothing is dropped, and the store goes on."""
+    """With room on the host nothing is dropped."""
     stack = Stack(storage=True, write_policy="write_back", store_after_backup=True)
     stack.mover.instant = True
     tokens = prompt(1, 4)
     stack.compute(tokens[: 2 * P])
     stack.compute(tokens)
+    mark_stored(stack, tokens[: 2 * P])
     for left in (2 * P, 0):
         assert stack.controller.evict(2 * P) == 2 * P
         assert evictable(stack) == left
-        assert stack.controller.stats().stores_in_flight == 1 + (not left)
         stack.check()
     assert stack.controller.match(tokens).host_num_tokens == 4 * P
     stack.settle()
     assert stack.controller.stats().dropped_tokens == 0
-    assert stack.controller.stats().stores == 2
     stack.check()
 
 
@@ -95,6 +101,7 @@ def test_write_back_without_room_drops_what_is_above_a_store() -> None:
     tokens = prompt(1, 4)
     stack.compute(tokens[: 2 * P])
     stack.compute(tokens)
+    mark_stored(stack, tokens[: 2 * P])
     assert stack.controller.evict(2 * P) == 2 * P
     stack.edge.step("store")  # in a call: it reads the only host pages
     assert stack.controller.evict(10 * P) == 2 * P
@@ -131,6 +138,7 @@ def test_two_storages_read_what_is_dropped() -> None:
         if edge is second:
             stack.controller.detach_storage()
             stack.controller.attach_storage(edge)
+            mark_stored(stack, tokens)
         assert stack.controller.store(info_of(stack, tokens).node) is not None
         edge.step("store")
     assert stack.controller.evict(2 * P) == 2 * P
