@@ -135,7 +135,7 @@ def test_random_locks_with_a_host_tier(seed: int) -> None:
 
 def test_write_through_locks_beside_a_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that is being written is locked by the copy: a request's lock and unlock, and splits, do not end it."""
-    with hiradix_cache(256, 4) as cache:
+    with hiradix_cache(256, 4, evict_awaits_backups=False) as cache:
         key = list(range(32))
         cache.insert(key, take(cache, 32))
         node = cache.match_prefix(key).last_device_node
