@@ -495,7 +495,7 @@ class CacheSoak(CacheMachine):
         self.close()
 
     ACTIONS = (
-        (new_request, 10), (step_request, 70), (copy, 16), (call_storage, 36), (poll, 12), (evict, 1.5),
+        (new_request, 10), (step_request, 70), (copy, 16), (call_storage, 36), (poll, 12), (evict, 6),
         (evict_host, 1.5), (some_node, 3), (let_go, 2), (insert, 1), (refuse, 0.5), (change_trouble, 0.5),
         (machine, 0.5), (wait_for_writes, 0.3), (reset, 0.1), (reattach, 0.1), (restart, 0.1),
         (CacheMachine.stop, 0.15), (CacheMachine.kill, 0.1), (CacheMachine.die_soon, 0.25), (damage, 1.5), (check, 3),

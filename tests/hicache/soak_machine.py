@@ -229,7 +229,12 @@ class CacheMachine(Lives, Driver):
 
         self.mover = ScriptedMover(_Device(found.view, self.allocator), host)
         self.mover.ticket = Ticket
-        self.mover.fail = lambda kind: TransferError("the copy failed") if self.local.random() < self.trouble else None
+
+        def fail(kind: str) -> TransferError | None:  # loads are fewer
+            chance = self.trouble * (3 if kind == "load" else 1)
+            return TransferError("the copy failed") if self.local.random() < chance else None
+
+        self.mover.fail = fail
         self.host = host
         return self.mover
 
