@@ -16,7 +16,7 @@ from .base import Finished, Group, Kind, LayerProgress, Listener, Mover, Outcome
 from .config import ControllerConfig
 from .lanes import FailedProgress, FailedTicket
 from .ledger import NO_PAGES, Ledger
-from .workers import FailedJob
+from .workers import EndedJob
 
 __all__ = ["HEADER", "Context", "Where"]
 
@@ -101,7 +101,7 @@ class Context:
         try:
             return begin()
         except Exception as error:
-            return FailedJob(error)
+            return EndedJob(error=error)
 
     def next_op_id(self) -> int:
         """The same on all ranks, as all begin the same operations."""

@@ -14,8 +14,9 @@ from .context import Context
 from .drains import Drains
 from .hashes import PathHashes
 from .operations import Stage, StoreOp, read_pages_status
+from .workers import EndedJob
 
-__all__ = ["NothingToDo", "Stores"]
+__all__ = ["Stores"]
 
 KEPT_SURE = 1 << 16
 """Nodes known to be in storage since it lost something; beyond, they are looked for again."""
@@ -29,26 +30,6 @@ _STAGES: dict[Outcome, Stage] = {
 _COUNTS: dict[Outcome, str] = {
     "done": "stores", "partial": "partial_stores", "failed": "store_failures", "revoked": "store_gaps",
 }  # fmt: skip
-
-
-class NothingToDo:
-    """The job of a rank for which another one stores."""
-
-    error = found = None
-    reach = 0
-    seconds = 0.0
-
-    def __init__(self, pages: int) -> None:
-        self.pages = pages
-
-    def done(self) -> bool:
-        return True
-
-    def cancel(self) -> bool:
-        return True
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        return True
 
 
 class Stores:
@@ -138,7 +119,7 @@ class Stores:
         pages = info.host_page_ids
         job: StorageJob
         if self.for_all and context.group.rank:
-            job = NothingToDo(len(pages))
+            job = EndedJob(len(pages))  # rank 0 stores for all
         else:
             job = context.begin_job(
                 lambda: edge.store(self.hashes.own(node), pages, info.namespace, again, self.hashes.before(node))

@@ -27,7 +27,7 @@ from .base import BoolArray, Digests
 from .config import ControllerConfig
 from .lanes import start_thread
 
-__all__ = ["FailedJob", "Job", "PageStoreLike", "StorageWorkers", "work_on"]
+__all__ = ["EndedJob", "Job", "PageStoreLike", "StorageWorkers", "work_on"]
 
 _log = logging.getLogger("radixkv.controller")
 
@@ -115,15 +115,16 @@ class Job:
         self._ended.set()
 
 
-class FailedJob:
-    """What could not even be asked for; see StorageJob."""
+class EndedJob:
+    """One that never was a worker's; see StorageJob. Args: pages: of another rank that does it; error: why it could not
+    even be asked for."""
 
-    pages = reach = 0
-    found = 0
+    found = None
+    reach = 0
     seconds = 0.0
 
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
+    def __init__(self, pages: int = 0, error: BaseException | None = None) -> None:
+        self.pages, self.error = pages, error
 
     def done(self) -> bool:
         return True

@@ -16,6 +16,7 @@ from radixkv.storage.folder import Folder
 from radixkv.storage.journal import Journal
 from radixkv.storage.namespace import PageNamespace
 
+from .planted import free_twice, leak
 from .soak import main
 from .soak_files import ThreadedFileSoak, soak_beside_the_killed, soak_on_files
 
@@ -74,18 +75,11 @@ def _fields(namespace: PageNamespace) -> dict[str, Any]:
 
 
 def device_pages_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = SlotAllocator.free
-    monkeypatch.setattr(SlotAllocator, "free", lambda self, pages: free(self, pages[: len(pages) - len(pages) // 4]))
+    leak(monkeypatch, SlotAllocator)
 
 
 def freed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = SlotAllocator.free
-
-    def twice(self: Any, pages: Any) -> None:
-        free(self, pages)
-        free(self, pages[:1])
-
-    monkeypatch.setattr(SlotAllocator, "free", twice)
+    free_twice(monkeypatch, SlotAllocator)
 
 
 def stores_never_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from radixkv.hicache.indices import AllocatorPages
 from radixkv.storage import sealed
 from radixkv.storage.namespace import PageNamespace
 from radixkv.tree.page_hash import sha256_chain
+from tests.controller.planted import free_twice, leak
 
 from .soak import CacheSoak, soak_cache
 
@@ -78,19 +79,11 @@ def tenants_share_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def slots_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of evicted pages one in four is forgotten."""
-    free = AllocatorPages.free
-    monkeypatch.setattr(AllocatorPages, "free", lambda self, pages: free(self, pages[: len(pages) - len(pages) // 4]))
+    leak(monkeypatch, AllocatorPages)
 
 
 def freed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = AllocatorPages.free
-
-    def twice(self: Any, pages: Any) -> None:
-        free(self, pages)
-        free(self, pages[:1])
-
-    monkeypatch.setattr(AllocatorPages, "free", twice)
+    free_twice(monkeypatch, AllocatorPages)
 
 
 def rows_keep_freed_slots(monkeypatch: pytest.MonkeyPatch) -> None:

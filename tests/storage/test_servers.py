@@ -56,6 +56,8 @@ class Silent:
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.socket.getsockname()[1]
         self.stop = threading.Event()
+        self.left = threading.Event()
+        """Somebody was answered in full, or has hung up."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -74,9 +76,10 @@ class Silent:
                     peer.sendall(self.answer[at : at + 1])
                     if self.stop.wait(self.every_s):
                         return
+                self.left.set()
                 self.stop.wait(20)
             except OSError:
-                pass
+                self.left.set()
 
     def close(self) -> None:
         self.stop.set()
@@ -135,7 +138,7 @@ def test_late_answers_touch_nothing() -> None:
     buffer = bytearray(b"mine")
     with pytest.raises(StorageTimeoutError):
         storage.get_many(["a"], [[buffer]], timeout_s=0.1)
-    time.sleep(0.4)  # by now it has come
+    assert server.left.wait(20)
     assert buffer == b"mine"
     server.close()
     storage.close()
