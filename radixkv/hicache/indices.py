@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import InvalidArgumentError
 from ..pool.arrays import Array, Library, parse_device
 from ..types import PageIds
-from .slots import pages_at, pages_of, slots_of
+from .slots import Tensors, pages_of, slots_of
 
 __all__ = ["AllocatorPages", "Indices", "NumberedPages"]
 
@@ -33,11 +33,14 @@ class Indices:
         self.device = device
         self.library: Library = library or ("torch" if importlib.util.find_spec("torch") else "numpy")
         self._on_cpu = parse_device(device) == "cpu"
-        self._int64: Any = None  # torch's
+        self._tensors: Tensors | None = None
         if self.library == "torch":
             import torch
 
-            self._from_numpy, self._int64 = torch.from_numpy, torch.int64
+            self._from_numpy = torch.from_numpy
+            exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # from 2.10 on
+            if exchange is not None:
+                self._tensors = Tensors(torch.Tensor, exchange)
             self._offsets = torch.arange(page_size, dtype=torch.int64, device=device)
         self.none = self.of_pages(np.zeros(0, np.int32))
         """No slots. One array for all: nobody may write to it."""
@@ -47,6 +50,8 @@ class Indices:
         if self.library != "torch":
             return slots_of(page_ids, self.page_size)
         if self._on_cpu:
+            if self._tensors is not None:
+                return self._tensors.slots_of(page_ids, self.page_size)
             return self._from_numpy(slots_of(page_ids, self.page_size))
         pages = self._from_numpy(page_ids).to(self.device)
         return (pages.long()[:, None] * self.page_size + self._offsets).reshape(-1)
@@ -57,11 +62,13 @@ class Indices:
         Args: indices: a tensor, array or sequence of integers; num_pages: read only so many.
         Raises: InvalidArgumentError if there are too few, or they are not whole pages, each in ascending order.
         """
+        wanted = -1 if num_pages is None else num_pages
+        if self._tensors is not None:
+            found = self._tensors.pages_of(indices, self.page_size, wanted)
+            if found is not None:
+                return found
         on_cpu = getattr(indices, "is_cpu", None)
         if on_cpu is not False:
-            wanted = -1 if num_pages is None else num_pages
-            if on_cpu and indices.dtype is self._int64 and indices.ndim == 1 and indices.is_contiguous():
-                return pages_at(indices.data_ptr(), indices.numel(), self.page_size, wanted)
             return pages_of(indices.numpy() if on_cpu else np.asarray(indices), self.page_size, wanted)
         have = len(indices)
         wanted = have if num_pages is None else num_pages * self.page_size

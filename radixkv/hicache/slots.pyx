@@ -5,9 +5,13 @@
 """
 
 cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int32_t, int64_t
-from libc.string cimport memcpy
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
 
+from radixkv.hicache._dlpack cimport DL_CPU, DL_INT, DLPACK_MAJOR, DLExchange, DLManaged, DLTensor
 from radixkv.tree._tokens cimport TokenView, read_tokens, release_tokens
 
 from radixkv.errors import AllocationError, ArgumentTypeError, InvalidArgumentError, TokenRangeError
@@ -17,7 +21,6 @@ cnp.import_array()
 ctypedef fused slot_t:
     int32_t
     int64_t
-
 
 
 cdef void expand(const int32_t *pages, Py_ssize_t n, int64_t size, int64_t *out) noexcept nogil:
@@ -115,9 +118,79 @@ def pages_of(cnp.ndarray slots, int64_t page_size, Py_ssize_t num_pages=-1):
     return read_pages(cnp.PyArray_DATA(slots), kind == cnp.NPY_INT64, cnp.PyArray_SIZE(slots), page_size, num_pages)
 
 
-def pages_at(size_t address, int64_t n, int64_t page_size, Py_ssize_t num_pages=-1):
-    """As pages_of, of n int64 slots at an address, which is taken on trust: to make an array of a tensor costs more than the rest."""
-    return read_pages(<const void *>address, True, n, page_size, num_pages)
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+cdef struct Block:                  # the memory of a tensor of slots, which follow behind
+    DLManaged managed
+    int64_t shape
+    int64_t stride
+
+
+cdef inline size_t slots_at() noexcept nogil:
+    return (sizeof(Block) + 63) // 64 * 64
+
+
+cdef void release_block(DLManaged *managed) noexcept nogil:
+    free(managed.manager_ctx)
+
+
+cdef class Tensors:
+    """Slots out of CPU tensors of one class, and into new ones, each in one C call.
+
+    By its methods, half a dozen calls ask a tensor for its address, and what it is; an array has to be made first for a new tensor,
+    and torch.from_numpy lets go of the GIL, which another thread then may keep for a while.
+    """
+    cdef object kind
+    cdef const DLExchange *exchange
+
+    def __cinit__(self, kind, capsule):
+        """Args: kind: the class; capsule: its ``__dlpack_c_exchange_api__``."""
+        self.kind = kind
+        self.exchange = <const DLExchange *>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
+        if self.exchange.version.major != DLPACK_MAJOR or self.exchange.look_at == NULL:
+            raise InvalidArgumentError(f"a DLPack exchange API of version {self.exchange.version.major}, not {DLPACK_MAJOR}, or a part of one")
+
+    def pages_of(self, object slots, int64_t page_size, Py_ssize_t num_pages=-1):
+        """As pages_of; None for what is no contiguous CPU tensor of this very class, int32 or int64, with one dimension."""
+        cdef DLTensor tensor
+        if type(slots) is not self.kind:
+            return None
+        self.exchange.look_at(<void *>slots, &tensor)
+        if tensor.device_type != DL_CPU or tensor.ndim != 1 or tensor.code != DL_INT or tensor.lanes != 1 or \
+                (tensor.bits != 64 and tensor.bits != 32) or \
+                (tensor.strides != NULL and tensor.strides[0] != 1 and tensor.shape[0] > 1):
+            return None
+        return read_pages(<const char *>tensor.data + tensor.byte_offset, tensor.bits == 64, tensor.shape[0], page_size, num_pages)
+
+    def slots_of(self, const int32_t[::1] page_ids, int64_t page_size):
+        """As slots_of: a new int64 tensor."""
+        cdef int64_t total = page_ids.shape[0] * page_size
+        cdef Block *block = <Block *>malloc(slots_at() + 8 * total)
+        cdef DLTensor *tensor
+        cdef void *made = NULL
+        if block == NULL:
+            raise AllocationError(f"no memory for {total} slots")
+        memset(block, 0, sizeof(Block))
+        block.shape = total
+        block.stride = 1
+        block.managed.version.major = DLPACK_MAJOR
+        block.managed.manager_ctx = block
+        block.managed.deleter = release_block
+        tensor = &block.managed.tensor
+        tensor.data = <char *>block + slots_at()
+        tensor.device_type = DL_CPU
+        tensor.ndim = 1
+        tensor.code = DL_INT
+        tensor.bits = 64
+        tensor.lanes = 1
+        tensor.shape = &block.shape
+        tensor.strides = &block.stride
+        if total:
+            expand(&page_ids[0], page_ids.shape[0], page_size, <int64_t *>tensor.data)
+        self.exchange.import_(&block.managed, &made)
+        out = <object>made
+        Py_DECREF(out)              # the reference that was handed over
+        return out
 
 
 def tokens_of(object tokens):

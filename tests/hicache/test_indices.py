@@ -11,7 +11,7 @@ import torch
 from radixkv.errors import ArgumentTypeError, InvalidArgumentError, PageOwnershipError, TokenRangeError
 from radixkv.hicache import PagedTokenToKVPoolAllocator, ReqToTokenPool
 from radixkv.hicache.indices import AllocatorPages, Indices, NumberedPages
-from radixkv.hicache.slots import pages_of, slots_of, tokens_of
+from radixkv.hicache.slots import Tensors, pages_of, slots_of, tokens_of
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 16, 64, 1000])
@@ -64,6 +64,67 @@ def test_slots_of_wrong_types() -> None:
             pages_of(wrong, 1)
     assert pages_of(np.arange(8)[::2], 1).tolist() == [0, 2, 4, 6]
     assert pages_of(np.zeros(0), 4).tolist() == []
+
+
+@pytest.fixture
+def tensors() -> Tensors:
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is None:
+        pytest.skip(f"torch {torch.__version__} has no DLPack exchange API")
+    return Tensors(torch.Tensor, exchange)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 1000])
+def test_tensors_of_slots_own_their_memory(tensors: Tensors, count: int) -> None:
+    pages = np.random.default_rng(count).permutation(count).astype(np.int32)
+    made = [tensors.slots_of(pages, 4) for _ in range(50)]
+    for tensor in made:
+        assert (type(tensor), tensor.dtype) == (torch.Tensor, torch.int64)
+        assert tensor.is_contiguous()
+        assert tensor.tolist() == slots_of(pages, 4).tolist()
+        tensor += 4  # it is nobody else's
+    kept = made[0][: 4 * count // 2]  # a view keeps the memory, the others go
+    expected = (slots_of(pages, 4) + 4)[: 4 * count // 2].tolist()
+    del made, tensor
+    others = [tensors.slots_of(pages, 4) for _ in range(50)]
+    assert kept.tolist() == expected
+    for given in (others[0], others[0].int(), others[0][8:] if count > 2 else others[0]):
+        assert tensors.pages_of(given, 4).tolist() == (given[::4] // 4).tolist()
+
+
+def test_what_is_no_run_of_slots_in_memory_is_left_to_others(tensors: Tensors) -> None:
+    slots = torch.arange(16)
+
+    class Other(torch.Tensor):
+        pass
+
+    odd = [slots[::2], slots.view(4, 4), slots.float(), slots.to(torch.int16), slots[0], slots.numpy(), slots.tolist()]
+    for given in (*odd, slots.as_subclass(Other), None):
+        assert tensors.pages_of(given, 4) is None
+    assert tensors.pages_of(slots[4:12], 4, 1).tolist() == [1]
+    assert tensors.pages_of(slots[:1].expand(1), 1).tolist() == [0]
+    with pytest.raises(InvalidArgumentError, match="slot 1 at position 0 "):
+        tensors.pages_of(slots[1:5], 4)
+    with pytest.raises(InvalidArgumentError, match="5 slots are no whole pages of 4"):
+        tensors.pages_of(slots[:5], 4)
+    with pytest.raises(ValueError, match="PyCapsule"):
+        Tensors(torch.Tensor, tensors_of_another_name())
+
+
+def tensors_of_another_name() -> Any:
+    return torch.arange(2).__dlpack__()
+
+
+def test_an_older_torch_does_without_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [Indices(4)]
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    both.append(Indices(4))
+    slots = torch.tensor([8, 9, 10, 11, 0, 1, 2, 3])
+    for indices in both:
+        for given in (slots, slots.int(), torch.stack([slots, slots], 1)[:, 0], slots.numpy(), slots.tolist()):
+            assert indices.pages(given).tolist() == [2, 0]
+        assert indices.of_pages(np.array([2, 0], np.int32)).equal(slots)
+        assert (len(indices.none), indices.none.dtype) == (0, torch.int64)
 
 
 def test_tokens_are_read_once() -> None:
