@@ -199,6 +199,7 @@ class EventPublisher:
         self._kept_bytes = self._next = self._dropped = self._snapshots = self._tree_dropped = 0
         self._sent = self._sent_events = self._replays = self._short_replays = self._bad_requests = self._slow = 0
         self._closing: float | None = None
+        self._close_lock = threading.Lock()
         self._error: BaseException | None = None
         self._own_context = context is None
         self._context = self._zmq.Context() if context is None else context
@@ -305,18 +306,19 @@ class EventPublisher:
         )  # fmt: skip
 
     def close(self, timeout_s: float = 1.0) -> bool:
-        """Send what is queued, for ``timeout_s`` at most, and close the sockets. A second call does nothing.
+        """Send what is queued, for ``timeout_s`` at most, and close the sockets. A second call waits for the first.
 
         Returns: whether all was handed to the sockets in time.
         """
-        if self._closing is None:
-            self._closing = time.monotonic() + timeout_s
-            self._notify()
-            self._thread.join(timeout_s + 1.0)  # the thread keeps the deadline; the second is for a busy machine
-            self._wake.close(linger=0)
-            if self._own_context and not self._thread.is_alive():
-                self._context.term()  # waits while sockets linger, which is bounded
-        return not self._queue
+        with self._close_lock:
+            if self._closing is None:
+                self._closing = time.monotonic() + timeout_s
+                self._notify()
+                self._thread.join(timeout_s + 1.0)  # the thread keeps the deadline; the second is for a busy machine
+                self._wake.close(linger=0)
+                if self._own_context and not self._thread.is_alive():
+                    self._context.term()  # waits while sockets linger, which is bounded
+            return not self._queue
 
     def __enter__(self) -> EventPublisher:
         return self
