@@ -190,10 +190,12 @@ class HiRadixCache(OngoingNames, RadixCache):
 
     def write_backup_storage(self, node: TreeNode) -> int | None:
         """Start to write a node's host copy to storage. Returns: a number for it; None if there is nothing to do."""
+        self._children = None
         return self._core.store(node.id)
 
     def inc_hit_count(self, node: TreeNode) -> None:
         """Start what the write policy asks for a node that is hit once more. (insert does so by itself.)"""
+        self._children = None
         self._core.hit(node.id)
 
     def load_back(self, node: TreeNode, mem_quota: int | None = None) -> Array | None:
