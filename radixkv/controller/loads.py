@@ -287,6 +287,8 @@ class Loads:
     def _clear_below(self, op: LoadOp) -> None:
         """Evict what has been computed below a broken load; where somebody holds it, nothing happens."""
         tree, nodes, node, left = self.context.tree, set(), op.parts[-1].node, op.num_pages
+        if tree.node_info(node).lock_ref:  # it cannot be undone yet, and this is a walk over the whole tree
+            return
         while left > 0:
             info = tree.node_info(node)
             nodes.add(node)
