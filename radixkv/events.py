@@ -201,6 +201,7 @@ class EventPublisher:
         self._has_hole = False
         """A batch was dropped, and no snapshot has been queued since."""
         self._closing: float | None = None
+        self._closes = threading.Lock()
         self._error: BaseException | None = None
         self._own_context = context is None
         self._context = self._zmq.Context() if context is None else context
@@ -310,18 +311,20 @@ class EventPublisher:
         )  # fmt: skip
 
     def close(self, timeout_s: float = 1.0) -> bool:
-        """Send what is queued, for ``timeout_s`` at most, and close the sockets. A second call does nothing.
+        """Send what is queued, for ``timeout_s`` at most, and close the sockets. A second call does nothing, but
+        wait for the first one on another thread.
 
         Returns: whether all was handed to the sockets in time.
         """
-        if self._closing is None:
-            self._closing = time.monotonic() + timeout_s
-            self._notify()
-            self._thread.join(timeout_s + 1.0)  # the thread keeps the deadline; the second is for a busy machine
-            self._wake.close(linger=0)
-            if self._own_context and not self._thread.is_alive():
-                self._context.term()  # waits while sockets linger, which is bounded
-        return not self._queue
+        with self._closes:
+            if self._closing is None:
+                self._closing = time.monotonic() + timeout_s
+                self._notify()
+                self._thread.join(timeout_s + 1.0)  # the thread keeps the deadline; the second is for a busy machine
+                self._wake.close(linger=0)
+                if self._own_context and not self._thread.is_alive():
+                    self._context.term()  # waits while sockets linger, which is bounded
+            return not self._queue
 
     def __enter__(self) -> EventPublisher:
         return self
