@@ -121,8 +121,11 @@ class Mover(Protocol):
         """For one call of ``load``."""
         ...
 
-    def close(self) -> None:
-        """Cancel what has not started, wait for what has, end the threads. A second call does nothing."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Cancel what has not started, wait for what has, end the threads. A second call only waits.
+
+        Returns: whether all have ended in time (None: however long it takes); if not, bytes may still be moved.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..pool.layout import KVView
 from ..transfer.cpu import CpuTransfer, Progress
 from ..types import PageIds
-from .lanes import CopyLane, CopyTicket, PageLane, PageTicket
+from .lanes import CopyLane, CopyTicket, PageLane, PageTicket, close_lanes
 
 __all__ = ["CpuMover", "SharedLane"]
 
@@ -151,7 +151,6 @@ class CpuMover:
         """See Mover."""
         return Progress(self._num_layers)
 
-    def close(self) -> None:
-        """See Mover. Waits for the copies that run."""
-        self._writes.close()
-        self._loads.close()
+    def close(self, timeout_s: float | None = None) -> bool:
+        """See Mover."""
+        return close_lanes([self._writes, self._loads], timeout_s)

@@ -349,11 +349,11 @@ class HiRadixCache(OngoingNames, RadixCache):
     def close(self) -> bool:
         """End all threads and give the host memory back; nothing else may be called afterwards, but close.
 
-        Returns: whether the memory is back. It is kept while a call to storage hangs that reads or writes it (after
+        Returns: whether the memory is back. It is kept while a copy or a call to storage hangs (after
         control.close_timeout_s); then this may be called again.
         """
         if not self.cache_controller.close():
-            _log.warning("host_memory=kept reason=%r", "a call to storage has not ended: close again when it has")
+            _log.warning("host_memory=kept reason=%r", "a copy or a call to storage has not ended: close again then")
             return False
         self.token_to_kv_pool_host.clear()  # pages of copies that were cancelled
         self.token_to_kv_pool_host.close()
