@@ -116,7 +116,7 @@ class Controller:
         self._drains = Drains(context)
         self._writes = Writes(context, self._drains)
         self._room = Room(context, self._writes)
-        self._loads = Loads(context, self._drains, self._room, self.layer_counter)
+        self._loads = Loads(context, self._room, self.layer_counter)
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
         context.give_back = self._prefetches.give_back

@@ -9,7 +9,6 @@ from ..errors import HandleError, LoadError, LockError
 from ..types import ROOT, PageIds
 from .base import Load
 from .context import Context
-from .drains import Drains
 from .layers import LayerCounter
 from .operations import SUCCEEDED, LoadBatch, LoadOp, LoadPart, Stage
 from .room import Room
@@ -41,8 +40,8 @@ class _Broken(NamedTuple):
 class Loads:
     """Queued loads, and the batches in flight in the order in which they began."""
 
-    def __init__(self, context: Context, drains: Drains, room: Room, layers: LayerCounter) -> None:
-        self.context, self.drains, self.room, self.layers = context, drains, room, layers
+    def __init__(self, context: Context, room: Room, layers: LayerCounter) -> None:
+        self.context, self.room, self.layers = context, room, layers
         self.queued: list[LoadOp] = []
         self.batches: list[LoadBatch] = []
         self.broken: list[_Broken] = []
