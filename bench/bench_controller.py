@@ -66,8 +66,8 @@ class InstantMover:
     def new_progress(self) -> Done:
         return Done()
 
-    def close(self) -> None:
-        pass
+    def close(self, timeout_s: float | None = None) -> bool:
+        return True
 
 
 def microseconds(call: Callable[[], Any]) -> float:

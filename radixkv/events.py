@@ -151,9 +151,9 @@ class EventConfig:
 
 class PublisherStats(NamedTuple):
     """Counters: batches and events sent, batches dropped because the queue was full, snapshots sent because the tree
-    had dropped events, replays asked for and, of these, cut short (a client that does not read), requests of another
-    form. slow_subscribers: times that one had high_water_mark batches before it and began to lose some; counted anew
-    once it has caught up. What waits, and what is kept."""
+    had dropped events or the queue was full, replays asked for and, of these, cut short (a client that does not read),
+    requests of another form. slow_subscribers: times that one had high_water_mark batches before it and began to lose
+    some; counted anew once it has caught up. What waits, and what is kept."""
 
     batches: int
     events: int
@@ -198,8 +198,10 @@ class EventPublisher:
         self._kept: deque[tuple[int, bytes]] = deque()
         self._kept_bytes = self._next = self._dropped = self._snapshots = self._tree_dropped = 0
         self._sent = self._sent_events = self._replays = self._short_replays = self._bad_requests = self._slow = 0
+        self._has_hole = False
+        """A batch was dropped, and no snapshot has been queued since."""
         self._closing: float | None = None
-        self._close_lock = threading.Lock()
+        self._closes = threading.Lock()
         self._error: BaseException | None = None
         self._own_context = context is None
         self._context = self._zmq.Context() if context is None else context
@@ -262,6 +264,7 @@ class EventPublisher:
         number, self._next = self._next, self._next + 1
         if len(self._queue) >= self.config.queue_batches:
             self._dropped += 1
+            self._has_hole = True
         else:
             self._queue.append((number, self._clock(), events))
             if len(self._queue) == 1:  # with more, the thread is at work and looks again before it sleeps
@@ -271,8 +274,8 @@ class EventPublisher:
     def drain(self, tree: BaseRadixTree, max_events: int = 4096) -> int:
         """Publish what a tree has queued, in batches. Returns: events published.
 
-        If the tree has dropped events since the last call, what it queued is of no use: a snapshot is published in its
-        place.
+        If the tree has dropped events since the last call, or a batch was dropped as the queue was full, what the tree
+        queued is of no use: a snapshot is published in its place, as soon as there is room for it.
         Raises: InvalidArgumentError for a tree that records no events, or has pages of another size; as publish.
         """
         if not tree.events:
@@ -284,10 +287,12 @@ class EventPublisher:
             raise InvalidArgumentError(
                 f"pages of {tree.page_size} tokens in the tree, of {self.page_size} in the publisher"
             )
-        dropped = tree.stats().dropped_events
-        if dropped != self._tree_dropped:
+        if self._has_hole or tree.stats().dropped_events != self._tree_dropped:
             tree.take_events()
             self._tree_dropped = tree.stats().dropped_events
+            self._has_hole = len(self._queue) >= self.config.queue_batches
+            if self._has_hole:  # it would be dropped, too
+                return 0
             self._snapshots += 1
             events = snapshot(tree)
             self.publish(events)
@@ -306,11 +311,12 @@ class EventPublisher:
         )  # fmt: skip
 
     def close(self, timeout_s: float = 1.0) -> bool:
-        """Send what is queued, for ``timeout_s`` at most, and close the sockets. A second call waits for the first.
+        """Send what is queued, for ``timeout_s`` at most, and close the sockets. A second call does nothing, but
+        wait for the first one on another thread.
 
         Returns: whether all was handed to the sockets in time.
         """
-        with self._close_lock:
+        with self._closes:
             if self._closing is None:
                 self._closing = time.monotonic() + timeout_s
                 self._notify()

@@ -47,7 +47,7 @@ _OUTCOMES: Mapping[Kind, tuple[Outcome, ...]] = {
     "backup": ("done", "failed", "cancelled"),
     "write_back": ("done", "failed", "dropped"),
     "load": ("done", "failed", "cancelled"),
-    "store": ("done", "partial", "failed", "cancelled"),
+    "store": ("done", "partial", "failed", "revoked", "cancelled"),
     "prefetch": ("done", "partial", "timeout", "failed", "revoked", "cancelled"),
 }
 _NO_OUTCOMES = {(kind, outcome): 0 for kind, outcomes in _OUTCOMES.items() for outcome in outcomes}

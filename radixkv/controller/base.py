@@ -25,7 +25,8 @@ Kind: TypeAlias = Literal["backup", "write_back", "load", "store", "prefetch"]
 Outcome: TypeAlias = Literal["done", "partial", "failed", "cancelled", "revoked", "dropped", "timeout"]
 """partial: of a store, some pages; of a prefetch, what had come when best_effort ended it. timeout: of a prefetch, its
 deadline ended it before all had come. failed: nothing, or, of a prefetch, less than storage had said. revoked: of a
-prefetch, storage had too little. dropped: of a write_back, no room on the host."""
+prefetch, storage had too little; of a store, it did not have what comes before. dropped: of a write_back, no room on
+the host."""
 
 
 # ---- asked of others -------------------------------------------------------------------------------------------------
@@ -120,8 +121,11 @@ class Mover(Protocol):
         """For one call of ``load``."""
         ...
 
-    def close(self) -> None:
-        """Cancel what has not started, wait for what has, end the threads. A second call does nothing."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Cancel what has not started, wait for what has, end the threads. A second call only waits.
+
+        Returns: whether all have ended in time (None: however long it takes); if not, bytes may still be moved.
+        """
         ...
 
 

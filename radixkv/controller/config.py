@@ -79,7 +79,7 @@ class ControllerConfig:
             again. 10: with a full budget something is lost all the time.
         settle_timeout_s: seconds, >= 0, that reset waits for the copies that run. 1. What is then still in flight keeps
             its pages until it ends.
-        close_timeout_s: seconds, >= 0, that close waits for each worker. 5.
+        close_timeout_s: seconds, >= 0, that close waits for the calls to each storage, and for copies. 5.
         share_storage: every rank would store the same bytes (MLA), so rank 0 does for all; None: as the host pool says.
     """
 

@@ -116,7 +116,7 @@ class Controller:
         self._drains = Drains(context)
         self._writes = Writes(context, self._drains)
         self._room = Room(context, self._writes)
-        self._loads = Loads(context, self._drains, self._room, self.layer_counter)
+        self._loads = Loads(context, self._room, self.layer_counter)
         self._stores = Stores(context, self._drains, hashes, shared)
         self._prefetches = Prefetches(context, self._drains, hashes)
         context.give_back = self._prefetches.give_back
@@ -412,17 +412,16 @@ class Controller:
         """Cancel everything and end all threads. The tree stays as it is; nothing else may be called afterwards. A
         second call only waits for what had not ended. No collective.
 
-        Returns: whether all threads have ended, those of a storage that was detached too. If not, a call to storage
-            hangs after close_timeout_s, and may still read or write host pages: the host pool's memory must not be
+        Returns: whether all threads have ended, those of a storage that was detached too. If not, a call to storage or
+            a copy hangs after close_timeout_s, and may still read or write pages: the memory of the pools must not be
             released, nor the storage closed.
         """
         first, self._closed = not self._closed, True
         if first and self._stores.edge is not None:
             self._hanging.append(self._stores.edge)
         self._hanging = [edge for edge in self._hanging if not edge.close(self.config.close_timeout_s)]
-        if first and self._context.ledger.has_host:
-            self._context.mover.close()
-        return not self._hanging
+        copies_ended = not self._context.ledger.has_host or self._context.mover.close(self.config.close_timeout_s)
+        return copies_ended and not self._hanging
 
     # ---- inspection --------------------------------------------------------------------------------------------------
     def in_flight(self) -> InFlight:

@@ -56,7 +56,8 @@ class InFlight(NamedTuple):
 
 def collect(writes: Writes, loads: Loads, stores: Stores, prefetches: Prefetches) -> InFlight:
     """Look at all operations now. O(operations)."""
-    begun = [*(op for batch in loads.batches for op in batch.loads), *loads.queued]
+    begun = [broken.op for broken in loads.broken]
+    begun += [*(op for batch in loads.batches for op in batch.loads), *loads.queued]
     return InFlight(
         writes=[op.node for op in writes.operations],
         loads={op.parts[-1].node: LoadInFlight(op.parts[0].node, op.parts[-1].node) for op in begun},

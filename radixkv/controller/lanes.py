@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import StateError, TransferError
 from ..types import PageIds
 
-__all__ = ["CopyLane", "CopyTicket", "FailedProgress", "FailedTicket", "PageLane", "PageTicket", "start_thread"]
+__all__ = ["CopyLane", "CopyTicket", "FailedProgress", "FailedTicket", "PageLane", "PageTicket", "close_lanes"]
+__all__ += ["start_thread"]
 
 _CHANGES = threading.Lock()
 """About every ticket's change of state: held for a few assignments, and cheaper than a lock and an event a ticket."""
@@ -208,8 +209,8 @@ class CopyLane:
         for ticket in tickets:
             ticket.run()
 
-    def close(self) -> None:
-        """Cancel what has not begun, wait for what has, end the thread. A second call does nothing."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Cancel what has not begun, wait for what has, end the thread. Returns: whether it has ended in time."""
         with self._lock:
             self._closed = True
             waiting = list(self._waiting)
@@ -217,8 +218,10 @@ class CopyLane:
             self._changed.notify_all()
         for ticket in waiting:
             ticket.cancel()
-        if self._thread is not None:
-            self._thread.join()
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
 
 class PageTicket(CopyTicket):
@@ -341,9 +344,16 @@ class PageLane(CopyLane):
         error = _error_of(lambda: self._copy_pages(src_pages, dst_pages, marks))
         return time.perf_counter() - began_s, error
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> bool:
         with self._lock:
             tickets, self._taken_on = self._taken_on, []
         for ticket in tickets:
             ticket.cancel()
-        super().close()
+        return super().close(timeout_s)
+
+
+def close_lanes(lanes: Sequence[CopyLane], timeout_s: float | None) -> bool:
+    """Close all. Returns: whether all threads have ended within that time."""
+    end_s = None if timeout_s is None else time.monotonic() + timeout_s
+    ended = [lane.close(None if end_s is None else max(0.0, end_s - time.monotonic())) for lane in lanes]
+    return all(ended)

@@ -9,7 +9,6 @@ from ..errors import HandleError, LoadError, LockError
 from ..types import ROOT, PageIds
 from .base import Load
 from .context import Context
-from .drains import Drains
 from .layers import LayerCounter
 from .operations import SUCCEEDED, LoadBatch, LoadOp, LoadPart, Stage
 from .room import Room
@@ -41,8 +40,8 @@ class _Broken(NamedTuple):
 class Loads:
     """Queued loads, and the batches in flight in the order in which they began."""
 
-    def __init__(self, context: Context, drains: Drains, room: Room, layers: LayerCounter) -> None:
-        self.context, self.drains, self.room, self.layers = context, drains, room, layers
+    def __init__(self, context: Context, room: Room, layers: LayerCounter) -> None:
+        self.context, self.room, self.layers = context, room, layers
         self.queued: list[LoadOp] = []
         self.batches: list[LoadBatch] = []
         self.broken: list[_Broken] = []
@@ -287,6 +286,8 @@ class Loads:
     def _clear_below(self, op: LoadOp) -> None:
         """Evict what has been computed below a broken load; where somebody holds it, nothing happens."""
         tree, nodes, node, left = self.context.tree, set(), op.parts[-1].node, op.num_pages
+        if tree.node_info(node).lock_ref:  # it cannot be undone yet, and this is a walk over the whole tree
+            return
         while left > 0:
             info = tree.node_info(node)
             nodes.add(node)

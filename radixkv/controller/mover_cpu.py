@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,22 @@ import numpy as np
 from ..pool.layout import KVView
 from ..transfer.cpu import CpuTransfer, Progress
 from ..types import PageIds
-from .lanes import CopyLane, CopyTicket, PageLane, PageTicket
+from .lanes import CopyLane, CopyTicket, PageLane, PageTicket, close_lanes
 
 __all__ = ["CpuMover", "SharedLane"]
 
 
 class _Rest(PageTicket):
-    """What is left of tickets that have begun together."""
+    """What is left of a ticket that has begun: its pages from ``start`` on."""
 
-    def __init__(self, lane: PageLane, tickets: Sequence[PageTicket], src_pages: PageIds, dst_pages: PageIds) -> None:
-        super().__init__(lane, src_pages, dst_pages)
-        self._tickets = tickets
+    def __init__(self, ticket: PageTicket, start: int) -> None:
+        super().__init__(ticket.lane, ticket.src_pages[start:], ticket.dst_pages[start:])
+        self._ticket = ticket
 
     def end(self, error: BaseException | None) -> None:
         super().end(error)
-        for ticket in self._tickets:
-            ticket.seconds += self.seconds / len(self._tickets)
-            ticket.end(error)
+        self._ticket.seconds += self.seconds
+        self._ticket.end(error)
 
 
 class SharedLane(PageLane):
@@ -83,29 +82,32 @@ class SharedLane(PageLane):
         if len(begun) > 1:
             src_pages = np.concatenate([ticket.src_pages for ticket in begun])
             dst_pages = np.concatenate([ticket.dst_pages for ticket in begun])
-        began_s = time.perf_counter()
-        rests = []
+        began_s, copied = time.perf_counter(), 0
         try:
             copied = self._copy_until(src_pages, dst_pages, until_s)
-            if copied < len(src_pages):
-                rests = [_Rest(self, begun, src_pages[copied:], dst_pages[copied:])]
         except Exception as error:
             if len(begun) == 1:
                 begun[0].end(error)
                 return True
-            rests = [_Rest(self, [ticket], ticket.src_pages, ticket.dst_pages) for ticket in begun]
         except BaseException:  # who waits is interrupted, which is nothing to the copy
-            with self._lock:
-                self._waiting.appendleft(_Rest(self, begun, src_pages, dst_pages))
+            self._leave([_Rest(ticket, 0) for ticket in begun])
             raise
-        seconds = (time.perf_counter() - began_s) / len(begun)
+        seconds, rests = (time.perf_counter() - began_s) / len(begun), []
         for ticket in begun:
             ticket.seconds = seconds
-            if not rests:
+            here = min(copied, len(ticket.src_pages))
+            copied -= here
+            if here < len(ticket.src_pages):
+                rests.append(_Rest(ticket, here))
+            else:
                 ticket.end(None)
+        self._leave(rests)
+        return not rests
+
+    def _leave(self, rests: list[_Rest]) -> None:
+        """To the thread, before all others."""
         with self._lock:
             self._waiting.extendleft(reversed(rests))
-        return not rests
 
 
 class CpuMover:
@@ -149,7 +151,6 @@ class CpuMover:
         """See Mover."""
         return Progress(self._num_layers)
 
-    def close(self) -> None:
-        """See Mover. Waits for the copies that run."""
-        self._writes.close()
-        self._loads.close()
+    def close(self, timeout_s: float | None = None) -> bool:
+        """See Mover."""
+        return close_lanes([self._writes, self._loads], timeout_s)

@@ -28,7 +28,7 @@ from ..transfer.choose import Chooser, PathName
 from ..transfer.gpu import GpuTransfer, device_key
 from ..transfer.plan import CopyPlan, plan_copy
 from ..types import PageIds
-from .lanes import CopyLane, CopyTicket, PageLane, PageTicket
+from .lanes import CopyLane, CopyTicket, PageLane, PageTicket, close_lanes
 
 __all__ = ["CudaMover", "CupyStreams", "Fence", "GpuTransfers", "StreamProgress", "StreamTransfer", "Streams"]
 
@@ -245,10 +245,9 @@ class CudaMover:
         """See Mover."""
         return StreamProgress(self._loader.make_progress(), self._compute_stream)
 
-    def close(self) -> None:
-        """See Mover. Waits for the copies that run."""
-        self._writes.close()
-        self._loads.close()
+    def close(self, timeout_s: float | None = None) -> bool:
+        """See Mover."""
+        return close_lanes([self._writes, self._loads], timeout_s)
 
 
 class GpuTransfers:

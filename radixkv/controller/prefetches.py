@@ -171,10 +171,11 @@ class Prefetches:
         return True
 
     def _begin_fetch(self, op: PrefetchOp, pages: int) -> bool:
-        """Take room for what storage has, or for as much as there is. Returns: False if it is not worth it."""
+        """Take room for what storage has, or for as much as there is. Returns: False if it is not worth it, or nobody
+        wants it any more."""
         context = self.context
         room: PageIds | None = None
-        if pages >= self.least_pages:
+        if pages >= self.least_pages and not op.stopped:
             room = context.reserve_host(pages)
             if room is None:
                 pages = min(pages, context.ledger.host.available_size() // context.page_size)

@@ -323,7 +323,7 @@ class HiCacheController:
             own.close()
 
     def close(self) -> bool:
-        """End all threads. Returns: whether they have ended; if not, a call to storage hangs, see Controller.close."""
+        """End all threads. Returns: whether they have ended; if not, something hangs, see Controller.close."""
         storage = None if self._closed else self.storage_backend
         ended = self._closed = self.core.close()
         if storage is not None and ended:

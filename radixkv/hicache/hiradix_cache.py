@@ -190,10 +190,12 @@ class HiRadixCache(OngoingNames, RadixCache):
 
     def write_backup_storage(self, node: TreeNode) -> int | None:
         """Start to write a node's host copy to storage. Returns: a number for it; None if there is nothing to do."""
+        self._children = None
         return self._core.store(node.id)
 
     def inc_hit_count(self, node: TreeNode) -> None:
         """Start what the write policy asks for a node that is hit once more. (insert does so by itself.)"""
+        self._children = None
         self._core.hit(node.id)
 
     def load_back(self, node: TreeNode, mem_quota: int | None = None) -> Array | None:
@@ -347,11 +349,11 @@ class HiRadixCache(OngoingNames, RadixCache):
     def close(self) -> bool:
         """End all threads and give the host memory back; nothing else may be called afterwards, but close.
 
-        Returns: whether the memory is back. It is kept while a call to storage hangs that reads or writes it (after
+        Returns: whether the memory is back. It is kept while a copy or a call to storage hangs (after
         control.close_timeout_s); then this may be called again.
         """
         if not self.cache_controller.close():
-            _log.warning("host_memory=kept reason=%r", "a call to storage has not ended: close again when it has")
+            _log.warning("host_memory=kept reason=%r", "a copy or a call to storage has not ended: close again then")
             return False
         self.token_to_kv_pool_host.clear()  # pages of copies that were cancelled
         self.token_to_kv_pool_host.close()

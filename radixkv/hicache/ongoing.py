@@ -30,19 +30,28 @@ V = TypeVar("V")
 class Ongoing(Mapping[K, V], Generic[K, V]):
     """The operations of one kind, by the key that engines use. Read-only, and always as of now.
 
-    Args: begun: their records by key; value: what an engine sees of a record.
+    Args: begun: their records by key; value: what an engine sees of a record; find: one record, None if there is none,
+        where engines ask for one of many.
     """
 
-    __slots__ = ("_begun", "_value")
+    __slots__ = ("_begun", "_find", "_value")
 
-    def __init__(self, begun: Callable[[], dict[K, Any]], value: Callable[[K, Any], V]) -> None:
-        self._begun, self._value = begun, value
+    def __init__(
+        self,
+        begun: Callable[[], dict[K, Any]],
+        value: Callable[[K, Any], V],
+        find: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._begun, self._value, self._find = begun, value, find or (lambda key: begun().get(key))
 
     def __getitem__(self, key: K) -> V:
-        return self._value(key, self._begun()[key])
+        record = self._find(key)
+        if record is None:
+            raise KeyError(key)
+        return self._value(key, record)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._begun()
+        return self._find(key) is not None
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._begun())
@@ -83,7 +92,7 @@ class OngoingNames:
     def ongoing_write_through(self) -> Ongoing[int, TreeNode]:
         """Copies to the host; those of an eviction (write_back) end before it returns, and are never here."""
         core = self.cache_controller.core
-        return Ongoing(lambda: dict.fromkeys(core.in_flight().writes), lambda node, _: self.view(node))
+        return Ongoing(lambda: {node: node for node in core.in_flight().writes}, lambda node, _: self.view(node))
 
     @property
     def ongoing_load_back(self) -> Ongoing[int, tuple[TreeNode, TreeNode]]:
@@ -98,7 +107,7 @@ class OngoingNames:
     def ongoing_prefetch(self) -> Ongoing[str, tuple[TreeNode, list[int], Any, PrefetchOperation]]:
         """Prefetches that no check_prefetch_progress has ended."""
         core = self.cache_controller.core
-        return Ongoing(lambda: core.in_flight().prefetches, self._prefetch)
+        return Ongoing(lambda: core.in_flight().prefetches, self._prefetch, core.prefetch_in_flight)
 
     @property
     def ongoing_backup(self) -> Ongoing[int, TreeNode]:

@@ -174,9 +174,10 @@ class ScriptedMover:
         while self.step():
             pass
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> bool:
         for _, ticket in self.waiting:
             ticket.cancel()
+        return True
 
 
 class ScriptedEdge:

@@ -165,6 +165,22 @@ def test_who_has_not_waited_is_not_kept_waiting() -> None:
     stack.check()
 
 
+def test_who_is_stopped_takes_no_room() -> None:
+    """Nothing was free for it when it began; a poll finds that storage has it, but nobody wants it any more."""
+    stack = stored(prompt(1, 6), host_pages=8, prefetch_capacity_floor=1.0)
+    stack.compute(prompt(3, 7))
+    stack.settle()
+    stack.controller.evict(7 * P)
+    assert stack.controller.prefetch("req", prompt(1, 6), ROOT)
+    stack.edge.run()
+    stack.controller.stop_prefetch("req")
+    stack.controller.poll()
+    assert stack.controller.stats().host_evicted_tokens == 0
+    assert stack.edge.waiting == []
+    assert stack.controller.finish_prefetch("req")
+    stack.check()
+
+
 @pytest.mark.parametrize("calls", range(7))
 def test_cancelled_at_any_point_without_a_poll(calls: int) -> None:
     stack = stored(prompt(1, 6))

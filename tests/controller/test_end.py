@@ -531,3 +531,26 @@ def test_what_cannot_be_asked_for_has_failed() -> None:
         stack.controller.layer_counter.wait(0, 0.0, index)
     assert stack.controller.poll().failed == 1
     stack.check()
+
+
+def test_a_copy_that_hangs_does_not_hold_close() -> None:
+    """Whoever closes is told, and may ask again."""
+    go, began = threading.Event(), threading.Event()
+
+    class Hangs:
+        def copy(self, *_: Any) -> None:
+            began.set()
+            go.wait()
+
+    stack = Stack(threads=True, close_timeout_s=0.05)
+    stack.compute(prompt(1, 3))
+    stack.settle(10**6)
+    stack.controller.evict(3 * P)
+    stack.mover._to_device = Hangs()
+    stack.controller.load(stack.controller.match(prompt(1, 3)).host_node)
+    stack.controller.start_loads()
+    assert began.wait(30)
+    assert not stack.controller.close()
+    go.set()
+    stack.mover._loads._thread.join(30)
+    assert stack.controller.close()

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from radixkv import RadixTree
 from radixkv.controller import LayerCounter, Load
 from radixkv.errors import GroupError, InvalidArgumentError, LoadError, LockError, TransferError
 from radixkv.pool.states import MemoryStateInt
 from radixkv.transfer.cpu import Progress
+from radixkv.types import NodeInfo
 
 from .kit import GEOMETRY, ROOT, P, Stack, content_of, prompt
 
@@ -291,6 +293,7 @@ def test_a_load_that_always_fails_is_given_up() -> None:
     assert copies["load"] == 3
     assert stack.controller.stats().broken_loads == 1
     assert stack.controller.stats().loads_in_flight == 1
+    assert list(stack.controller.in_flight().loads) == [node]
 
     stack.mover.fail = lambda kind: None
     stack.controller.load(other)  # while the broken one matches, nobody can tell who has matched it
@@ -315,6 +318,32 @@ def test_a_load_that_always_fails_is_given_up() -> None:
     index = stack.controller.start_loads()
     stack.mover.run()
     assert stack.controller.layer_counter.wait(0, 0.0, index)
+
+
+def test_a_broken_load_that_is_held_costs_no_walk_over_the_tree() -> None:
+    class Walked(RadixTree):
+        walks = 0
+
+        def dump(self) -> list[NodeInfo]:
+            self.walks += 1
+            return super().dump()
+
+    tree = Walked(P)
+    stack = Stack(tree=tree, load_attempts=1)
+    (node,) = on_host(stack, prompt(1, 3))
+    stack.mover.fail = lambda kind: TransferError("the link is down")
+    stack.controller.load(node)
+    stack.controller.lock(node)
+    stack.controller.start_loads()
+    stack.mover.run()
+    tree.walks = 0
+    for _ in range(5):
+        stack.controller.poll()
+    assert (stack.controller.stats().loads_in_flight, tree.walks) == (1, 0)
+    stack.controller.unlock(node)
+    stack.controller.poll()
+    assert stack.controller.stats().loads_in_flight == 0
+    stack.check()
 
 
 def test_what_fails_for_one_request_after_the_other_leaves_the_host() -> None:

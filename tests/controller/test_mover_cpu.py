@@ -88,6 +88,14 @@ def test_a_bad_one_takes_no_other_along(copies: Copies) -> None:
     assert str(alone.error) == "page 9"
 
 
+def test_nor_if_time_is_up_before_it(copies: Copies) -> None:
+    copies.at_most, copies.bad = 2, 9
+    tickets = copies.take_on(1), copies.take_on(2, 3), copies.take_on(9), copies.take_on(4)
+    assert all(ticket.wait(30) for ticket in tickets)
+    assert [str(ticket.error) for ticket in tickets] == ["None", "None", "page 9", "None"]
+    assert [pages for _, pages in copies.done] == [[1, 2], [3], [4]]
+
+
 def test_what_is_left_ends_with_the_lane(copies: Copies) -> None:
     copies.at_most = 1
     held = copies.lane._copying

@@ -193,6 +193,28 @@ def test_when_the_tree_has_dropped_events_all_is_sent_anew(opened: Any) -> None:
     assert source.stats().snapshots == 1
 
 
+def test_after_a_full_queue_all_is_sent_anew(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was dropped would be missing for good: also what has been removed since, which would seem to be there."""
+    source = publisher(opened, queue_batches=2)
+    reader = subscriber(opened, source)
+    tree = radixkv.RadixTree(page_size=PAGE, events=True)
+    monkeypatch.setattr(source, "_notify", lambda: None)  # the thread sleeps on
+    for i in range(5):
+        tree.insert([i] * PAGE, [i])
+        source.drain(tree)
+    assert (source.stats().dropped_batches, source.stats().snapshots) == (1, 0)
+    monkeypatch.undo()
+    source._notify()
+    assert reader.ask(0)[:2] == [0, 1]
+    assert source.drain(tree) == 6
+    tree.insert([99] * PAGE, [99])
+    assert source.drain(tree) == 1
+    assert reader.ask(3) == [3, 4]
+    assert reader.batches[3].events[0] == peers.AllBlocksCleared()
+    assert sorted(e.token_ids[0] for e in reader.batches[3].events[1:]) == list(range(5))
+    assert (source.stats().dropped_batches, source.stats().snapshots) == (1, 1)
+
+
 def test_a_replay_client_that_does_not_read_costs_nothing(opened: Any) -> None:
     source = publisher(opened, replay_batches=2_000)
     for i in range(2_000):

@@ -163,3 +163,18 @@ def test_host_values_and_references() -> None:
         assert (node.evicted, node.value) == (True, None)
         with pytest.raises(StateError):
             cache.inc_lock_ref(node)
+
+
+def test_children_are_not_those_of_before_a_backup_that_made_room() -> None:
+    cache = hiradix_cache(64, host=0.5, write_through_threshold=2)
+    old, new = list(range(32)), list(range(100, 132))
+    put(cache, old)
+    cache.write_backup(at(cache, old))
+    settle(cache)
+    cache.evict(64)
+    put(cache, new)
+    node = at(cache, new)
+    assert len(cache.root_node.children) == 2
+    cache.inc_hit_count(node)
+    (left,) = cache.root_node.children.values()
+    assert left.key == new

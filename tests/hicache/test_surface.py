@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from radixkv.controller import Controller
 from radixkv.hicache import (
     HiCacheStorage,
     HiRadixCache,
@@ -284,3 +285,15 @@ def test_a_cache_of_the_waiting_queue_is_walked_too(page_size: int) -> None:
     order = dfs_order(cache.root_node, waiting)
     assert order[:5] == ["abc", "ab", "ab'", "ad", "a"]
     assert order[5:7] == ["ef", "e"]
+
+
+def test_one_prefetch_of_many_is_found_without_a_look_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler asks for each of its waiting requests."""
+    with hiradix_cache(storage=MemoryStorage(), prefetch="wait_complete", prefetch_threshold=4) as cache:
+        cache.prefetch_from_storage("r", cache.root_node, list(range(16)))
+        monkeypatch.setattr(Controller, "in_flight", lambda _: pytest.fail("looks at all"))
+        assert "r" in cache.ongoing_prefetch
+        assert cache.ongoing_prefetch["r"][3].request_id == "r"
+        assert "other" not in cache.ongoing_prefetch
+        with pytest.raises(KeyError):
+            _ = cache.ongoing_prefetch["other"]

@@ -143,7 +143,8 @@ def test_durations_bytes_and_outcomes() -> None:
         (dict(labels)["kind"], dict(labels)["outcome"]): count
         for (name, labels), count in samples.items() if name == "radixkv:operation_outcomes_total"
     }  # fmt: skip
-    assert len(outcomes) == 19, "those that have not happened yet are there as 0"
+    assert len(outcomes) == 20, "those that have not happened yet are there as 0"
+    assert ("store", "revoked") in outcomes
     assert {key: count for key, count in outcomes.items() if count} == {
         ("load", "done"): 4, ("prefetch", "revoked"): 1, ("backup", "done"): 1, ("write_back", "dropped"): 1,
         ("write_back", "done"): 1,
