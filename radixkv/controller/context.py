@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -56,6 +57,8 @@ class Context:
         self.page_size = tree.page_size
         self.counts: Counter[str] = Counter()
         """By the names of ControllerStats."""
+        self.copy_wait_s = min(config.copy_timeout_s, getattr(group, "timeout_s", math.inf) / 2)
+        """How long a rank may wait for a copy before it meets the others, who wait for it meanwhile."""
         self.last_op_id = 0
         self.give_back: Callable[[], None] = lambda: None
         """Called before host pages are evicted: may free some that were taken ahead."""

@@ -102,7 +102,7 @@ class Controller:
         if len(tree):
             raise InvalidArgumentError(f"the tree has {len(tree)} nodes already")
         self.config, self._closed, self._storage = config, False, None
-        self._hanging: list[StorageEdge] = []  # closed, and not ended in time
+        self._hanging: list[tuple[StorageEdge, Any]] = []  # closed, and not ended in time; and its storage
         geometry = getattr(host, "geometry", None)
         page_bytes = geometry.page_bytes if geometry is not None else 0
         shared = config.share_storage
@@ -151,6 +151,10 @@ class Controller:
     def threads_ended(self) -> bool:
         """Whether all threads ended in time of every storage that was detached, or was there at ``close``."""
         return not self._hanging
+
+    def hangs(self, storage: Any) -> bool:
+        """Whether a thread of this Storage, which was detached or is being closed, had not ended in time."""
+        return any(getattr(held, "storage", held) is storage for _, held in self._hanging)
 
     @property
     def storage(self) -> Any | None:
@@ -395,7 +399,7 @@ class Controller:
         self._storage = self._prefetches.edge = None
         self._stores.use(None)
         if not edge.close(self.config.close_timeout_s):
-            self._hanging.append(edge)
+            self._hanging.append((edge, storage))
         self._stores.forget_stored()
         self._settler.settle_drains()
         return storage
@@ -418,8 +422,8 @@ class Controller:
         """
         first, self._closed = not self._closed, True
         if first and self._stores.edge is not None:
-            self._hanging.append(self._stores.edge)
-        self._hanging = [edge for edge in self._hanging if not edge.close(self.config.close_timeout_s)]
+            self._hanging.append((self._stores.edge, self._storage))
+        self._hanging = [hanging for hanging in self._hanging if not hanging[0].close(self.config.close_timeout_s)]
         copies_ended = not self._context.ledger.has_host or self._context.mover.close(self.config.close_timeout_s)
         return copies_ended and not self._hanging
 

@@ -40,23 +40,36 @@ class Writes:
 
     def begin_due(self, node: int, min_hits: int) -> None:
         """Begin what a path is due for."""
-        for part, pages in self.context.tree.begin_writes(node, min_hits, WRITING):
-            self._begin(part, pages)
+        due = iter(self.context.tree.begin_writes(node, min_hits, WRITING))
+        try:
+            for part, pages in due:
+                self._begin(part, pages)
+        finally:  # if one raises, none stays locked
+            for part, _ in due:
+                self._refuse(part)
 
     def _begin(self, node: int, pages: PageIds) -> int:
         """Begin the copy of a node that the tree has locked and marked for it, or undo that. Returns: tokens."""
         context, config = self.context, self.context.config
         num_pages = len(pages)
-        host_pages = context.reserve_host(num_pages, True) if len(self.operations) < config.max_writes else None
+        host_pages = None
+        try:
+            if len(self.operations) < config.max_writes:
+                host_pages = context.reserve_host(num_pages, True)
+        finally:
+            if host_pages is None:
+                self._refuse(node)
         if host_pages is None:
-            context.tree.mark(node, clear=WRITING)
-            context.tree.unlock(node)
-            context.counts["refused_backups"] += 1
             return 0
         ticket = context.begin_backup(pages, host_pages)
         timeout_s, op_id = config.write_timeout_s, context.next_op_id()
         self.operations.append(WriteOp(op_id, context.clock(), timeout_s, node, pages, host_pages, ticket))
         return num_pages * context.page_size
+
+    def _refuse(self, node: int) -> None:
+        self.context.tree.mark(node, clear=WRITING)
+        self.context.tree.unlock(node)
+        self.context.counts["refused_backups"] += 1
 
     def settle(self, op: WriteOp, status: int) -> bool:
         """The copy has ended on all ranks, or is overdue. Returns: whether the node has its host copy now."""
@@ -90,7 +103,7 @@ class Writes:
 
         Raises: GroupError.
         """
-        context, end_s = self.context, time.monotonic() + self.context.config.copy_timeout_s
+        context, end_s = self.context, time.monotonic() + self.context.copy_wait_s
         operations = list(self.operations)
         for op in operations:
             if op.op_id > self._waited_for:
@@ -143,7 +156,7 @@ class Writes:
             return sum(self._finish(request, None) for request in requests)
         device_pages, host_pages = (context.join(pages) for pages in zip(*chosen, strict=True))
         ticket = context.begin_backup(device_pages, host_pages)
-        if not ticket.wait(context.config.copy_timeout_s):
+        if not ticket.wait(context.copy_wait_s):
             ticket.cancel()
         status, broken = RUNNING, None
         try:

@@ -107,7 +107,8 @@ class Attributions:
             self._end(rid, account)
 
     def explicit(self, rid: Any, num_tokens: int, device_tokens: int, loaded_tokens: int) -> Attribution:
-        """The engine says it itself. What has been counted for the request already stays as it is."""
+        """The engine says it itself. What has been counted for the request already stays as it is, until it has
+        finished: its name is another request's then."""
         account = self._running.get(rid)
         if account is not None and account.split is not None and not account.told:
             return account.split

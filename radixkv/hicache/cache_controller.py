@@ -193,6 +193,8 @@ class HiCacheController:
         self._config = config
         self._group = group_of(tp_group, found.view.device, config.group_timeout_s)
         self._own_storage: Storage | None = None
+        self._leaving: list[tuple[Storage, bool]] = []
+        """What was detached and is not parted from yet, and whether it was made here."""
         self._closed = False
         mover = mover_of(found, host_pool, io_backend, config)
         try:
@@ -314,13 +316,20 @@ class HiCacheController:
     def _part_from(self, storage: Storage) -> None:
         """Forget the host pool's memory there, and close it if it was made here; unless a call hangs in it: closing it
         could hang, too, and what it moves bytes by needs the memory."""
-        own, self._own_storage = self._own_storage, None
-        if not self.core.threads_ended:
-            _log.warning("storage=hangs backend=%s", storage.name)
-            return
-        storage.unregister(self.mem_pool_host.arena.data)
-        if own is not None:
-            own.close()
+        self._leaving.append((storage, self._own_storage is not None))
+        self._own_storage = None
+        self._part_from_ended()
+
+    def _part_from_ended(self) -> None:
+        for leaving in list(self._leaving):
+            storage, own = leaving
+            if self.core.hangs(storage):
+                _log.warning("storage=hangs backend=%s", storage.name)
+                continue
+            self._leaving.remove(leaving)
+            storage.unregister(self.mem_pool_host.arena.data)
+            if own:
+                storage.close()
 
     def close(self) -> bool:
         """End all threads. Returns: whether they have ended; if not, something hangs, see Controller.close."""
@@ -328,6 +337,8 @@ class HiCacheController:
         ended = self._closed = self.core.close()
         if storage is not None and ended:
             self._part_from(storage)
+        else:
+            self._part_from_ended()
         return ended
 
 

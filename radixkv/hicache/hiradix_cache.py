@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from ..controller import STORED, Attribution, Polled
-from ..errors import StateError
+from ..errors import HandleError, StateError
 from ..pool.arrays import Array
 from ..pool.foreign import view_of_engine_pool
 from ..pool.host import HostKVCache, MHATokenToKVPoolHost, MLATokenToKVPoolHost
@@ -250,9 +250,14 @@ class HiRadixCache(OngoingNames, RadixCache):
 
     def _drop_failed_loads(self) -> None:
         """What did not arrive came from nowhere."""
-        alive, loads = set(self.tree), self._attributions.loads
-        for handle in [handle for handle in loads if handle not in alive or self.view(handle).evicted]:
-            del loads[handle]
+        loads = self._attributions.loads
+        for handle in list(loads):
+            try:
+                arrived = self.tree.node_info(handle).page_ids is not None
+            except HandleError:
+                arrived = False
+            if not arrived:
+                del loads[handle]
 
     def writing_check(self, write_back: bool = False) -> None:
         """check_hicache_events. Args: write_back: until no copy to the host is in flight. Raises: StateError if that

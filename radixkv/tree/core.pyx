@@ -1679,13 +1679,31 @@ cdef class RadixTree:
             if status != RKV_OK:
                 raise_status(status)
             return [(due[k], int32_array(ids[k], pages[k])) for k in range(begun)]
+        except BaseException:       # no memory: all is as it was
+            for k in range(begun):
+                if ids[k] != NULL:
+                    self.end_write(due[k], mask)
+            raise
         finally:
             for k in range(begun):
                 free(ids[k])
 
     cdef list begin_one_by_one(self, rkv_node node, int64_t min_hits, uint32_t marks):
-        begun = [(part, self.begin_write(part, marks)) for part in self.due(node, "host", min_hits, marks)]
-        return [(part, pages) for part, pages in begun if pages is not None]
+        cdef list begun = []
+        try:
+            for part in self.due(node, "host", min_hits, marks):
+                pages = self.begin_write(part, marks)
+                if pages is not None:
+                    begun.append((part, pages))
+        except BaseException:
+            for part, pages in begun:
+                self.end_write(part, marks)
+            raise
+        return begun
+
+    cdef end_write(self, object node, uint32_t marks):
+        self.mark(node, clear=marks)
+        self.unlock(node)
 
     def host_pages(self, node):
         """A node's parent and its host pages, None if it has none; see BaseRadixTree.host_pages."""

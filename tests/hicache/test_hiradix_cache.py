@@ -671,6 +671,28 @@ def test_a_backend_that_hangs_is_not_closed(make: Any, how: str) -> None:
     storage.go.set()
 
 
+def test_one_that_hangs_does_not_keep_another_from_being_closed(make: Any) -> None:
+    """And it is closed itself, once its call has returned."""
+    name = "tests.hicache.test_hiradix_cache:Registering"
+    cache = make(storage=name, close_timeout_s=0.05, prefetch_threshold=1)
+    hanging = cache.cache_controller.storage_backend
+    hanging.go.clear()
+    cache.prefetch_from_storage("r", cache.root_node, KEY)
+    assert hanging.inside.wait(30)
+    cache.detach_storage_backend()
+    cache.attach_storage_backend(name)
+    healthy = cache.cache_controller.storage_backend
+    cache.detach_storage_backend()
+    assert healthy.closed
+    assert healthy.memory == []
+    assert not hanging.closed
+    hanging.go.set()
+    while not cache.close():
+        pass
+    assert hanging.closed
+    assert hanging.memory == []
+
+
 # ---- reset and the end -----------------------------------------------------------------------------------------------
 def test_reset_frees_the_host_and_leaves_the_device_to_the_engine(make: Any) -> None:
     cache = make(128, 4, storage=MemoryStorage(), prefetch="wait_complete", prefetch_threshold=4)
@@ -681,9 +703,7 @@ def test_reset_frees_the_host_and_leaves_the_device_to_the_engine(make: Any) -> 
     cache.insert([6] * 16, take(cache, 16))
     cache.load_back(cache.match_prefix(KEY).last_host_node)
     prefetch(cache, "r", LONG)
-    started = time.perf_counter()
     cache.reset()
-    assert time.perf_counter() - started < 0.5
     settle(cache)
     assert host.available_size() == host.size
     assert cache.total_size() == cache.protected_size() == 0

@@ -3,8 +3,11 @@ could free."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from radixkv import RadixTree
 from radixkv.errors import ArgumentTypeError, HandleError, InvalidArgumentError
 from radixkv.types import ROOT
 from tests.oracle.kit import Kit
@@ -390,6 +393,23 @@ def test_begin_writes_of_a_path_deeper_than_it_takes_at_once(kit: Kit) -> None:
         node = kit.tree.split_at(node, left * kit.page_size)
     begun = kit.tree.begin_writes(kit.match(key).device_node, 1, 1)
     assert [pages.tolist() for _, pages in begun] == [[page] for page in range(80)]
+
+
+def test_begin_writes_without_memory_leaves_all_as_it_was() -> None:
+    class Failing(RadixTree):
+        def begin_write(self, node: int, marks: int) -> Any:
+            if self.node_info(node).page_ids[0] == 70:
+                raise MemoryError("no memory for the pages")
+            return super().begin_write(node, marks)
+
+    tree, tokens = Failing(page_size=1), list(range(80))
+    node = tree.insert(tokens, list(range(80))).node
+    for left in range(79, 0, -1):
+        node = tree.split_at(node, left)
+    with pytest.raises(MemoryError):
+        tree.begin_writes(tree.match(tokens).device_node, 1, 1)
+    assert all(tree.node_info(part).marks == 0 for part in tree)
+    assert tree.stats().evictable_tokens == 80
 
 
 def test_host_pages_are_those_of_node_info(kit: Kit) -> None:
