@@ -295,17 +295,17 @@ class Folder:
             lines: list[Line] = []
             promised: set[str] = set()
             refused: set[str] = set()
-            for want in wants:
-                line = None if self._missing(want, promised, refused) else self._reserve(want, shard)
-                if line is None:
-                    refused.update(want.keys)
-                    drafts.append(None)
-                    continue
-                lines.append(line)
-                promised.update(want.keys)
-                temporary = self.root / "tmp" / f"{self.journal.owner}-{line.name}"
-                drafts.append(Draft(line.name, line.num_bytes, want.after, temporary, self.path(line.name)))
             try:
+                for want in wants:
+                    line = None if self._missing(want, promised, refused) else self._reserve(want, shard)
+                    if line is None:
+                        refused.update(want.keys)
+                        drafts.append(None)
+                        continue
+                    lines.append(line)
+                    promised.update(want.keys)
+                    temporary = self.root / "tmp" / f"{self.journal.owner}-{line.name}"
+                    drafts.append(Draft(line.name, line.num_bytes, want.after, temporary, self.path(line.name)))
                 self.journal.append(lines)
             except OSError:
                 for line in lines:
@@ -324,10 +324,15 @@ class Folder:
         """The reservation is held before room is made: what it comes after does not go for it."""
         line = Line("R", shard + os.urandom(7).hex(), whole_blocks(want.file_bytes), self.journal.owner, want.after)
         self.view.hold(line._replace(num_bytes=0))
-        if self._make_room(line.num_bytes):
+        fits = False
+        try:
+            fits = self._make_room(line.num_bytes)
+        finally:
+            if not fits:
+                self.view.release(line.name)
+        if fits:
             self.view.hold(line)
             return line
-        self.view.release(line.name)
         self.counters["refused"] += len(want.keys)
         return None
 
@@ -460,6 +465,8 @@ class Folder:
             except FileNotFoundError:
                 self.view.drop(segment.name)
                 continue
+            except OSError:
+                return segment  # its removal will tell
             if used_ns <= segment.used_ns:
                 return segment
             segment.used_ns = used_ns

@@ -26,6 +26,7 @@ from radixkv.errors import InvalidArgumentError, StorageError, StorageTimeoutErr
 from radixkv.storage import journal as journal_module
 from radixkv.storage.base import Deadline
 from radixkv.storage.file import FileStorage
+from radixkv.storage.folder import Want
 
 from .kit import PAGE_BYTES, HostPages, digests, ids, page_store
 
@@ -953,3 +954,23 @@ def test_a_full_disk_does_not_cut_the_journal_short(tmp_path: Path, monkeypatch:
         assert (tmp_path / "journal").read_bytes() == before
         log.replace([])
     log.leave()
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_put_that_fails_while_room_is_made_reserves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Of the leaf to go (ESTALE), or of another process's owner file (EMFILE)."""
+    with FileStorage(folder, max_bytes=4 * 4096, segment_bytes=1000) as storage, FileStorage(folder) as other:
+        for number in range(4):
+            assert put(storage, f"old{number}") == [True]
+        other.folder.reserve([Want(1, "", ["z"])], Deadline(1.0, "test"))
+        with monkeypatch.context() as patch:
+            failing(patch, call, errno.ESTALE, "/segments/" if call == "stat" else "/owners/")
+            for number in range(6):
+                put(storage, f"b{number}", f"c{number}")
+        assert storage.stats()["reserved_bytes"] == 4096, "of the other one"
+        assert len(storage.folder.view.reserved) == 1
+        for number in range(6):
+            assert put(storage, f"new{number}") == [True], "a leaf that could not be looked at once goes later"
+            assert disk_bytes(folder) <= 4 * 4096
