@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import StorageTimeoutError
+from ..errors import StorageError, StorageTimeoutError
 from .base import Deadline
 
 __all__ = ["Journal", "Line"]
@@ -130,7 +130,7 @@ class Journal:
     # ---- the lock ----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def exclusive(self, deadline: Deadline) -> Iterator[None]:
-        """Hold the folder's lock. Raises: StorageTimeoutError."""
+        """Hold the folder's lock. Raises: StorageTimeoutError; StorageError if it is the folder's no more; OSError."""
         left = deadline.remaining_s()
         end = time.monotonic() + (LONGEST_WAIT_S if left is None else left)
         if not self._turn.acquire(timeout=max(0.0, end - time.monotonic())):
@@ -138,11 +138,21 @@ class Journal:
         try:
             self._lock_file(end)
             try:
+                self._check_lock()
                 yield
             finally:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         finally:
             self._turn.release()
+
+    def _check_lock(self) -> None:
+        """Someone may have emptied the folder: others have another lock then, and do not learn what is put here."""
+        try:
+            same = os.path.samestat(os.fstat(self._lock_fd), os.stat(self.root / "lock"))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise StorageError(f"{self.root} was removed or replaced under this process: attach the storage again")
 
     def _lock_file(self, end: float) -> None:
         pause = 0.0002

@@ -32,8 +32,7 @@ class DaemonPool:
         self._closed = False
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run a call on a thread. Raises: StorageError after shutdown, or if there is no thread and none can be had; it is
-        never run then."""
+        """Run a call on a thread. Raises: StorageError after shutdown or without any thread; it is never run then."""
         future: Future[T] = Future()
         with self._lock:
             if self._closed:

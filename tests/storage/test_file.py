@@ -8,6 +8,7 @@ import fcntl
 import gc
 import mmap
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -974,3 +975,20 @@ def test_a_put_that_fails_while_room_is_made_reserves_nothing(
         for number in range(6):
             assert put(storage, f"new{number}") == [True], "a leaf that could not be looked at once goes later"
             assert disk_bytes(folder) <= 4 * 4096
+
+
+def test_a_folder_that_was_emptied_under_a_process(folder: Path) -> None:
+    """rm -rf FOLDER/*, and another process starts: with two locks neither would know what the other one writes."""
+    with FileStorage(folder, max_bytes=4 * 4096) as storage:
+        assert put(storage, "a", "b") == [True] * 2
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with pytest.raises(StorageError, match="removed or replaced"):
+            put(storage, "c")
+        with FileStorage(folder, max_bytes=4 * 4096) as other:
+            for number in range(6):
+                with pytest.raises(StorageError, match="removed or replaced"):
+                    put(storage, f"c{number}")
+                assert put(other, f"d{number}") == [True]
+                assert disk_bytes(folder) <= 4 * 4096
+            assert get(storage, "a", "b") == [False] * 2
