@@ -992,3 +992,24 @@ def test_a_folder_that_was_emptied_under_a_process(folder: Path) -> None:
                 assert put(other, f"d{number}") == [True]
                 assert disk_bytes(folder) <= 4 * 4096
             assert get(storage, "a", "b") == [False] * 2
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_clock_that_was_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool) -> None:
+    """What was used in the future is not used last for a year: what is new would go first all the time."""
+    real, year_ns = time.time_ns, 365 * 86400 * 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: real() + year_ns)
+        storage = FileStorage(folder, max_bytes=4 * 4096)
+        for number in range(4):
+            assert put(storage, f"old{number}") == [True]
+        for path in segments(folder):
+            os.utime(path, ns=(real() + year_ns,) * 2)  # the kernel's clock was ahead, too
+    if restarted:
+        storage.close()
+        storage = FileStorage(folder, max_bytes=4 * 4096)
+    with storage:
+        for number in range(8):
+            assert put(storage, f"new{number}") == [True]
+        assert get(storage, *(f"new{number}" for number in range(4, 8))) == [True] * 4
+    assert all(path.stat().st_mtime_ns <= real() + year_ns / 2 for path in segments(folder)) or not restarted
