@@ -28,6 +28,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,18 @@ LONGEST_WAIT_S = 10.0
 
 _MAX_BYTES = 4 << 20
 _OWNER = re.compile(r"[0-9a-f]{16}")
+
+
+_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child: its copies of files would keep a dead parent's locks."""
+    for journal in _journals:
+        journal.close_files()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class Line(NamedTuple):
@@ -85,6 +98,7 @@ class Journal:
         self._seen, self._ended, self._number = 0, False, 0
         self.missed = False
         """Whether ``news`` has skipped a whole file: what is in the folder must be looked up. Whoever did clears it."""
+        _journals.add(self)
 
     def join(self) -> bool:
         """Register this process, and begin at the end of the log; under ``exclusive``. Returns: is it alone?"""
@@ -101,6 +115,10 @@ class Journal:
         """Close everything. The lock of this process's owner file goes with it."""
         with contextlib.suppress(OSError):
             os.unlink(self.root / "owners" / self.owner)
+        self.close_files()
+
+    def close_files(self) -> None:
+        """And so give back the locks, unless another process has the same open files."""
         for fd in {self._owner_fd, self._log_fd, self._lock_fd} - {-1}:
             os.close(fd)
         self._owner_fd = self._log_fd = self._lock_fd = -1

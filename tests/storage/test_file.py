@@ -1013,3 +1013,30 @@ def test_a_clock_that_was_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch, r
             assert put(storage, f"new{number}") == [True]
         assert get(storage, *(f"new{number}" for number in range(4, 8))) == [True] * 4
     assert all(path.stat().st_mtime_ns <= real() + year_ns / 2 for path in segments(folder)) or not restarted
+
+
+def test_a_child_of_one_that_was_killed_keeps_no_lock(folder: Path) -> None:
+    """Forked, not spawned, while its parent was in the middle of a put."""
+    ours, theirs = os.pipe()
+    if not (parent := os.fork()):
+        storage = FileStorage(folder, max_bytes=8 << 20)
+        storage.folder.reserve([Want(4 << 20, "", ["x"])], Deadline(1.0, "test"))
+        with storage.folder.journal.exclusive(Deadline(1.0, "test")):
+            if not (child := os.fork()):
+                os.close(theirs)
+                time.sleep(60)
+                os._exit(0)
+            os.write(theirs, str(child).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    child = int(os.read(ours, 20))
+    os.waitpid(parent, 0)
+    os.close(ours)
+    os.close(theirs)
+    try:
+        began = time.monotonic()
+        with FileStorage(folder, max_bytes=8 << 20) as storage:
+            assert time.monotonic() - began < 5
+            assert storage.stats()["reserved_bytes"] == 0
+            assert put(storage, "a") == [True]
+    finally:
+        os.kill(child, signal.SIGKILL)
