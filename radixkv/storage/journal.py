@@ -51,7 +51,8 @@ _journals: weakref.WeakSet[Journal] = weakref.WeakSet()
 def _let_go() -> None:
     """In a forked child: its copies of files would keep a dead parent's locks."""
     for journal in _journals:
-        journal.close_files()
+        with contextlib.suppress(OSError):
+            journal.close_files()
 
 
 os.register_at_fork(after_in_child=_let_go)
