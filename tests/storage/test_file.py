@@ -1040,3 +1040,20 @@ def test_a_child_of_one_that_was_killed_keeps_no_lock(folder: Path) -> None:
             assert put(storage, "a") == [True]
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_start_that_fails_leaves_no_file_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, "fsync", errno.EIO, "/store")
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(StorageError):
+            FileStorage(folder, fsync=True)
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert not list((folder / "owners").iterdir())
+
+
+def test_what_a_put_makes_room_of_is_not_said_to_be_there(folder: Path) -> None:
+    with FileStorage(folder, max_bytes=4 * 4096, segment_bytes=1000) as storage:
+        assert put(storage, "a", "b") == [True] * 2
+        flags = put(storage, "a", "c", "d", "e", "f")
+        assert flags == storage.exists_many(["a", "c", "d", "e", "f"]).tolist() == [False, True, True, True, True]
