@@ -76,10 +76,15 @@ class DaemonPool:
         with suppress(StorageError):
             for _ in range(min(self._num_threads, len(tasks) - 1)):
                 helpers.append(self.submit(work))
-        work()
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+        try:
+            work()
+        finally:
+            for helper in helpers:
+                while not (helper.cancel() or helper.done()):
+                    try:
+                        helper.result()
+                    except BaseException as error:  # SIGINT, in the main thread: memory is the caller's only afterwards
+                        errors.append(error)
         if errors:
             try:
                 raise errors[0]

@@ -6,7 +6,9 @@ put_each and get_each of every store, the runs of the file backend, and damage a
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -363,4 +365,24 @@ def test_a_pool_without_any_thread_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(StorageError, match="pool_0 cannot be started"):
             pool.submit(lambda: 1)
     assert pool.submit(lambda: 2).result(10) == 2
+    pool.shutdown()
+
+
+def test_an_interrupt_waits_for_those_who_move_bytes() -> None:
+    ended: list[int] = []
+
+    def task() -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert started.wait(10)
+            return
+        started.set()
+        time.sleep(0.3)  # the main thread waits by now
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.3)
+        ended.append(1)
+
+    started, pool = threading.Event(), DaemonPool(1, "pool")
+    with pytest.raises(KeyboardInterrupt):
+        pool.run_all([task, task])
+    assert ended
     pool.shutdown()
