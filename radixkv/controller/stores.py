@@ -53,7 +53,7 @@ class Stores:
         self.backoff = BackOff(context.config, context.clock)
         self.back_up: Callable[[int], int] = lambda node: 0
         """Begins to copy a node to the host, if it may."""
-        self._waiting: dict[int, list[int]] = {}  # nodes, by the one that is to be stored first
+        self._waiting: dict[int, dict[int, None]] = {}  # nodes, by the one that is to be stored first
         self._has_gap = False
         self._sure: set[int] | None = None
         """Nodes whose mark is no older than the last doubt; None: there was none, so all."""
@@ -145,9 +145,9 @@ class Stores:
     def _wait(self, node: int, parent: int) -> None:
         while len(self._waiting) >= KEPT_WAITING:
             del self._waiting[next(iter(self._waiting))]
-        nodes = self._waiting.setdefault(parent, [])
-        if node not in nodes and len(nodes) < KEPT_WAITING:
-            nodes.append(node)
+        nodes = self._waiting.setdefault(parent, {})
+        if len(nodes) < KEPT_WAITING:
+            nodes[node] = None
 
     def settle(self, op: StoreOp, status: int) -> Outcome:
         """The workers of all ranks have ended. Returns: how."""

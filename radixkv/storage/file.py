@@ -95,9 +95,12 @@ class FileStorage(Storage):
         self.fsync, self.segment_bytes = fsync, segment_bytes
         try:
             self.folder = Folder(Path(path).absolute(), max_bytes, Deadline(None, "opening the folder"))
-            if fsync:
-                for made in (self.folder.root / "segments", self.folder.root, self.folder.root.parent):
+            try:
+                for made in (self.folder.root / "segments", self.folder.root, self.folder.root.parent) if fsync else ():
                     fsync_folder(made)
+            except OSError:
+                self.folder.close()
+                raise
         except StorageError:
             raise
         except OSError as error:
@@ -126,6 +129,8 @@ class FileStorage(Storage):
                 for some in _split(values, before, self.segment_bytes)
             ]
             stored = self._put(batches, prepare or _nothing, deadline)
+            if flags.any():  # what was there may have gone for the others
+                flags &= np.array([place is not None for place in self.folder.find(keys)], np.bool_)
             flags |= np.fromiter((key in stored for key in keys), np.bool_, len(keys))
         return flags
 

@@ -83,7 +83,7 @@ class Folder:
         self.view = View()
         self._void: list[Line] = []
         self._unread: dict[str, Line] = {}
-        self._closed, self._settle_at_s = False, 0.0
+        self._closed, self._settle_at_s, self._last_ns = False, 0.0, 0
         self._make()
         self.journal = Journal(root)
         try:
@@ -181,11 +181,16 @@ class Folder:
             self._read_new()
             found = [self.view.places.get(key) for key in keys]
             if touch:
-                now = time.time_ns()
+                now = self._now_ns()
                 for place in found:
                     if place is not None:
                         place.segment.used_ns = now
             return found
+
+    def _now_ns(self) -> int:
+        """The time of a use: after that of every use before it, whatever the clock does. Under the lock."""
+        self._last_ns = max(self._last_ns + 1, time.time_ns())
+        return self._last_ns
 
     def touch(self, keys: Iterable[str]) -> list[bool]:
         """Which values are there. They count as used now, for other processes too."""
@@ -244,7 +249,7 @@ class Folder:
             return self._add_unreadable(path)
         try:
             entries, after, damaged, file_bytes = read_index(fd)
-            used_ns = os.fstat(fd).st_mtime_ns
+            found_ns = os.fstat(fd).st_mtime_ns
         except TornSegmentError:
             self.count("torn")
             try:
@@ -255,7 +260,11 @@ class Folder:
             self._add_unreadable(path)
         else:
             self.count("torn", damaged)
-            self.view.add(Segment(name, whole_blocks(file_bytes), used_ns, used_ns, after), entries)
+            used_ns = min(found_ns, time.time_ns())
+            segment = Segment(name, whole_blocks(file_bytes), used_ns, used_ns, after)
+            if found_ns > used_ns:  # by a clock that was wrong: it would stay until the time has come
+                self._write_use(segment, fd)
+            self.view.add(segment, entries)
         finally:
             os.close(fd)
 
@@ -295,17 +304,17 @@ class Folder:
             lines: list[Line] = []
             promised: set[str] = set()
             refused: set[str] = set()
-            for want in wants:
-                line = None if self._missing(want, promised, refused) else self._reserve(want, shard)
-                if line is None:
-                    refused.update(want.keys)
-                    drafts.append(None)
-                    continue
-                lines.append(line)
-                promised.update(want.keys)
-                temporary = self.root / "tmp" / f"{self.journal.owner}-{line.name}"
-                drafts.append(Draft(line.name, line.num_bytes, want.after, temporary, self.path(line.name)))
             try:
+                for want in wants:
+                    line = None if self._missing(want, promised, refused) else self._reserve(want, shard)
+                    if line is None:
+                        refused.update(want.keys)
+                        drafts.append(None)
+                        continue
+                    lines.append(line)
+                    promised.update(want.keys)
+                    temporary = self.root / "tmp" / f"{self.journal.owner}-{line.name}"
+                    drafts.append(Draft(line.name, line.num_bytes, want.after, temporary, self.path(line.name)))
                 self.journal.append(lines)
             except OSError:
                 for line in lines:
@@ -324,10 +333,15 @@ class Folder:
         """The reservation is held before room is made: what it comes after does not go for it."""
         line = Line("R", shard + os.urandom(7).hex(), whole_blocks(want.file_bytes), self.journal.owner, want.after)
         self.view.hold(line._replace(num_bytes=0))
-        if self._make_room(line.num_bytes):
+        fits = False
+        try:
+            fits = self._make_room(line.num_bytes)
+        finally:
+            if not fits:
+                self.view.release(line.name)
+        if fits:
             self.view.hold(line)
             return line
-        self.view.release(line.name)
         self.counters["refused"] += len(want.keys)
         return None
 
@@ -339,8 +353,8 @@ class Folder:
             before theirs is. They are given up; the caller removes the files.
         Raises: StorageError, OSError; none is published then, and the caller removes the files and gives all up.
         """
-        now = time.time_ns()
         with self._lock:
+            now = self._now_ns()
             self._void += [Line("X", draft.name) for draft in given_up]
         with self._exclusive(deadline):
             there, failed = list[tuple[Draft, Mapping[str, Entry]]](), list[Draft]()
@@ -460,7 +474,9 @@ class Folder:
             except FileNotFoundError:
                 self.view.drop(segment.name)
                 continue
-            if used_ns <= segment.used_ns:
+            except OSError:
+                return segment  # its removal will tell
+            if used_ns <= segment.used_ns or used_ns > time.time_ns():  # in the future nobody has used it
                 return segment
             segment.used_ns = used_ns
             self.view.push(segment)

@@ -28,11 +28,12 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import StorageTimeoutError
+from ..errors import StorageError, StorageTimeoutError
 from .base import Deadline
 
 __all__ = ["Journal", "Line"]
@@ -42,6 +43,19 @@ LONGEST_WAIT_S = 10.0
 
 _MAX_BYTES = 4 << 20
 _OWNER = re.compile(r"[0-9a-f]{16}")
+
+
+_journals: weakref.WeakSet[Journal] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child: its copies of files would keep a dead parent's locks."""
+    for journal in _journals:
+        with contextlib.suppress(OSError):
+            journal.close_files()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class Line(NamedTuple):
@@ -85,6 +99,7 @@ class Journal:
         self._seen, self._ended, self._number = 0, False, 0
         self.missed = False
         """Whether ``news`` has skipped a whole file: what is in the folder must be looked up. Whoever did clears it."""
+        _journals.add(self)
 
     def join(self) -> bool:
         """Register this process, and begin at the end of the log; under ``exclusive``. Returns: is it alone?"""
@@ -101,6 +116,10 @@ class Journal:
         """Close everything. The lock of this process's owner file goes with it."""
         with contextlib.suppress(OSError):
             os.unlink(self.root / "owners" / self.owner)
+        self.close_files()
+
+    def close_files(self) -> None:
+        """And so give back the locks, unless another process has the same open files."""
         for fd in {self._owner_fd, self._log_fd, self._lock_fd} - {-1}:
             os.close(fd)
         self._owner_fd = self._log_fd = self._lock_fd = -1
@@ -130,7 +149,7 @@ class Journal:
     # ---- the lock ----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def exclusive(self, deadline: Deadline) -> Iterator[None]:
-        """Hold the folder's lock. Raises: StorageTimeoutError."""
+        """Hold the folder's lock. Raises: StorageTimeoutError; StorageError if it is the folder's no more; OSError."""
         left = deadline.remaining_s()
         end = time.monotonic() + (LONGEST_WAIT_S if left is None else left)
         if not self._turn.acquire(timeout=max(0.0, end - time.monotonic())):
@@ -138,11 +157,21 @@ class Journal:
         try:
             self._lock_file(end)
             try:
+                self._check_lock()
                 yield
             finally:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         finally:
             self._turn.release()
+
+    def _check_lock(self) -> None:
+        """Someone may have emptied the folder: others have another lock then, and do not learn what is put here."""
+        try:
+            same = os.path.samestat(os.fstat(self._lock_fd), os.stat(self.root / "lock"))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise StorageError(f"{self.root} was removed or replaced under this process: attach the storage again")
 
     def _lock_file(self, end: float) -> None:
         pause = 0.0002

@@ -64,9 +64,12 @@ class RedisStorage(RemoteStorage):
     def lost(self) -> int:
         pool, now_s = self._pool, time.monotonic()
         if pool is not None and not self._asking and now_s >= self._ask_at_s:
-            self._ask_at_s, self._asking = now_s + ASK_S, True
-            with suppress(StorageError):  # closed just now
+            self._ask_at_s = now_s + ASK_S
+            with suppress(StorageError):  # closed just now, or no thread to be had
+                self._asking = True
                 pool.submit(self._ask_what_is_lost)
+                return self._lost
+            self._asking = False
         return self._lost
 
     def _ask_what_is_lost(self) -> None:

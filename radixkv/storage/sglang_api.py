@@ -110,8 +110,8 @@ class HiCacheAdapter(HiCacheStorage):
         present = [index for index, target in enumerate(_as_many(keys, target_locations)) if target is not None]
         views = [[_view(target_locations[index], _size(target_sizes, index))] for index in present]
         flags = self._sealed.get([names[index] for index in present], views, self.timeout_s)
-        found = [index for index, good in zip(present, flags.tolist(), strict=True) if good]
-        return [target_locations[index] if index in set(found) else None for index in range(len(keys))]
+        found = {index for index, good in zip(present, flags.tolist(), strict=True) if good}
+        return [target_locations[index] if index in found else None for index in range(len(keys))]
 
     def set(self, key: str, value: Any = None, target_location: Location = None, target_sizes: Any = None) -> bool:
         locations = None if target_location is None else [target_location]

@@ -32,23 +32,32 @@ class DaemonPool:
         self._closed = False
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run a call on a thread. Raises: StorageError after shutdown."""
+        """Run a call on a thread. Raises: StorageError after shutdown or without any thread; it is never run then."""
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
                 raise StorageError(f"{self._name}: the storage is closed")
-            self._calls.put((future, call))
             if not self._idle.acquire(blocking=False) and len(self._threads) < self._num_threads:
-                name = f"{self._name}_{len(self._threads)}"
-                thread = threading.Thread(target=_work, args=(self._calls, self._idle), name=name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._start_thread()
+            self._calls.put((future, call))
         return future
+
+    def _start_thread(self) -> None:
+        name = f"{self._name}_{len(self._threads)}"
+        thread = threading.Thread(target=_work, args=(self._calls, self._idle), name=name, daemon=True)
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            if not self._threads:
+                raise StorageError(f"thread {name} cannot be started: {error}") from error
+        else:
+            self._threads.append(thread)
 
     def run_all(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run tasks, and wait for all of them, whatever happens. Raises: one of their errors.
 
-        The caller works too, and waits only for threads that are inside a task: on a busy machine they come late.
+        The caller works too, and waits only for threads that are inside a task: on a busy machine they come late. Where
+        no thread can be had it does all by itself.
         """
         results: dict[int, T] = {}
         errors: list[BaseException] = []
@@ -63,11 +72,19 @@ class DaemonPool:
                     except BaseException as error:
                         errors.append(error)
 
-        helpers = [self.submit(work) for _ in range(min(self._num_threads, len(tasks) - 1))]
-        work()
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+        helpers: list[Future[None]] = []
+        with suppress(StorageError):
+            for _ in range(min(self._num_threads, len(tasks) - 1)):
+                helpers.append(self.submit(work))
+        try:
+            work()
+        finally:
+            for helper in helpers:
+                while not (helper.cancel() or helper.done()):
+                    try:
+                        helper.result()
+                    except BaseException as error:  # SIGINT, in the main thread: memory is the caller's only afterwards
+                        errors.append(error)
         if errors:
             try:
                 raise errors[0]

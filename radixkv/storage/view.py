@@ -31,7 +31,8 @@ __all__ = ["Place", "Segment", "View"]
 @dataclass(slots=True, eq=False)
 class Segment:
     """A published segment, as this process knows it. num_bytes: on disk, whole blocks. after: the key that its values
-    come after, "" if none. followers: segments, and reservations, that come after one of its keys."""
+    come after, "" if none. followers: segments, and reservations, that come after one of its keys. ordered: whether it
+    is in the order of leaves."""
 
     name: str
     num_bytes: int
@@ -39,6 +40,7 @@ class Segment:
     disk_ns: int
     after: str = ""
     followers: int = 0
+    ordered: bool = False
     keys: list[str] = field(default_factory=list)
 
 
@@ -165,11 +167,16 @@ class View:
 
     # ---- whose turn it is --------------------------------------------------------------------------------------------
     def push(self, segment: Segment) -> None:
-        """It is a leaf now. In the order may also be others, and segments that have left: each is looked at when its
-        turn comes."""
+        """It is a leaf now, and in the order once. There may also be others in it, and segments that have left: each is
+        looked at when its turn comes."""
+        if segment.ordered:
+            return
+        segment.ordered = True
         heapq.heappush(self._order, (segment.used_ns, segment.name))
         if len(self._order) > 2 * len(self.segments) + 100:
-            self._order = [(s.used_ns, name) for name, s in self.segments.items() if not s.followers]
+            for other in self.segments.values():
+                other.ordered = not other.followers
+            self._order = [(s.used_ns, name) for name, s in self.segments.items() if s.ordered]
             heapq.heapify(self._order)
 
     def pop_leaf(self) -> Segment | None:
@@ -177,7 +184,10 @@ class View:
         while self._order:
             used_ns, name = heapq.heappop(self._order)
             segment = self.segments.get(name)
-            if segment is None or segment.followers:
+            if segment is None:
+                continue
+            segment.ordered = False
+            if segment.followers:
                 continue
             if segment.used_ns == used_ns:
                 return segment
@@ -195,12 +205,11 @@ class View:
     def can_free(self, num_bytes: int) -> bool:
         """Whether so many bytes could go: all but what reservations come after. Mostly the first few leaves do; only
         if all leaves do not, the paths to what is being written are walked."""
-        left, seen = num_bytes, set[str]()
+        left = num_bytes
         for _, name in self._order:
             segment = self.segments.get(name)
-            if segment is None or segment.followers or name in seen:
+            if segment is None or segment.followers:
                 continue
-            seen.add(name)
             left -= segment.num_bytes
             if left <= 0:
                 return True

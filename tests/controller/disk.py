@@ -22,7 +22,7 @@ ERRORS = {
     "open": (errno.EMFILE, errno.EIO, errno.EACCES), "pwritev": (errno.ENOSPC, errno.EIO), "write": (errno.ENOSPC,),
     "preadv": (errno.EIO,), "pread": (errno.EIO,), "fsync": (errno.EIO,), "rename": (errno.ENOSPC, errno.EIO),
     "unlink": (errno.EIO, errno.EACCES), "fstat": (errno.EIO,), "pwrite": (errno.ENOSPC,),
-    "utime": (errno.EACCES,), "ftruncate": (errno.EIO,),
+    "utime": (errno.EACCES,), "ftruncate": (errno.EIO,), "stat": (errno.EIO, errno.ESTALE),
 }  # fmt: skip
 """The system calls that fail, and how."""
 

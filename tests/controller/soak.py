@@ -117,12 +117,19 @@ class Unreliable(Storage):
         return self.inner.touch_many(keys, timeout_s=timeout_s)
 
     def get_many(self, keys: Any, parts: Any, *, timeout_s: float | None = None) -> Any:
+        return self.get_each(keys, parts, lambda positions: None, timeout_s=timeout_s)
+
+    def get_each(self, keys: Any, parts: Any, arrived: Any, *, timeout_s: float | None = None) -> Any:
         if self._fails():
             raise RuntimeError("a defect of the backend")
-        sizes = self.inner.get_many(keys, parts, timeout_s=timeout_s)
-        if self._fails():
-            part = parts[int(self.random.integers(len(parts)))][-1]
-            np.frombuffer(part, np.uint8)[-1:] ^= 1
+        flip = int(self.random.integers(len(parts))) if self._fails() else None
+
+        def damaged(positions: Any) -> None:
+            if flip in positions:
+                np.frombuffer(parts[flip][-1], np.uint8)[-1:] ^= 1
+            arrived(positions)
+
+        sizes = self.inner.get_each(keys, parts, damaged, timeout_s=timeout_s)
         if self._fails():
             sizes[self.random.integers(len(sizes))] = -1
         return sizes

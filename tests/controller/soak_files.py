@@ -85,7 +85,7 @@ class Promised:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
-        if not name.endswith("_many"):
+        if not name.endswith(("_many", "_each")):
             return value
 
         def call(*arguments: Any, **more: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -423,3 +424,26 @@ def test_threads_that_put_chains_at_once(folder: Path) -> None:
         assert assert_closed(storage) > 10
         assert disk_bytes(folder) <= 20 * SEGMENT
         assert storage.stats()["reserved_bytes"] == 0
+
+
+def test_a_leaf_that_cannot_be_removed_keeps_no_other(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a leaf before something came after it, and is one again: it stands in the order once."""
+    max_bytes = storage.folder.max_bytes
+    assert max_bytes is not None
+    put_chain(storage, ["a"])
+    kept = storage.folder.path(storage.folder.view.places["a"].segment.name)
+    for number in range(3):
+        put_chain(storage, [f"b{number}"], after="a")
+        storage.delete_many([f"b{number}"])
+    for number in range(max_bytes // SEGMENT - 1):
+        assert put_chain(storage, [f"c{number}"]) == [True]
+    unlink = os.unlink
+
+    def refuse(path: Path) -> None:
+        if path == kept:
+            raise PermissionError(errno.EPERM, "immutable")
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    assert put_chain(storage, ["d"]) == [True]
+    assert present(storage, "a", "c0", "d") == [True, False, True]

@@ -6,7 +6,9 @@ put_each and get_each of every store, the runs of the file backend, and damage a
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ from radixkv.storage import MemoryStorage, SealedStore, Storage, batch, segment
 from radixkv.storage.base import byte_views, flat_parts
 from radixkv.storage.envelope import HEADER_BYTES
 from radixkv.storage.file import FileStorage
+from radixkv.storage.threads import DaemonPool
 
 from .kit import HostPages, digests, namespace, page_store
 
@@ -326,3 +329,60 @@ def test_slices_are_the_same_as_lists(pieces: int) -> None:
         flat_parts(frozen, writable=True)
     with pytest.raises(ValueError, match="2 sizes"):
         batch.FlatParts([[]], [1, 2], writable=True)
+
+
+def test_where_no_thread_can_be_had_the_caller_does_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that has returned or raised leaves no task behind: it would fill memory that belongs to somebody else."""
+    keys, values = [f"key{i}" for i in range(4)], [bytes([i + 1]) * 5000 for i in range(4)]
+    with FileStorage(tmp_path, segment_bytes=5000, num_threads=3) as storage:
+        assert storage.put_many(keys[:1], [[values[0]]]).all()  # one segment: no thread yet
+        gate = threading.Event()
+        busy = storage._pool.submit(lambda: gate.wait(5))  # the only thread there will be
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert storage.put_many(keys, [[value] for value in values]).all()
+        buffers = [bytearray(5000) for _ in keys]
+        assert storage.get_many(keys, [[buffer] for buffer in buffers]).tolist() == [5000] * 4
+        assert buffers == values
+        for buffer in buffers:
+            buffer[:] = bytes(5000)
+        gate.set()
+        assert busy.result(10)
+        assert storage._pool.submit(lambda: True).result(10)  # whatever was left has been done before this
+        assert not any(map(any, buffers))
+
+
+def test_a_pool_without_any_thread_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = DaemonPool(2, "pool")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StorageError, match="pool_0 cannot be started"):
+            pool.submit(lambda: 1)
+    assert pool.submit(lambda: 2).result(10) == 2
+    pool.shutdown()
+
+
+def test_an_interrupt_waits_for_those_who_move_bytes() -> None:
+    ended: list[int] = []
+
+    def task() -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert started.wait(10)
+            return
+        started.set()
+        time.sleep(0.3)  # the main thread waits by now
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.3)
+        ended.append(1)
+
+    started, pool = threading.Event(), DaemonPool(1, "pool")
+    with pytest.raises(KeyboardInterrupt):
+        pool.run_all([task, task])
+    assert ended
+    pool.shutdown()

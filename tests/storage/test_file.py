@@ -8,6 +8,7 @@ import fcntl
 import gc
 import mmap
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,6 +27,7 @@ from radixkv.errors import InvalidArgumentError, StorageError, StorageTimeoutErr
 from radixkv.storage import journal as journal_module
 from radixkv.storage.base import Deadline
 from radixkv.storage.file import FileStorage
+from radixkv.storage.folder import Want
 
 from .kit import PAGE_BYTES, HostPages, digests, ids, page_store
 
@@ -953,3 +955,105 @@ def test_a_full_disk_does_not_cut_the_journal_short(tmp_path: Path, monkeypatch:
         assert (tmp_path / "journal").read_bytes() == before
         log.replace([])
     log.leave()
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_put_that_fails_while_room_is_made_reserves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Of the leaf to go (ESTALE), or of another process's owner file (EMFILE)."""
+    with FileStorage(folder, max_bytes=4 * 4096, segment_bytes=1000) as storage, FileStorage(folder) as other:
+        for number in range(4):
+            assert put(storage, f"old{number}") == [True]
+        other.folder.reserve([Want(1, "", ["z"])], Deadline(1.0, "test"))
+        with monkeypatch.context() as patch:
+            failing(patch, call, errno.ESTALE, "/segments/" if call == "stat" else "/owners/")
+            for number in range(6):
+                put(storage, f"b{number}", f"c{number}")
+        assert storage.stats()["reserved_bytes"] == 4096, "of the other one"
+        assert len(storage.folder.view.reserved) == 1
+        for number in range(6):
+            assert put(storage, f"new{number}") == [True], "a leaf that could not be looked at once goes later"
+            assert disk_bytes(folder) <= 4 * 4096
+
+
+def test_a_folder_that_was_emptied_under_a_process(folder: Path) -> None:
+    """rm -rf FOLDER/*, and another process starts: with two locks neither would know what the other one writes."""
+    with FileStorage(folder, max_bytes=4 * 4096) as storage:
+        assert put(storage, "a", "b") == [True] * 2
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with pytest.raises(StorageError, match="removed or replaced"):
+            put(storage, "c")
+        with FileStorage(folder, max_bytes=4 * 4096) as other:
+            for number in range(6):
+                with pytest.raises(StorageError, match="removed or replaced"):
+                    put(storage, f"c{number}")
+                assert put(other, f"d{number}") == [True]
+                assert disk_bytes(folder) <= 4 * 4096
+            assert get(storage, "a", "b") == [False] * 2
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_clock_that_was_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool) -> None:
+    """What was used in the future is not used last for a year: what is new would go first all the time."""
+    real, year_ns = time.time_ns, 365 * 86400 * 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: real() + year_ns)
+        storage = FileStorage(folder, max_bytes=4 * 4096)
+        for number in range(4):
+            assert put(storage, f"old{number}") == [True]
+        for path in segments(folder):
+            os.utime(path, ns=(real() + year_ns,) * 2)  # the kernel's clock was ahead, too
+    if restarted:
+        storage.close()
+        storage = FileStorage(folder, max_bytes=4 * 4096)
+    with storage:
+        for number in range(8):
+            assert put(storage, f"new{number}") == [True]
+        assert get(storage, *(f"new{number}" for number in range(4, 8))) == [True] * 4
+    assert all(path.stat().st_mtime_ns <= real() + year_ns / 2 for path in segments(folder)) or not restarted
+
+
+def test_a_child_of_one_that_was_killed_keeps_no_lock(folder: Path) -> None:
+    """Forked, not spawned, while its parent was in the middle of a put."""
+    ours, theirs = os.pipe()
+    if not (parent := os.fork()):
+        storage = FileStorage(folder, max_bytes=8 << 20)
+        storage.folder.reserve([Want(4 << 20, "", ["x"])], Deadline(1.0, "test"))
+        with storage.folder.journal.exclusive(Deadline(1.0, "test")):
+            if not (child := os.fork()):
+                os.close(theirs)
+                time.sleep(60)
+                os._exit(0)
+            os.write(theirs, str(child).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    child = int(os.read(ours, 20))
+    os.waitpid(parent, 0)
+    os.close(ours)
+    os.close(theirs)
+    try:
+        began = time.monotonic()
+        with FileStorage(folder, max_bytes=8 << 20) as storage:
+            assert time.monotonic() - began < 5
+            assert storage.stats()["reserved_bytes"] == 0
+            assert put(storage, "a") == [True]
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_start_that_fails_leaves_no_file_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, "fsync", errno.EIO, "/store")
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(StorageError):
+            FileStorage(folder, fsync=True)
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert not list((folder / "owners").iterdir())
+
+
+def test_what_a_put_makes_room_of_is_not_said_to_be_there(folder: Path) -> None:
+    with FileStorage(folder, max_bytes=4 * 4096, segment_bytes=1000) as storage:
+        assert put(storage, "a", "b") == [True] * 2
+        flags = put(storage, "a", "c", "d", "e", "f")
+        assert flags == storage.exists_many(["a", "c", "d", "e", "f"]).tolist() == [False, True, True, True, True]
