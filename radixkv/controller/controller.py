@@ -282,8 +282,9 @@ class Controller:
     ) -> bool:
         """Look for the pages that follow a node's path in storage, and bring them to the host.
 
-        Host pages that are free are taken at once, and given back as soon as storage has said that it has fewer; pages
-        are evicted only for what storage has. Device pages are never taken.
+        Host pages that are free are taken at once, and given back once storage has said that it has fewer (by the next
+        poll, or an eviction of one rank): until then other copies to the host may have to evict in their place. Else
+        pages are evicted only for what storage has. Device pages are never taken.
         Args:
             req_id: names it; one prefetch at a time for each.
             tokens: those *after* the path of last_host_node; a tail shorter than a page is ignored.

@@ -369,9 +369,9 @@ def test_a_rank_that_never_comes_to_attach_is_an_error() -> None:
 
 def test_a_slow_copy_of_one_rank_does_not_break_a_group_of_less_patience() -> None:
     """It waits for its copy half of the time that the others wait for it; then it is given up, on all."""
-    groups = ThreadGroup.make(2, timeout_s=2.0)
+    groups, results = ThreadGroup.make(2, timeout_s=2.0), {}
 
-    def run(group: ThreadGroup) -> Any:
+    def run(group: ThreadGroup) -> None:
         group.timeout_s = 0.2
         stack = Stack(device_pages=4, group=group, copy_timeout_s=30.0)
         stack.compute(prompt(1, 4))
@@ -380,10 +380,9 @@ def test_a_slow_copy_of_one_rank_does_not_break_a_group_of_less_patience() -> No
         stack.controller.evict(4 * P)
         stack.settle()
         stack.check()
-        return stack.tree.stats()
+        results[group.rank] = stack.tree.stats()
 
-    results: dict[int, Any] = {}
-    threads = [threading.Thread(target=lambda group=group: results.update({group.rank: run(group)})) for group in groups]
+    threads = [threading.Thread(target=run, args=(group,)) for group in groups]
     for thread in threads:
         thread.start()
     for thread in threads:
