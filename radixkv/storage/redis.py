@@ -9,15 +9,17 @@ Client:   pip install radixkv[redis]     (redis-py, and hiredis, which reads rep
 The budget is the server's: with ``allkeys-lru`` it evicts; without, what it has no room for is refused (and counted).
 It evicts single keys, of chains too. A put of what is there and touch_many count as use (TOUCH; all keys, as a chain is
 worth no more than its first gap). ``lost`` follows the server's own count of evicted and expired keys, those of others
-too, which is asked for in the background once a second; a restart counts as well, FLUSHALL does not.
+too, which is asked for in the background once a second; a restart counts as well, FLUSHALL does not. Where TOUCH is not
+allowed, or not known (a proxy), EXISTS is asked instead, and nothing but a read counts as use; that is logged once.
 Values of up to 512 MiB. One copy on the way in and one on the way out, by redis-py's own buffers.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..errors import StorageError, StorageTimeoutError
@@ -25,6 +27,8 @@ from .base import require_package
 from .remote import RemoteStorage, Value
 
 __all__ = ["RedisStorage"]
+
+_log = logging.getLogger("radixkv.storage")
 
 ASK_S = 1.0
 """Between two questions to the server how much it has evicted."""
@@ -60,6 +64,7 @@ class RedisStorage(RemoteStorage):
         self._ask_at_s, self._asking = 0.0, False
         self._seen: tuple[object, ...] | None = None
         self._lost = 0
+        self._may_touch = True
 
     def lost(self) -> int:
         pool, now_s = self._pool, time.monotonic()
@@ -85,7 +90,7 @@ class RedisStorage(RemoteStorage):
             self._asking = False
 
     def _put_chunk(self, keys: Sequence[str], values: Sequence[bytes]) -> Sequence[bool]:
-        there = self._ask("touch", keys)
+        there = self._use(keys)
         pipe = self._client.pipeline(transaction=False)
         for key, value, exists in zip(keys, values, there, strict=True):
             if not exists:
@@ -103,9 +108,29 @@ class RedisStorage(RemoteStorage):
         return self._ask("exists", keys)
 
     def _touch_chunk(self, keys: Sequence[str]) -> Sequence[bool]:
-        if self._client.touch(*keys) == len(keys):  # one command; which are missing it does not say
-            return [True] * len(keys)
+        with self._without_touch():
+            if self._may_touch and self._client.touch(*keys) == len(keys):  # which are missing it does not say
+                return [True] * len(keys)
         return self._exists_chunk(keys)
+
+    def _use(self, keys: Sequence[str]) -> list[bool]:
+        """Whether keys are there; those that are count as used."""
+        with self._without_touch():
+            if self._may_touch:
+                return self._ask("touch", keys)
+        return self._ask("exists", keys)
+
+    @contextmanager
+    def _without_touch(self) -> Iterator[None]:
+        """A server that does not want to touch is not asked again."""
+        try:
+            yield
+        except self._redis.exceptions.ResponseError as error:
+            refused = isinstance(error, self._redis.exceptions.NoPermissionError)
+            if not refused and "unknown command" not in str(error).lower():
+                raise
+            self._may_touch = False
+            _log.warning("storage=no_touch backend=redis error=%r", str(error))
 
     def _ask(self, command: str, keys: Sequence[str]) -> list[bool]:
         pipe = self._client.pipeline(transaction=False)

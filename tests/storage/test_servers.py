@@ -382,3 +382,17 @@ def test_redis_touches_what_is_there(small_redis: Server) -> None:
         put(storage, {"c": 10})
         assert min(uses("a"), uses("b"), uses("c")) > new
     client.close()
+
+
+def test_a_redis_that_may_not_be_touched(small_redis: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """An operator's ACL, or a proxy, knows a few commands only."""
+    import redis
+
+    client = redis.Redis(port=small_redis.port)
+    client.execute_command("ACL", "SETUSER", "engine", "on", ">word", "~*", "+@all", "-touch")
+    with create_storage("redis", url=f"redis://engine:word@127.0.0.1:{small_redis.port}/0") as storage:
+        for _ in range(2):
+            assert storage.put_many(["a", "b"], [[b"1"], [b"2"]]).tolist() == [True, True]
+            assert storage.touch_many(["a", "c"]).tolist() == [True, False]
+    assert [record.message.split()[0] for record in caplog.records] == ["storage=no_touch"]
+    client.close()
