@@ -12,11 +12,14 @@ index and of the envelope, and is a miss.
 stats: segments, values, used_bytes (on disk), reserved_bytes (being written); and counters: evicted_segments,
 evicted_values, orphans (left by processes that died), torn (segments and entries), refused (no room within max_bytes),
 gaps (values of a chain not taken, as the one before is not there), no_room (the disk is full), io_errors (EIO,
-permissions, ...), short (values shorter than their index says).
+permissions, ...; a value that the disk cannot
+read is removed), short (values shorter than their index says).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -67,6 +70,8 @@ class _Get(NamedTuple):
     sizes: list[int]
     arrived: Callable[[Positions], None]
     deadline: Deadline
+    bad: list[int]
+    """Positions of values that the disk cannot read."""
 
 
 class FileStorage(Storage):
@@ -230,34 +235,72 @@ class FileStorage(Storage):
         check_pairs(keys, parts)
         deadline = self._begin(timeout_s, "get_many")
         flat = flat_parts(parts, writable=True)
-        get = _Get(flat, [MISS] * len(keys), [MISS] * len(keys), arrived, deadline)
+        get = _Get(flat, [MISS] * len(keys), [MISS] * len(keys), arrived, deadline, [])
         tasks = []
         for segment, reads in by_segment(self.folder.find(keys, touch=True), get.found).items():
             joined = runs(reads, flat.sizes, self.run_bytes)
             tasks += [partial(self._read, segment, share, get) for share in _shares(joined)]
         self._pool.run_all(tasks)
+        if get.bad:
+            self._remove_bad([keys[position] for position in get.bad], deadline)
         return np.array(get.sizes, np.int64)
 
-    def _read(self, segment: Segment, runs: Iterable[_Run], get: _Get) -> None:
+    def _remove_bad(self, keys: Sequence[str], deadline: Deadline) -> None:
+        """Else they would be there for all but who reads them, and never be written anew."""
+        try:
+            with contextlib.suppress(StorageError):  # the next get finds them again
+                self.folder.delete(keys, deadline)
+        except OSError as error:
+            self._count(error)
+
+    def _read(self, segment: Segment, runs: Sequence[_Run], get: _Get) -> None:
         """Read values of one segment into their parts, and note their sizes. Raises: StorageTimeoutError."""
+        used = False
         try:
             fd = os.open(f"{self._segments}/{segment.name[:2]}/{segment.name}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return self.folder.forget(segment)  # evicted by another process
         except OSError as error:
+            if error.errno == errno.EIO:
+                get.bad.extend(position for _, _, positions in runs for position in positions)
+            self.folder.unused(segment)
             return self._count(error)
         try:
-            self.folder.touched(segment, fd)
             for run in runs:
                 try:
-                    done = self._read_run(fd, run, get)
+                    done = self._read_sound(fd, run, get)
                 except StorageError:
                     raise
                 except OSError as error:
-                    return self._count(error)
+                    self._count(error)
+                    break
                 get.arrived(done)
+                used = used or bool(done)
+            if used:
+                self.folder.touched(segment, fd)
+            else:
+                self.folder.unused(segment)
         finally:
             os.close(fd)
+
+    def _read_sound(self, fd: int, run: _Run, get: _Get) -> list[int]:
+        """As _read_run. Where the disk cannot read, those values that it can; the others are noted and counted."""
+        offset, _, positions = run
+        try:
+            return self._read_run(fd, run, get)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            if len(positions) == 1:
+                self._count(error)
+                get.bad.extend(positions)
+                return []
+        done = []
+        for position in positions:  # each but the last fills its parts: see runs
+            num_bytes = get.parts.sizes[position]
+            done += self._read_sound(fd, (offset, num_bytes, [position]), get)
+            offset += num_bytes
+        return done
 
     def _read_run(self, fd: int, run: _Run, get: _Get) -> list[int]:
         """Read values that follow each other in the file; returns the positions of those that were read."""

@@ -183,9 +183,14 @@ class Folder:
             if touch:
                 now = self._now_ns()
                 for place in found:
-                    if place is not None:
-                        place.segment.used_ns = now
+                    if place is not None and place.segment.used_ns != now:
+                        place.segment.before_ns, place.segment.used_ns = place.segment.used_ns, now
             return found
+
+    def unused(self, segment: Segment) -> None:
+        """What it was found for came to nothing, and was no use."""
+        with self._lock:
+            segment.used_ns = segment.before_ns
 
     def _now_ns(self) -> int:
         """The time of a use: after that of every use before it, whatever the clock does. Under the lock."""

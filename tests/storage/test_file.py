@@ -424,8 +424,52 @@ def test_a_read_that_fails_is_a_miss_and_counted(
     with monkeypatch.context() as patch:
         failing(patch, name, code, "/store/segments/")
         assert get(storage, "a") == [False]
-    assert storage.stats()["io_errors"] == 1
+        assert storage.stats()["io_errors"] == 1
+    bad = code == errno.EIO  # a sector stays bad: the value has gone, and the next store writes it anew
+    assert storage.exists_many(["a"]).tolist() == [not bad]
+    assert len(segments(storage.folder.root)) == (not bad)
+    assert put(storage, "a") == [True]
     assert get(storage, "a") == [True]
+
+
+def test_a_bad_sector_costs_only_the_values_on_it(
+    storage: FileStorage, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values that are read with one system call; who shares the folder is told, and it is so at the next start too."""
+    assert all(put(storage, *"abcd"))
+    bad = storage.folder.view.places["b"].entry.offset + 100
+    real = os.preadv
+
+    def preadv(fd: int, views: Any, at: int) -> int:
+        if at <= bad < at + sum(map(len, views)):
+            raise OSError(errno.EIO, "bad sector")
+        return real(fd, views, at)
+
+    with FileStorage(folder) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", preadv)
+            assert get(storage, *"abcd") == [True, False, True, True]
+        assert storage.stats()["io_errors"] == 1
+        for each in (storage, other):
+            assert each.exists_many(list("abcd")).tolist() == [True, False, True, True]
+        with FileStorage(folder) as later:
+            assert later.exists_many(list("abcd")).tolist() == [True, False, True, True]
+        assert put(storage, "b") == [True]
+        assert get(other, *"abcd") == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["open", "preadv"])
+def test_a_read_that_fails_is_no_use(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What cannot be read would keep out what can: each get, a miss, would make it the last to go."""
+    with FileStorage(folder, max_bytes=3 * 4096) as storage:
+        for key in "abc":
+            put(storage, key)
+        with monkeypatch.context() as patch:
+            failing(patch, name, errno.EACCES, "/store/segments/")
+            assert get(storage, "a") == [False]
+            assert get(storage, "a") == [False]
+        put(storage, "d")
+        assert storage.exists_many(list("abcd")).tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize("name", ["write", "fstat"])
