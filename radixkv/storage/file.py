@@ -11,9 +11,9 @@ index and of the envelope, and is a miss.
 
 stats: segments, values, used_bytes (on disk), reserved_bytes (being written); and counters: evicted_segments,
 evicted_values, orphans (left by processes that died), torn (segments and entries), refused (no room within max_bytes),
-gaps (values of a chain not taken, as the one before is not there), no_room (the disk is full), io_errors (EIO,
-permissions, ...; a value that the disk cannot
-read is removed), short (values shorter than their index says).
+gaps (values of a chain not taken, as the one before is not there), no_room (the disk is full, and that leaves went did
+not help), io_errors (EIO, permissions, ...; a value that the disk cannot read is removed), short (values shorter than
+their index says).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from .base import (
     flat_parts,
 )
 from .batch import by_segment, copy_at, gather, runs
-from .disk import FULL, allocate, fsync_folder
-from .folder import Draft, Folder, Want
+from .disk import FULL, MORE_ROOM_HELPS, allocate, fsync_folder
+from .folder import BLOCK_BYTES, Draft, Folder, Want
 from .segment import encode_index
 from .threads import DaemonPool
 from .vectors import CHUNK_BYTES, rest, vectors
@@ -152,7 +152,7 @@ class FileStorage(Storage):
         try:
             tasks = [partial(self._write, draft, batch, prepare, deadline) for draft, batch in pairs]
             failures = self._pool.run_all(tasks)
-            self._place(pairs, failures)
+            self._place(pairs, failures, deadline)
         except BaseException:
             self._abandon([draft for draft, _ in pairs])
             raise
@@ -164,7 +164,27 @@ class FileStorage(Storage):
 
     def _write(self, draft: Draft, batch: _Batch, prepare: Callable[[Positions], None],
                deadline: Deadline) -> OSError | None:  # fmt: skip
-        """Write a segment, not yet in its place. Returns what went wrong. Raises: StorageTimeoutError."""
+        """Write a segment, not yet in its place; if the disk is full, once more with room made there. Returns what went
+        wrong. Raises: StorageError."""
+        error = self._write_once(draft, batch, prepare, deadline)
+        if error is not None and error.errno in MORE_ROOM_HELPS:
+            _remove([draft])
+            if self._free(draft.num_bytes, deadline):
+                error = self._write_once(draft, batch, prepare, deadline)
+        return error
+
+    def _free(self, num_bytes: int, deadline: Deadline) -> bool:
+        """Whether a full disk has so much more room now. Raises: StorageError."""
+        try:
+            return self.folder.free(num_bytes, deadline)
+        except StorageError:
+            raise
+        except OSError as error:
+            self._count(error)
+            return False
+
+    def _write_once(self, draft: Draft, batch: _Batch, prepare: Callable[[Positions], None],
+                    deadline: Deadline) -> OSError | None:  # fmt: skip
         try:
             fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -183,13 +203,17 @@ class FileStorage(Storage):
             return OSError(*error.args)  # the frames of the one raised hold views, and the caller's hold it: a cycle
         return None
 
-    def _place(self, pairs: Sequence[tuple[Draft, _Batch]], failures: list[OSError | None]) -> None:
+    def _place(self, pairs: Sequence[tuple[Draft, _Batch]], failures: list[OSError | None],
+               deadline: Deadline) -> None:  # fmt: skip
         """Rename segments into their places, in their order: whenever the process dies, chains are whole."""
         missing: set[str] = set()
         for index, (draft, batch) in enumerate(pairs):
             reachable = draft.after not in missing  # if not, publish will refuse it
             if failures[index] is None and reachable:
-                failures[index] = self._rename(draft)
+                failure = self._rename(draft)
+                if failure is not None and failure.errno in MORE_ROOM_HELPS and self._free(BLOCK_BYTES, deadline):
+                    failure = self._rename(draft)  # its folder had no room for the name
+                failures[index] = failure
             if failures[index] is not None or not reachable:
                 missing.update(batch.entries)
 
