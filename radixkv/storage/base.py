@@ -91,8 +91,8 @@ class Storage(ABC):
             prepare: ``prepare(positions)`` completes the bytes of these values before they are looked at. A store that
                 writes values one after the other calls it just before it writes them, so that a checksum and the write
                 go through memory once; then it is called from several threads at once, of positions that are not the
-                same. Values that were there already need not be prepared. What it raises, the call raises (an OSError
-                may count as a write that failed).
+                same. Values that were there already need not be prepared; those of a write that is tried again are so
+                again. What it raises, the call raises (an OSError may count as a write that failed).
             after: the values are a chain, like the pages of a prompt: each is of no use without the one before it, the
                 first without the value of this key ("": it begins the chain). A store that is ``chained`` keeps every
                 chain whole from its beginning on: it makes room at the ends of chains, and does not take a value if the

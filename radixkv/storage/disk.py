@@ -9,10 +9,13 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["FULL", "allocate", "fsync_folder"]
+__all__ = ["FULL", "MORE_ROOM_HELPS", "allocate", "fsync_folder"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No room on the disk."""
+
+MORE_ROOM_HELPS = (errno.ENOSPC, errno.EDQUOT)
+"""Of these: not EFBIG, the file's own limit."""
 
 
 @cache

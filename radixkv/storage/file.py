@@ -11,12 +11,15 @@ index and of the envelope, and is a miss.
 
 stats: segments, values, used_bytes (on disk), reserved_bytes (being written); and counters: evicted_segments,
 evicted_values, orphans (left by processes that died), torn (segments and entries), refused (no room within max_bytes),
-gaps (values of a chain not taken, as the one before is not there), no_room (the disk is full), io_errors (EIO,
-permissions, ...), short (values shorter than their index says).
+gaps (values of a chain not taken, as the one before is not there), no_room (the disk is full, and that leaves went did
+not help), io_errors (EIO, permissions, ...; a value that the disk cannot read is removed), short (values shorter than
+their index says).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -40,8 +43,8 @@ from .base import (
     flat_parts,
 )
 from .batch import by_segment, copy_at, gather, runs
-from .disk import FULL, allocate, fsync_folder
-from .folder import Draft, Folder, Want
+from .disk import FULL, MORE_ROOM_HELPS, allocate, fsync_folder
+from .folder import BLOCK_BYTES, Draft, Folder, Want
 from .segment import encode_index
 from .threads import DaemonPool
 from .vectors import CHUNK_BYTES, rest, vectors
@@ -67,6 +70,8 @@ class _Get(NamedTuple):
     sizes: list[int]
     arrived: Callable[[Positions], None]
     deadline: Deadline
+    bad: list[int]
+    """Positions of values that the disk cannot read."""
 
 
 class FileStorage(Storage):
@@ -147,7 +152,7 @@ class FileStorage(Storage):
         try:
             tasks = [partial(self._write, draft, batch, prepare, deadline) for draft, batch in pairs]
             failures = self._pool.run_all(tasks)
-            self._place(pairs, failures)
+            self._place(pairs, failures, deadline)
         except BaseException:
             self._abandon([draft for draft, _ in pairs])
             raise
@@ -159,7 +164,27 @@ class FileStorage(Storage):
 
     def _write(self, draft: Draft, batch: _Batch, prepare: Callable[[Positions], None],
                deadline: Deadline) -> OSError | None:  # fmt: skip
-        """Write a segment, not yet in its place. Returns what went wrong. Raises: StorageTimeoutError."""
+        """Write a segment, not yet in its place; if the disk is full, once more with room made there. Returns what went
+        wrong. Raises: StorageError."""
+        error = self._write_once(draft, batch, prepare, deadline)
+        if error is not None and error.errno in MORE_ROOM_HELPS:
+            _remove([draft])
+            if self._free(draft.num_bytes, deadline):
+                error = self._write_once(draft, batch, prepare, deadline)
+        return error
+
+    def _free(self, num_bytes: int, deadline: Deadline) -> bool:
+        """Whether a full disk has so much more room now. Raises: StorageError."""
+        try:
+            return self.folder.free(num_bytes, deadline)
+        except StorageError:
+            raise
+        except OSError as error:
+            self._count(error)
+            return False
+
+    def _write_once(self, draft: Draft, batch: _Batch, prepare: Callable[[Positions], None],
+                    deadline: Deadline) -> OSError | None:  # fmt: skip
         try:
             fd = os.open(draft.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -178,13 +203,17 @@ class FileStorage(Storage):
             return OSError(*error.args)  # the frames of the one raised hold views, and the caller's hold it: a cycle
         return None
 
-    def _place(self, pairs: Sequence[tuple[Draft, _Batch]], failures: list[OSError | None]) -> None:
+    def _place(self, pairs: Sequence[tuple[Draft, _Batch]], failures: list[OSError | None],
+               deadline: Deadline) -> None:  # fmt: skip
         """Rename segments into their places, in their order: whenever the process dies, chains are whole."""
         missing: set[str] = set()
         for index, (draft, batch) in enumerate(pairs):
             reachable = draft.after not in missing  # if not, publish will refuse it
             if failures[index] is None and reachable:
-                failures[index] = self._rename(draft)
+                failure = self._rename(draft)
+                if failure is not None and failure.errno in MORE_ROOM_HELPS and self._free(BLOCK_BYTES, deadline):
+                    failure = self._rename(draft)  # its folder had no room for the name
+                failures[index] = failure
             if failures[index] is not None or not reachable:
                 missing.update(batch.entries)
 
@@ -230,34 +259,72 @@ class FileStorage(Storage):
         check_pairs(keys, parts)
         deadline = self._begin(timeout_s, "get_many")
         flat = flat_parts(parts, writable=True)
-        get = _Get(flat, [MISS] * len(keys), [MISS] * len(keys), arrived, deadline)
+        get = _Get(flat, [MISS] * len(keys), [MISS] * len(keys), arrived, deadline, [])
         tasks = []
         for segment, reads in by_segment(self.folder.find(keys, touch=True), get.found).items():
             joined = runs(reads, flat.sizes, self.run_bytes)
             tasks += [partial(self._read, segment, share, get) for share in _shares(joined)]
         self._pool.run_all(tasks)
+        if get.bad:
+            self._remove_bad([keys[position] for position in get.bad], deadline)
         return np.array(get.sizes, np.int64)
 
-    def _read(self, segment: Segment, runs: Iterable[_Run], get: _Get) -> None:
+    def _remove_bad(self, keys: Sequence[str], deadline: Deadline) -> None:
+        """Else they would be there for all but who reads them, and never be written anew."""
+        try:
+            with contextlib.suppress(StorageError):  # the next get finds them again
+                self.folder.delete(keys, deadline)
+        except OSError as error:
+            self._count(error)
+
+    def _read(self, segment: Segment, runs: Sequence[_Run], get: _Get) -> None:
         """Read values of one segment into their parts, and note their sizes. Raises: StorageTimeoutError."""
+        used = False
         try:
             fd = os.open(f"{self._segments}/{segment.name[:2]}/{segment.name}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return self.folder.forget(segment)  # evicted by another process
         except OSError as error:
+            if error.errno == errno.EIO:
+                get.bad.extend(position for _, _, positions in runs for position in positions)
+            self.folder.unused(segment)
             return self._count(error)
         try:
-            self.folder.touched(segment, fd)
             for run in runs:
                 try:
-                    done = self._read_run(fd, run, get)
+                    done = self._read_sound(fd, run, get)
                 except StorageError:
                     raise
                 except OSError as error:
-                    return self._count(error)
+                    self._count(error)
+                    break
                 get.arrived(done)
+                used = used or bool(done)
+            if used:
+                self.folder.touched(segment, fd)
+            else:
+                self.folder.unused(segment)
         finally:
             os.close(fd)
+
+    def _read_sound(self, fd: int, run: _Run, get: _Get) -> list[int]:
+        """As _read_run. Where the disk cannot read, those values that it can; the others are noted and counted."""
+        offset, _, positions = run
+        try:
+            return self._read_run(fd, run, get)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            if len(positions) == 1:
+                self._count(error)
+                get.bad.extend(positions)
+                return []
+        done = []
+        for position in positions:  # each but the last fills its parts: see runs
+            num_bytes = get.parts.sizes[position]
+            done += self._read_sound(fd, (offset, num_bytes, [position]), get)
+            offset += num_bytes
+        return done
 
     def _read_run(self, fd: int, run: _Run, get: _Get) -> list[int]:
         """Read values that follow each other in the file; returns the positions of those that were read."""

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from ..errors import StorageError
 from .base import Deadline
+from .disk import MORE_ROOM_HELPS
 from .journal import Journal, Line
 from .segment import Entry, TornSegmentError, kill_entry, read_index
 from .view import Place, Segment, View
@@ -183,9 +184,14 @@ class Folder:
             if touch:
                 now = self._now_ns()
                 for place in found:
-                    if place is not None:
-                        place.segment.used_ns = now
+                    if place is not None and place.segment.used_ns != now:
+                        place.segment.before_ns, place.segment.used_ns = place.segment.used_ns, now
             return found
+
+    def unused(self, segment: Segment) -> None:
+        """What it was found for came to nothing, and was no use."""
+        with self._lock:
+            segment.used_ns = segment.before_ns
 
     def _now_ns(self) -> int:
         """The time of a use: after that of every use before it, whatever the clock does. Under the lock."""
@@ -315,7 +321,7 @@ class Folder:
                     promised.update(want.keys)
                     temporary = self.root / "tmp" / f"{self.journal.owner}-{line.name}"
                     drafts.append(Draft(line.name, line.num_bytes, want.after, temporary, self.path(line.name)))
-                self.journal.append(lines)
+                self._append(lines)
             except OSError:
                 for line in lines:
                     self.view.release(line.name)
@@ -365,7 +371,7 @@ class Folder:
                     keys.update(entries)
                 else:
                     failed.append(draft)
-            self.journal.append([Line("P", draft.name, draft.num_bytes) for draft, _ in there])
+            self._append([Line("P", draft.name, draft.num_bytes) for draft, _ in there])
             for draft, entries in there:
                 self.view.add(Segment(draft.name, draft.num_bytes, now, now, draft.after), entries)
                 self.view.release(draft.name)
@@ -384,6 +390,12 @@ class Folder:
             return True
         self.counters["refused"] += num_values
         return False
+
+    def free(self, num_bytes: int, deadline: Deadline) -> bool:
+        """Make room on a disk that is full, whatever the budget says: of leaves, as for the budget. Returns: whether so
+        many bytes have gone; if they cannot, all stays. Raises: StorageError, OSError."""
+        with self._exclusive(deadline):
+            return self._free(num_bytes)
 
     def give_up(self, drafts: Sequence[Draft], deadline: Deadline) -> None:
         """Return the room of segments that failed; told when the lock can be had next."""
@@ -443,10 +455,16 @@ class Folder:
         stays: what is refused must not have cost others their place."""
         if self._over(num_bytes):
             self._settle_dead()
-        if num_bytes and (over := self._over(num_bytes)) and not self.view.can_free(over):
+        over = self._over(num_bytes)
+        if num_bytes and over and not self.view.can_free(over):
             return False
+        return self._evict(over)
+
+    def _evict(self, num_bytes: int) -> bool:
+        """Remove leaves, the least recently used first, until there are so many bytes less."""
+        goal = self.view.num_bytes - num_bytes
         kept: list[Segment] = []
-        while self._over(num_bytes):
+        while self.view.num_bytes > goal:
             segment = self._oldest()
             if segment is None or segment in kept:
                 break
@@ -458,7 +476,11 @@ class Folder:
                 kept.append(segment)
         for segment in kept:
             self.view.push(segment)
-        return not self._over(num_bytes)
+        return self.view.num_bytes <= goal
+
+    def _free(self, num_bytes: int) -> bool:
+        """Room on a disk that is full below the budget. False: so much cannot go, and all that there is stays."""
+        return self.view.can_free(num_bytes) and self._evict(num_bytes)
 
     def _over(self, num_bytes: int) -> int:
         """Bytes that are too many with num_bytes more."""
@@ -493,6 +515,15 @@ class Folder:
         self.view.drop(segment.name)
         self._tell(Line("D", segment.name))
         return True
+
+    def _append(self, lines: list[Line]) -> None:
+        """To the journal, which a full disk must not stop for ever. Raises: OSError."""
+        try:
+            self.journal.append(lines)
+        except OSError as error:
+            if error.errno not in MORE_ROOM_HELPS or not self._free(BLOCK_BYTES):
+                raise
+            self.journal.append(lines)
 
     def _tell(self, *lines: Line) -> bool:
         """Whether the journal took it. If not, the others find the files gone."""

@@ -93,7 +93,7 @@ class NixlStorage(FileStorage):
         return wanted
 
     def _transfer(self, operation: str, fd: int, views: Sequence[memoryview], at: int) -> None:
-        """Move all bytes between views and the file. Raises: OSError (EIO; NIXL does not say why)."""
+        """Move all bytes between views and the file. Raises: OSError (EREMOTEIO: NIXL does not say why)."""
         pieces = [(address_of(view), len(view), 0) for view in views if len(view)]
         sizes = [size for _, size, _ in pieces]
         offsets = accumulate(sizes, initial=at)
@@ -109,7 +109,7 @@ class NixlStorage(FileStorage):
         except OSError:
             raise
         except Exception as error:  # each kind of NIXL's errors is its own class below Exception
-            raise OSError(errno.EIO, f"NIXL {operation}: {error}") from error
+            raise OSError(errno.EREMOTEIO, f"NIXL {operation}: {error}") from error
 
     def _wait(self, handle: Any) -> None:
         state = self._agent.transfer(handle)
@@ -117,7 +117,7 @@ class NixlStorage(FileStorage):
             time.sleep(_PAUSE_S)
             state = self._agent.check_xfer_state(handle)
         if state != "DONE":
-            raise OSError(errno.EIO, f"NIXL ended with {state}")
+            raise OSError(errno.EREMOTEIO, f"NIXL ended with {state}")
 
     @contextmanager
     def _registered(self, fd: int, file_bytes: int, pieces: Sequence[tuple[int, int, int]]) -> Iterator[None]:

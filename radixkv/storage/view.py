@@ -32,7 +32,7 @@ __all__ = ["Place", "Segment", "View"]
 class Segment:
     """A published segment, as this process knows it. num_bytes: on disk, whole blocks. after: the key that its values
     come after, "" if none. followers: segments, and reservations, that come after one of its keys. ordered: whether it
-    is in the order of leaves."""
+    is in the order of leaves. before_ns: of the use before the last one."""
 
     name: str
     num_bytes: int
@@ -42,6 +42,10 @@ class Segment:
     followers: int = 0
     ordered: bool = False
     keys: list[str] = field(default_factory=list)
+    before_ns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before_ns = self.used_ns
 
 
 class Place(NamedTuple):

@@ -24,6 +24,7 @@ import numpy as np
 from radixkv.errors import StorageError
 from radixkv.storage import Storage
 from radixkv.storage.file import FileStorage
+from radixkv.storage.folder import Folder
 
 from .disk import Crash, Disk, Process
 from .soak import Soak, ThreadedSoak, Unreliable
@@ -141,6 +142,7 @@ class FileSoak(Lives, Soak):
         if self.process.dead:
             self.done["died"] += 1
             self.kill()
+        self.check_view(self.storage.inner.folder)
 
     def change_trouble(self) -> None:
         super().change_trouble()
@@ -180,6 +182,16 @@ class FileSoak(Lives, Soak):
         if self.alone and self.files["max_bytes"] is not None and not self.process.chance:
             used = self.disk.used_bytes()
             assert used <= self.files["max_bytes"], f"{used} bytes on disk, with a budget of {self.files['max_bytes']}"
+
+    def check_view(self, folder: Folder) -> None:
+        """Between calls no room of ours is reserved, but what the others will be told of at the next one, and each leaf
+        has its turn: else the tier would take less and less."""
+        view, given_up = folder.view, {line.name for line in folder._void}
+        ours = {name for name, line in view.reserved.items() if line.owner == folder.journal.owner}
+        assert ours <= given_up, f"room stays reserved for {sorted(ours - given_up)}"
+        leaves = {name for name, segment in view.segments.items() if not segment.followers}
+        leaves -= {name for _, name in view._order}
+        assert not leaves, f"leaves that cannot go: {sorted(leaves)}"
 
     def end(self) -> None:
         self.disk.running = self.process

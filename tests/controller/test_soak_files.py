@@ -15,6 +15,7 @@ from radixkv.storage import sealed
 from radixkv.storage.folder import Folder
 from radixkv.storage.journal import Journal
 from radixkv.storage.namespace import PageNamespace
+from radixkv.storage.view import View
 
 from .planted import free_twice, leak
 from .soak import main
@@ -101,8 +102,27 @@ def files_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Journal, "leave", lambda self: None)
 
 
+def room_stays_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of segments that are in their place: for nothing, but it counts as one that comes after."""
+    release = View.release
+    monkeypatch.setattr(View, "release", lambda self, name: None if name in self.segments else release(self, name))
+
+
+def leaves_without_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that become one again."""
+    unfollow = View.unfollow
+
+    def forgets(self: View, key: str, used_ns: int = 0) -> None:
+        for place in self.copies_of(key):
+            place.segment.ordered = True
+        unfollow(self, key, used_ns)
+
+    monkeypatch.setattr(View, "unfollow", forgets)
+
+
 DEFECTS = [
     not_verified, another_models_pages, device_pages_leak, freed_twice, stores_never_end, no_budget, files_stay_open,
+    room_stays_reserved, leaves_without_a_turn,
 ]  # fmt: skip
 
 
@@ -115,8 +135,6 @@ def test_a_defect_is_found(defect: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
         except Exception:  # some check of some layer, whichever comes first
             return
     pytest.fail("nobody noticed")
-
-
 
 
 def test_what_fails_says_how_to_repeat_it(
