@@ -201,7 +201,7 @@ class EventPublisher:
         self._has_hole = False
         """A batch was dropped, and no snapshot has been queued since."""
         self._closing: float | None = None
-        self._closes = threading.Lock()
+        self._closes = threading.RLock()
         self._error: BaseException | None = None
         self._own_context = context is None
         self._context = self._zmq.Context() if context is None else context

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ class Indices:
             self._from_numpy = torch.from_numpy
             exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # from 2.10 on
             if exchange is not None:
-                self._tensors = Tensors(torch.Tensor, exchange)
+                with suppress(InvalidArgumentError):  # of another DLPack than is known here: by arrays, then
+                    self._tensors = Tensors(torch.Tensor, exchange)
             self._offsets = torch.arange(page_size, dtype=torch.int64, device=device)
         self.none = self.of_pages(np.zeros(0, np.int32))
         """No slots. One array for all: nobody may write to it."""

@@ -279,7 +279,8 @@ class Folder:
         self.count("io_errors")
         with contextlib.suppress(OSError):  # removed meanwhile
             found = os.stat(path)
-            self.view.add(Segment(path.name, whole_blocks(found.st_size), found.st_mtime_ns, found.st_mtime_ns), {})
+            used_ns = min(found.st_mtime_ns, time.time_ns())
+            self.view.add(Segment(path.name, whole_blocks(found.st_size), used_ns, used_ns), {})
 
     def forget(self, segment: Segment) -> None:
         """Someone removed its file."""

@@ -120,9 +120,11 @@ class Journal:
 
     def close_files(self) -> None:
         """And so give back the locks, unless another process has the same open files."""
-        for fd in {self._owner_fd, self._log_fd, self._lock_fd} - {-1}:
-            os.close(fd)
-        self._owner_fd = self._log_fd = self._lock_fd = -1
+        fds = {self._owner_fd, self._log_fd, self._lock_fd} - {-1}
+        self._owner_fd = self._log_fd = self._lock_fd = -1  # first: a child that is forked meanwhile must not close them
+        for fd in fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def alive(self, owner: str) -> bool:
         """Whether the process that registered under this name lives. Removes the file of a dead one."""

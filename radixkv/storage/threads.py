@@ -45,13 +45,13 @@ class DaemonPool:
     def _start_thread(self) -> None:
         name = f"{self._name}_{len(self._threads)}"
         thread = threading.Thread(target=_work, args=(self._calls, self._idle), name=name, daemon=True)
+        self._threads.append(thread)  # first: an interrupt may come while it starts, and it is there then
         try:
             thread.start()
         except (RuntimeError, MemoryError) as error:
+            self._threads.pop()
             if not self._threads:
                 raise StorageError(f"thread {name} cannot be started: {error}") from error
-        else:
-            self._threads.append(thread)
 
     def run_all(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run tasks, and wait for all of them, whatever happens. Raises: one of their errors.
@@ -73,12 +73,13 @@ class DaemonPool:
                         errors.append(error)
 
         helpers: list[Future[None]] = []
-        with suppress(StorageError):
-            for _ in range(min(self._num_threads, len(tasks) - 1)):
-                helpers.append(self.submit(work))
         try:
+            with suppress(StorageError):
+                for _ in range(min(self._num_threads, len(tasks) - 1)):
+                    helpers.append(self.submit(work))
             work()
         finally:
+            todo.clear()  # there is something left only if who calls was interrupted
             for helper in helpers:
                 while not (helper.cancel() or helper.done()):
                     try:

@@ -337,7 +337,7 @@ def test_where_no_thread_can_be_had_the_caller_does_it_all(tmp_path: Path, monke
     with FileStorage(tmp_path, segment_bytes=5000, num_threads=3) as storage:
         assert storage.put_many(keys[:1], [[values[0]]]).all()  # one segment: no thread yet
         gate = threading.Event()
-        busy = storage._pool.submit(lambda: gate.wait(5))  # the only thread there will be
+        busy = storage._pool.submit(lambda: gate.wait(60))  # the only thread there will be
 
         def refuse(thread: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
@@ -386,3 +386,28 @@ def test_an_interrupt_waits_for_those_who_move_bytes() -> None:
         pool.run_all([task, task])
     assert ended
     pool.shutdown()
+
+
+def test_an_interrupt_while_tasks_are_handed_out_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    ended: list[int] = []
+    started, pool = threading.Event(), DaemonPool(3, "pool")
+
+    def task() -> None:
+        begun.append(1)
+        started.set()
+        ended.append(1)
+
+    def submit(call: Callable[[], Any]) -> Any:
+        DaemonPool.submit(pool, call)
+        assert started.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run_all([task] * 100_000)
+    left = len(begun)
+    pool.shutdown()
+    assert left < 100_000
+    assert len(begun) - left <= 1  # the one that was running when all others were taken off
+    assert len(ended) == len(begun)
