@@ -121,7 +121,7 @@ class Journal:
     def close_files(self) -> None:
         """And so give back the locks, unless another process has the same open files."""
         fds = {self._owner_fd, self._log_fd, self._lock_fd} - {-1}
-        self._owner_fd = self._log_fd = self._lock_fd = -1  # first: a child that is forked meanwhile must not close them
+        self._owner_fd = self._log_fd = self._lock_fd = -1  # first: a child forked meanwhile must not close them
         for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
